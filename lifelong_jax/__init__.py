@@ -1,0 +1,1 @@
+"""Exact parameter importances for continual learning in JAX."""

@@ -1,0 +1,95 @@
+"""Checks of what users hand over. Shapes and dtypes are checked always, values where they are known: outside of jit."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lifelong_jax.types import Examples, Params
+
+
+def check_params(name: str, params: Params) -> None:
+    """Raises TypeError, naming the leaf, unless every leaf of `params` is a floating-point array."""
+    for path, leaf in jax.tree.leaves_with_path(params):
+        dtype = jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"{name}{jax.tree_util.keystr(path)} has dtype {dtype}, but only floating-point leaves have gradients: "
+                f"pass the trainable parameters alone, and close over the rest."
+            )
+
+
+def check_examples(name: str, examples: Examples, weights: jax.Array | None) -> None:
+    """Raises ValueError unless all leaves of `examples`, and `weights`, agree on a number of examples of at least 1."""
+    leaves = jax.tree.leaves_with_path(examples)
+    if not leaves:
+        raise ValueError(f"{name} has no arrays: pass a tree of arrays of shape [num_examples, ...].")
+    sizes = {name + jax.tree_util.keystr(path): np.shape(leaf)[:1] for path, leaf in leaves}
+    if weights is not None:
+        if np.ndim(weights) != 1:
+            raise ValueError(
+                f"weights has shape {np.shape(weights)}, but one weight per example is needed: [num_examples]."
+            )
+        sizes["weights"] = np.shape(weights)
+    if len(set(sizes.values())) > 1 or () in sizes.values():
+        listed = ", ".join(f"{leaf}: {size[0] if size else 'none'}" for leaf, size in sizes.items())
+        raise ValueError(f"{name} must have one leading axis of num_examples in common, but its sizes are {listed}.")
+    if (0,) in sizes.values():
+        raise ValueError(f"{name} is empty: a mean over no examples is not defined.")
+    if weights is not None and is_concrete(weights):
+        values = np.asarray(weights)
+        if not (np.isfinite(values).all() and (values >= 0).all() and values.sum() > 0):
+            raise ValueError("weights must be finite, not negative, and not all 0.")
+
+
+def check_positive_integer(name: str, value: int | None) -> None:
+    """Raises ValueError unless `value` is None or an integer of at least 1."""
+    if value is not None and (not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1):
+        raise ValueError(f"{name} must be an integer of at least 1, not {value!r}.")
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raises ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}.")
+
+
+def check_not_negative(name: str, value: Any) -> None:
+    """Raises ValueError where a scalar's value is known and is negative, infinite or NaN."""
+    if is_concrete(value) and not (np.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} must be finite and not negative, not {value}.")
+
+
+def check_same_structure(name: str, tree: Any, reference_name: str, reference: Any) -> None:
+    """Raises ValueError, naming the first path that differs, unless two trees agree in structure and shapes."""
+    ours = {jax.tree_util.keystr(path): np.shape(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
+    theirs = {jax.tree_util.keystr(path): np.shape(leaf) for path, leaf in jax.tree.leaves_with_path(reference)}
+    for path in [*theirs, *ours]:
+        if path not in ours or path not in theirs:
+            lacking = name if path not in ours else reference_name
+            raise ValueError(
+                f"{name} and {reference_name} must be trees of one structure, but {lacking} has no leaf {path}."
+            )
+        if ours[path] != theirs[path]:
+            raise ValueError(f"{name}{path} has shape {ours[path]}, but {reference_name}{path} has {theirs[path]}.")
+    if jax.tree.structure(tree) != jax.tree.structure(reference):
+        raise ValueError(
+            f"{name} and {reference_name} must be trees of one structure, but have {jax.tree.structure(tree)} "
+            f"and {jax.tree.structure(reference)}."
+        )
+
+
+def check_importance(name: str, importance: Params) -> None:
+    """Raises ValueError, naming the leaf, where values are known and one is NaN, infinite or negative."""
+    for path, leaf in jax.tree.leaves_with_path(importance):
+        if is_concrete(leaf) and not bool(jnp.all(jnp.isfinite(leaf) & (leaf >= 0))):
+            raise ValueError(
+                f"{name}{jax.tree_util.keystr(path)} has entries that are NaN, infinite or negative: an importance is "
+                f"finite and not negative. Did training diverge before it was computed?"
+            )
+
+
+def is_concrete(value: Any) -> bool:
+    """Says whether a value is known now, or stands for a later one inside a jax transformation."""
+    return not isinstance(value, jax.core.Tracer)

@@ -1,0 +1,278 @@
+"""How much each parameter matters: diagonals of the Fisher information, and memory-aware synapses' sensitivities.
+
+Each is a mean over examples of a quantity per example. Here is said which outputs, and which cotangents pulled back
+from them, make which importance; the sums are `per_example.py`'s.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from lifelong_jax import _checks
+from lifelong_jax.per_example import Reduction, sum_over_examples
+from lifelong_jax.types import Example, Examples, LogitsFn, LossFn, OutputFn, Params
+
+
+def empirical_fisher_diagonal(
+    loss_fn: LossFn,
+    params: Params,
+    examples: Examples,
+    *,
+    weights: jax.Array | None = None,
+    microbatch_size: int | None = None,
+) -> Params:
+    """Computes the diagonal of the empirical Fisher information: squared gradients at the true labels.
+
+        importance = mean_n (∂ loss_fn(params, examples[n]) / ∂params)²
+
+    It is the square of each example's gradient, not of a batch's, so it does not depend on any batch size. For examples
+    that the model already predicts well it vanishes, which `fisher_diagonal` does not.
+
+    Args:
+      loss_fn: `loss_fn(params, example) -> scalar`, the negative log-likelihood of one example, without batch axis.
+        It must be the same function object from call to call, or it is compiled anew.
+      params: a tree of floating-point arrays.
+      examples: a tree of arrays `[num_examples, ...]`, with the labels.
+      weights: `[num_examples]`, not negative; the mean divides by their sum. 0 marks padding, which must be finite all
+        the same. None for ones.
+      microbatch_size: how many examples are differentiated together; the result does not depend on it.
+
+    Returns:
+      A tree like `params`, in its dtypes or float32, whichever is wider.
+
+    Raises:
+      TypeError: if a leaf of `params` is not floating-point.
+      ValueError: if there are no examples, or leaves disagree on their number, if weights are negative or all 0, or if
+        the loss is no scalar.
+
+    Example:
+      >>> loss_fn = lambda params, example: 0.5 * (params * example["x"] - example["y"]) ** 2
+      >>> examples = {"x": jnp.array([1.0, 2.0]), "y": jnp.array([0.0, 2.0])}
+      >>> empirical_fisher_diagonal(loss_fn, jnp.array(2.0), examples)
+      Array(10., dtype=float32)
+
+    Kirkpatrick et al. 2017, doi 10.1073/pnas.1611835114; on the two Fishers, Kunstner et al. 2019, arXiv 1905.12558.
+    """
+    _check(params, "examples", examples, weights, microbatch_size)
+    return _mean_over_examples(
+        loss_fn, _unit_cotangent, params, examples, None, weights, "sum_of_squares", microbatch_size
+    )
+
+
+def fisher_diagonal(
+    logits_fn: LogitsFn,
+    params: Params,
+    inputs: Examples,
+    *,
+    likelihood: Literal["categorical", "gaussian", "bernoulli"] = "categorical",
+    num_samples: int | None = None,
+    key: jax.Array | None = None,
+    weights: jax.Array | None = None,
+    microbatch_size: int | None = None,
+) -> Params:
+    """Computes the diagonal of the Fisher information, with labels y from the model itself.
+
+        importance = mean_n E_y (∂ log p(y | logits_fn(params, inputs[n])) / ∂params)²
+
+    The expectation is exact, or a mean over `num_samples` sampled labels per example. p is by `likelihood`:
+
+    - "categorical": y one of the classes, p = softmax(logits) over the last axis. Leading axes (tokens) are independent
+      labels of one example; the exact expectation then takes num_labels · num_classes backward passes, a sample one.
+    - "gaussian": y a vector, p normal with mean the logits and unit variance.
+    - "bernoulli": y a vector of independent binary outputs, p = sigmoid(logits).
+
+    Args:
+      logits_fn: `logits_fn(params, x) -> [..., num_classes]`, for one x without batch axis. Classes outside a head are
+        masked here: `jnp.where(mask, logits, jnp.finfo(logits.dtype).min)`. It must be the same function object from
+        call to call, or it is compiled anew.
+      params: a tree of floating-point arrays.
+      inputs: a tree of arrays `[num_examples, ...]`; no labels.
+      likelihood: "categorical", "gaussian" or "bernoulli".
+      num_samples: None for the exact expectation, else how many labels to sample per example.
+      key: the random key of the samples; the sample does not depend on the microbatch size.
+      weights: `[num_examples]`, not negative; the mean divides by their sum. 0 marks padding, which must be finite all
+        the same. None for ones.
+      microbatch_size: how many examples are differentiated together; the result does not depend on it.
+
+    Returns:
+      A tree like `params`, in its dtypes or float32, whichever is wider.
+
+    Raises:
+      TypeError: if a leaf of `params` is not floating-point.
+      ValueError: if there are no inputs, or leaves disagree on their number, if weights are negative or all 0, if
+        `likelihood` is unknown, or if only one of `num_samples` and `key` is given.
+
+    Example:
+      >>> logits_fn = lambda params, x: params * x
+      >>> fisher_diagonal(logits_fn, jnp.zeros(2), jnp.array([[1.0, 1.0], [2.0, 2.0]])).round(3)
+      Array([0.625, 0.625], dtype=float32)
+
+    Kirkpatrick et al. 2017, doi 10.1073/pnas.1611835114; Martens 2020, arXiv 1412.1193, §5.
+    """
+    _checks.check_choice("likelihood", likelihood, tuple(_EXACT))
+    _checks.check_positive_integer("num_samples", num_samples)
+    if (num_samples is None) != (key is None):
+        raise ValueError(
+            "num_samples and key go together: both for sampled labels, neither for the exact expectation; "
+            f"num_samples is {num_samples} and key is {'not ' if key is not None else ''}None."
+        )
+    _check(params, "inputs", inputs, weights, microbatch_size)
+    cotangents_fn = _EXACT[likelihood] if num_samples is None else _sampled(likelihood, num_samples)
+    return _mean_over_examples(
+        logits_fn, cotangents_fn, params, inputs, key, weights, "sum_of_squares", microbatch_size
+    )
+
+
+def mas_importance(
+    output_fn: OutputFn,
+    params: Params,
+    inputs: Examples,
+    *,
+    output_norm: Literal["squared_l2", "jacobian"] = "squared_l2",
+    weights: jax.Array | None = None,
+    microbatch_size: int | None = None,
+) -> Params:
+    """Computes memory-aware synapses: how sensitive the learned function is to each parameter.
+
+        importance = mean_n |∂ ‖output_fn(params, inputs[n])‖² / ∂params|              "squared_l2"
+        importance = mean_n sqrt(Σ_o (∂ output_fn(params, inputs[n])_o / ∂params)²)    "jacobian"
+
+    The absolute value is taken per example, so that opposite examples do not cancel.
+
+    Args:
+      output_fn: `output_fn(params, x) -> array` of any shape, for one x without batch axis. Outputs outside a head are
+        masked here: `jnp.where(mask, outputs, 0)`. It must be the same function object from call to call, or it is
+        compiled anew.
+      params: a tree of floating-point arrays.
+      inputs: a tree of arrays `[num_examples, ...]`; no labels.
+      output_norm: "squared_l2", one backward pass per example, or "jacobian", one for each output.
+      weights: `[num_examples]`, not negative; the mean divides by their sum. 0 marks padding, which must be finite all
+        the same. None for ones.
+      microbatch_size: how many examples are differentiated together; the result does not depend on it.
+
+    Returns:
+      A tree like `params`, in its dtypes or float32, whichever is wider.
+
+    Raises:
+      TypeError: if a leaf of `params` is not floating-point.
+      ValueError: if there are no inputs, or leaves disagree on their number, if weights are negative or all 0, or if
+        `output_norm` is unknown.
+
+    Example:
+      >>> mas_importance(lambda params, x: params * x, jnp.array(1.0), jnp.array([1.0, -3.0]))
+      Array(10., dtype=float32)
+
+    Aljundi et al. 2018, arXiv 1711.09601, eq. 2 ("jacobian") and §4.1 ("squared_l2").
+    """
+    _checks.check_choice("output_norm", output_norm, ("squared_l2", "jacobian"))
+    _check(params, "inputs", inputs, weights, microbatch_size)
+    cotangents_fn = _squared_l2_cotangent if output_norm == "squared_l2" else _exact_gaussian
+    return _mean_over_examples(output_fn, cotangents_fn, params, inputs, None, weights, "norm", microbatch_size)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 6, 7))
+def _mean_over_examples(
+    output_fn: Callable[[Params, Example], jax.Array],
+    cotangents_fn: Callable[[jax.Array, jax.Array | None], jax.Array],
+    params: Params,
+    examples: Examples,
+    key: jax.Array | None,
+    weights: jax.Array | None,
+    reduction: Reduction,
+    microbatch_size: int | None,
+) -> Params:
+    def keyed_cotangents(outputs: jax.Array, index: jax.Array) -> jax.Array:
+        if not jnp.issubdtype(getattr(outputs, "dtype", None), jnp.floating):
+            raise ValueError(f"{output_fn} must return one floating-point array for one example, not {outputs}.")
+        return cotangents_fn(outputs, None if key is None else jax.random.fold_in(key, index))
+
+    total = sum_over_examples(
+        output_fn,
+        keyed_cotangents,
+        params,
+        examples,
+        reduction=reduction,
+        weights=weights,
+        microbatch_size=microbatch_size,
+    )
+    count = jax.tree.leaves(examples)[0].shape[0] if weights is None else jnp.sum(weights)
+    return jax.tree.map(lambda leaf: leaf / jnp.asarray(count, leaf.dtype), total)
+
+
+# What is pulled back. `cotangents_fn(outputs, key) -> [num_cotangents, *outputs.shape]`; the sum over cotangents of
+# squared gradients is then E_y (∂ log p(y) / ∂params)². Probabilities are float32 at least.
+
+
+def _unit_cotangent(outputs: jax.Array, key: None) -> jax.Array:
+    if outputs.shape != ():
+        raise ValueError(f"loss_fn must return a scalar for one example, not an array of shape {outputs.shape}.")
+    return jnp.ones((1, *outputs.shape), outputs.dtype)
+
+
+def _squared_l2_cotangent(outputs: jax.Array, key: None) -> jax.Array:
+    return 2 * outputs[None]
+
+
+def _exact_categorical(logits: jax.Array, key: None) -> jax.Array:
+    _check_has_classes(logits)
+    # ∂ log p_y / ∂logits = e_y − p, weighted by p_y. One cotangent per label and class: the gradients of independent
+    # labels have mean 0 and do not correlate, so in expectation the square of their sum is the sum of their squares.
+    probabilities = jax.nn.softmax(logits.astype(_wide(logits)))
+    scores = jnp.eye(logits.shape[-1], dtype=probabilities.dtype) - probabilities[..., None, :]
+    weighted = jnp.sqrt(probabilities)[..., None] * scores  # [..., num_classes (y), num_classes]
+    num_labels = probabilities[..., 0].size
+    one_label = jnp.eye(num_labels, dtype=weighted.dtype).reshape(num_labels, 1, *logits.shape[:-1], 1)
+    per_class = jnp.moveaxis(weighted, -2, 0)  # [num_classes (y), ..., num_classes]
+    return (one_label * per_class).reshape(-1, *logits.shape).astype(logits.dtype)
+
+
+def _exact_gaussian(outputs: jax.Array, key: None) -> jax.Array:
+    return jnp.eye(outputs.size, dtype=outputs.dtype).reshape(-1, *outputs.shape)
+
+
+def _exact_bernoulli(logits: jax.Array, key: None) -> jax.Array:
+    probabilities = jax.nn.sigmoid(logits.astype(_wide(logits)))
+    deviation = jnp.sqrt(probabilities * (1 - probabilities))
+    return _exact_gaussian(logits, key) * deviation.astype(logits.dtype)
+
+
+_EXACT = {"categorical": _exact_categorical, "gaussian": _exact_gaussian, "bernoulli": _exact_bernoulli}
+
+
+@functools.cache  # one function object per setting, so that jit compiles once per setting
+def _sampled(likelihood: str, num_samples: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    def cotangents_fn(outputs: jax.Array, key: jax.Array) -> jax.Array:
+        wide = outputs.astype(_wide(outputs))
+        if likelihood == "categorical":
+            _check_has_classes(wide)
+            labels = jax.random.categorical(key, wide, shape=(num_samples, *wide.shape[:-1]))
+            score = jax.nn.one_hot(labels, wide.shape[-1], dtype=wide.dtype) - jax.nn.softmax(wide)
+        elif likelihood == "gaussian":
+            score = jax.random.normal(key, (num_samples, *wide.shape), wide.dtype)
+        else:
+            probabilities = jax.nn.sigmoid(wide)
+            labels = jax.random.bernoulli(key, probabilities, (num_samples, *wide.shape))
+            score = labels.astype(wide.dtype) - probabilities
+        return (score / jnp.sqrt(jnp.asarray(num_samples, wide.dtype))).astype(outputs.dtype)
+
+    return cotangents_fn
+
+
+def _check_has_classes(logits: jax.Array) -> None:
+    if logits.ndim == 0:
+        raise ValueError("logits_fn must return [..., num_classes] for one example, not a scalar.")
+
+
+def _wide(array: jax.Array) -> jnp.dtype:
+    return jnp.promote_types(array.dtype, jnp.float32)
+
+
+def _check(
+    params: Params, name: str, examples: Examples, weights: jax.Array | None, microbatch_size: int | None
+) -> None:
+    _checks.check_params("params", params)
+    _checks.check_examples(name, examples, weights)
+    _checks.check_positive_integer("microbatch_size", microbatch_size)

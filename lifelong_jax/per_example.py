@@ -1,0 +1,162 @@
+"""Sums over examples of a function of each example's gradients: the reference path, `vmap(grad)` in microbatches.
+
+Every importance is of one shape. On example n a function has the outputs F_n; some cotangents v_nk are pulled back
+through it to gradients g_nk = (∂F_n/∂params)ᵀ v_nk; and the example's contribution is, elementwise,
+
+    q_n = Σ_k g_nk²            (reduction="sum_of_squares")
+    q_n = sqrt(Σ_k g_nk²)      (reduction="norm"; |g_n| where there is one cotangent)
+
+`importance.py` says which outputs and cotangents make which importance. The power is taken of each example's own
+gradient, before the sum over examples: the two do not commute, and a squared minibatch gradient is another quantity.
+"""
+
+from collections.abc import Callable
+from typing import Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from lifelong_jax.types import Example, Examples, Params
+
+Reduction: TypeAlias = Literal["sum_of_squares", "norm"]
+
+CotangentsFn: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]
+"""`cotangents_fn(outputs, index) -> [num_cotangents, *outputs.shape]`; `index` numbers the example, for random keys."""
+
+
+def sum_over_examples(
+    output_fn: Callable[[Params, Example], jax.Array],
+    cotangents_fn: CotangentsFn,
+    params: Params,
+    examples: Examples,
+    *,
+    reduction: Reduction,
+    weights: jax.Array | None = None,
+    microbatch_size: int | None = None,
+) -> Params:
+    """Sums over examples the squares, or the absolute values, of each example's gradients.
+
+        Σ_n weights[n] · q_n
+
+    Args:
+      output_fn: `output_fn(params, example) -> outputs`, an array of any shape; one example, no batch axis.
+      cotangents_fn: `cotangents_fn(outputs, index) -> [num_cotangents, *outputs.shape]`: what is pulled back. It is not
+        differentiated. `index`, an int32 scalar, is the example's place among all examples, whatever the microbatch.
+      params: a tree of floating-point arrays.
+      examples: a tree of arrays `[num_examples, ...]`.
+      reduction: "sum_of_squares" or "norm", as above.
+      weights: `[num_examples]`, or None for ones.
+      microbatch_size: how many examples are differentiated together. The result does not depend on it; peak memory is
+        proportional to it. By default a static function of the backend and of the shapes.
+
+    Returns:
+      A tree like `params`, in its dtypes or float32, whichever is wider.
+
+    Example:
+      >>> square = lambda params, x: params * x
+      >>> once = lambda outputs, index: jnp.ones((1,))
+      >>> sum_over_examples(square, once, jnp.array(3.0), jnp.array([1.0, -2.0]), reduction="norm")
+      Array(3., dtype=float32)
+    """
+    if microbatch_size is None:
+        microbatch_size = default_microbatch_size(params)
+
+    def contribution(example: Example, index: jax.Array) -> Params:
+        outputs, pull_back = jax.vjp(lambda p: output_fn(p, example), params)
+        cotangents = cotangents_fn(jax.lax.stop_gradient(outputs), index)
+        if cotangents.shape[0] == 1:  # no accumulator, and |g| where a root of a square would underflow
+            function = jnp.square if reduction == "sum_of_squares" else jnp.abs
+            return jax.tree.map(lambda g: function(_widen(g)), *pull_back(cotangents[0]))
+
+        # One cotangent at a time: an array of cotangents × parameters would leave the cache.
+        def add_square(total: Params, cotangent: jax.Array) -> tuple[Params, None]:
+            return jax.tree.map(lambda t, g: t + jnp.square(_widen(g)), total, *pull_back(cotangent)), None
+
+        total, _ = jax.lax.scan(add_square, zeros_like_sum(params), cotangents)
+        return total if reduction == "sum_of_squares" else jax.tree.map(jnp.sqrt, total)
+
+    def sum_microbatch(examples: Examples, indices: jax.Array, weights: jax.Array) -> Params:
+        if indices.shape[0] == 1:  # without the axis: on a CPU, XLA's batched products are tens of times slower
+            alone = contribution(jax.tree.map(lambda x: x[0], examples), indices[0])
+            return jax.tree.map(lambda q: weights[0].astype(q.dtype) * q, alone)
+        contributions = jax.vmap(contribution)(examples, indices)
+        return jax.tree.map(lambda q: jnp.tensordot(weights.astype(q.dtype), q, axes=1), contributions)
+
+    return sum_microbatches(sum_microbatch, zeros_like_sum(params), examples, weights, microbatch_size)
+
+
+def sum_microbatches(
+    sum_microbatch: Callable[[Examples, jax.Array, jax.Array], Params],
+    zeros: Params,
+    examples: Examples,
+    weights: jax.Array | None,
+    microbatch_size: int,
+) -> Params:
+    """Adds up what a function makes of one microbatch after the other.
+
+    A last, smaller microbatch is filled up with examples of weight 0, so that the function is compiled for one shape.
+
+    Args:
+      sum_microbatch: `(examples, indices, weights) -> tree`, each with a leading axis of the microbatch's size; it
+        must be linear in the weights.
+      zeros: a tree of zeros like the result.
+      examples: a tree of arrays `[num_examples, ...]`.
+      weights: `[num_examples]`, or None for ones.
+      microbatch_size: examples per call.
+
+    Returns:
+      The sum, a tree like `zeros`.
+    """
+    num_examples = jax.tree.leaves(examples)[0].shape[0]
+    microbatch_size = min(microbatch_size, num_examples)
+    if weights is None:
+        weights = jnp.ones(num_examples)
+
+    def step(total: Params, start: jax.Array) -> tuple[Params, None]:
+        positions = start + jnp.arange(microbatch_size)
+        indices = jnp.minimum(positions, num_examples - 1)
+        here = jax.tree.map(lambda x: x[indices], examples)
+        present = jnp.where(positions < num_examples, weights[indices], 0)
+        return jax.tree.map(jnp.add, total, sum_microbatch(here, indices, present)), None
+
+    total, _ = jax.lax.scan(step, zeros, jnp.arange(0, num_examples, microbatch_size))
+    return total
+
+
+def default_microbatch_size(params: Params) -> int:
+    """Chooses how many examples to differentiate together from the backend and the size of the parameters alone.
+
+    On a CPU, 1: gradients of single examples stay in the cache, and XLA's products with a batch axis do not use the
+    matrix kernels (`benchmarks/importance.py` measures both). Elsewhere, as many as a GiB of gradients holds, at most
+    256: a rule of thumb.
+
+    Args:
+      params: a tree of arrays.
+
+    Returns:
+      The microbatch size, at least 1.
+    """
+    if jax.default_backend() == "cpu":
+        return 1
+    bytes_per_example = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(zeros_like_sum(params)))
+    return max(1, min(256, 2**30 // max(1, bytes_per_example)))
+
+
+def zeros_like_sum(params: Params) -> Params:
+    """Makes the zeros that a sum over examples starts from: bfloat16 parameters are accumulated in float32.
+
+    Args:
+      params: a tree of floating-point arrays.
+
+    Returns:
+      A tree like `params`, in its dtypes or float32, whichever is wider.
+    """
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, _wide_dtype(leaf)), params)
+
+
+def _wide_dtype(leaf: jax.Array) -> jnp.dtype:
+    return jnp.promote_types(leaf.dtype, jnp.float32)
+
+
+def _widen(leaf: jax.Array) -> jax.Array:
+    return leaf.astype(_wide_dtype(leaf))
