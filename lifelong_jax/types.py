@@ -46,13 +46,14 @@ class Task(NamedTuple):
     Attributes:
       train: what the trainer sees while the task is learned.
       test: what the evaluator sees.
-      permutation: `[num_features]`, integers: the order in which this task presents the features of an input. It is
-        applied on the device, a batch at a time, so that tasks which differ in nothing else share their arrays.
+      permutation: `[num_features]`, integers: the order in which this task shows the features of an input, or None for
+        the order in which they are. It is applied on the device, as the examples are used, so that tasks which differ
+        in nothing else share their arrays.
     """
 
     train: Batch
     test: Batch
-    permutation: jax.Array
+    permutation: jax.Array | None = None
 
 
 class Consolidation(NamedTuple):

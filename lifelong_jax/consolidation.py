@@ -1,0 +1,101 @@
+"""How the importances of several tasks become one: what is kept is the size of the parameters, whatever their
+number."""
+
+from typing import Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from lifelong_jax import _checks
+from lifelong_jax.types import Consolidation, Params
+
+Rule: TypeAlias = Literal["separate", "latest"]
+
+
+def init_consolidation(params: Params) -> Consolidation:
+    """Makes the consolidation of no tasks: importance 0 everywhere, so that the first task needs no case of its own.
+
+    Args:
+      params: a tree of floating-point arrays.
+
+    Returns:
+      A consolidation anchored at `params`, in their dtypes or float32, whichever is wider.
+
+    Raises:
+      TypeError: if a leaf of `params` is not floating-point.
+
+    Example:
+      >>> init_consolidation({"w": jnp.ones(2)}).importance
+      {'w': Array([0., 0.], dtype=float32)}
+    """
+    _checks.check_params("params", params)
+    return Consolidation(_widen(params), jax.tree.map(jnp.zeros_like, _widen(params)))
+
+
+def consolidate(
+    consolidation: Consolidation,
+    params: Params,
+    importance: Params,
+    *,
+    rule: Rule = "separate",
+    decay: float | jax.Array = 1.0,
+    weight: float | jax.Array = 1.0,
+) -> Consolidation:
+    """Adds a task just learned to what is kept.
+
+        importance ← decay · consolidation.importance + weight · importance
+        anchor     ← params                                                                        rule="latest"
+        anchor     ← (decay · consolidation.importance · consolidation.anchor + weight · importance · params)
+                     / (decay · consolidation.importance + weight · importance)                    rule="separate"
+
+    "separate" is the original EWC, one quadratic penalty per task: a sum of quadratics is one quadratic, so the
+    gradient is exactly that of all the separate penalties. "latest" is online EWC and MAS: one penalty around the
+    latest parameters.
+
+    Args:
+      consolidation: what was kept so far; `init_consolidation(params)` before the first task.
+      params: the parameters as the task left them.
+      importance: a tree like `params`: how much each mattered for this task.
+      rule: "separate" or "latest".
+      decay: γ, what the earlier tasks' importance is multiplied by; 1 forgets nothing.
+      weight: what the incoming importance is multiplied by: the number of the task's examples for the Laplace form of
+        EWC, else 1. (λ is not here: the strength belongs to the task being learned, see `penalty.py`.)
+
+    Returns:
+      The consolidation for the next task.
+
+    Raises:
+      ValueError: if the trees differ in structure or shapes, if `rule` is unknown, or, outside of jit, if an importance
+        is NaN, infinite or negative, or `decay` or `weight` negative.
+
+    Example:
+      >>> first = consolidate(init_consolidation(jnp.array(0.0)), jnp.array(1.0), jnp.array(3.0))
+      >>> consolidate(first, jnp.array(5.0), jnp.array(1.0))
+      Consolidation(anchor=Array(2., dtype=float32), importance=Array(4., dtype=float32))
+
+    Kirkpatrick et al. 2017, eq. 3 ("separate"; for the sum, Huszár 2018, arXiv 1712.03847); Schwarz et al. 2018, arXiv
+    1805.06370, eq. 9 ("latest").
+    """
+    _checks.check_choice("rule", rule, ("separate", "latest"))
+    _checks.check_not_negative("decay", decay)
+    _checks.check_not_negative("weight", weight)
+    _checks.check_same_structure("params", params, "consolidation.anchor", consolidation.anchor)
+    _checks.check_same_structure("importance", importance, "consolidation.importance", consolidation.importance)
+    _checks.check_importance("importance", importance)
+
+    earlier = jax.tree.map(lambda omega: jnp.asarray(decay, omega.dtype) * omega, consolidation.importance)
+    incoming = jax.tree.map(lambda omega: jnp.asarray(weight, omega.dtype) * omega, _widen(importance))
+    total = jax.tree.map(jnp.add, earlier, incoming)
+    if rule == "latest":
+        return Consolidation(_widen(params), total)
+
+    def weighted_mean(anchor: jax.Array, here: jax.Array, incoming: jax.Array, total: jax.Array) -> jax.Array:
+        share = jnp.where(total > 0, incoming / jnp.where(total > 0, total, 1), 1)  # where nothing matters, the latest
+        return anchor + share * (here - anchor)
+
+    return Consolidation(jax.tree.map(weighted_mean, consolidation.anchor, _widen(params), incoming, total), total)
+
+
+def _widen(tree: Params) -> Params:
+    # Kept in float32 at least: a sum over tasks, or a mean of anchors, loses too much in bfloat16.
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.promote_types(leaf.dtype, jnp.float32)), tree)

@@ -1,0 +1,268 @@
+"""Learns a sequence of tasks: the one module that joins training, importance, consolidation and penalty.
+
+The trainer is handed one task's training examples and nothing else; only the evaluator sees the test sets.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lifelong_jax import _checks
+from lifelong_jax.consolidation import consolidate, init_consolidation
+from lifelong_jax.methods import ImportanceFn, Method
+from lifelong_jax.tasks import joint_examples, present
+from lifelong_jax.training import TrainingInfo, TrainingState, init_training, learn_task
+from lifelong_jax.types import Batch, Consolidation, Example, LogitsFn, OutputFn, Params, Task
+
+OptimizerFn: TypeAlias = Callable[[jax.Array], optax.GradientTransformation]
+"""`optimizer_fn(strength) -> optimizer`: a function of λ, which is traced, so that one compilation serves every λ."""
+
+
+class Progress(NamedTuple):
+    """What is known after an epoch.
+
+    Attributes:
+      task: which task is being learned, from 0.
+      epoch: which epoch of it has ended, from 0.
+      loss: the mean of the epoch's training losses, without the penalty.
+      accuracies: the test accuracy of each task learned so far, this one last; fractions.
+    """
+
+    task: int
+    epoch: int
+    loss: float
+    accuracies: list[float]
+
+
+class LearnedSequence(NamedTuple):
+    """What learning a sequence of tasks left behind.
+
+    Attributes:
+      params: the parameters after the last task.
+      consolidation: what was kept of the tasks.
+      accuracy_matrix: `[num_tasks, num_tasks]`; entry [i, j] is the accuracy on task j's test set after task i has been
+        learned, a fraction; NaN where it was not measured.
+      training_seconds: time spent training; compilation and evaluation are left out.
+      importance_seconds: time spent on importances; compilation is left out.
+    """
+
+    params: Params
+    consolidation: Consolidation
+    accuracy_matrix: np.ndarray
+    training_seconds: float
+    importance_seconds: float
+
+
+def learn_tasks(
+    method: Method,
+    apply_fn: OutputFn,
+    optimizer_fn: OptimizerFn,
+    params: Params,
+    tasks: Sequence[Task],
+    key: jax.Array,
+    *,
+    strength: float,
+    num_epochs: int,
+    batch_size: int,
+    report: Callable[[Progress], None] = lambda progress: None,
+) -> LearnedSequence:
+    """Learns one task after the other with one network, by a method that remembers.
+
+    For each task: train with the penalty that `optimizer_fn` adds; compute the method's importance on the task's
+    training examples; consolidate; measure the accuracy on every task. Each task's training starts with a fresh
+    optimiser state.
+
+    Args:
+      method: from `methods.py`.
+      apply_fn: `apply_fn(params, x) -> [num_classes]`, one example's logits, without batch axis.
+      optimizer_fn: `optimizer_fn(strength) -> optimizer`; it must be the same function object from call to call.
+      params: where training starts.
+      tasks: the sequence, in order; equal shapes.
+      key: the random key of shuffling and of sampled labels.
+      strength: λ, not negative.
+      num_epochs: passes over each task's training examples.
+      batch_size: examples per step.
+      report: called after every epoch.
+
+    Returns:
+      The parameters, the consolidation, the accuracy matrix and the times.
+
+    Raises:
+      ValueError: if there are no tasks, if `strength` is negative, if shapes do not match, or if training diverged so
+        that an importance is not finite.
+
+    Example:
+      >>> from lifelong_jax import add_quadratic_penalty, ewc, permuted_tasks
+      >>> inputs = jnp.eye(4)
+      >>> batch = Batch(inputs, jnp.arange(4) % 2, jnp.ones(4))
+      >>> tasks = permuted_tasks(batch, batch, 3, jax.random.key(0))
+      >>> optimizer_fn = lambda strength: optax.chain(add_quadratic_penalty(strength), optax.sgd(1.0))
+      >>> learned = learn_tasks(ewc(), lambda w, x: x @ w, optimizer_fn, jnp.zeros((4, 2)), tasks, jax.random.key(1),
+      ...                       strength=1.0, num_epochs=10, batch_size=2)
+      >>> learned.accuracy_matrix.shape
+      (3, 3)
+    """
+    _check_tasks(tasks)
+    _checks.check_not_negative("strength", strength)
+    strength = jnp.asarray(strength, jnp.float32)
+    consolidation = init_consolidation(params)
+    accuracy_matrix = np.full((len(tasks), len(tasks)), np.nan)
+    training_seconds = importance_seconds = 0.0
+    for index, task in enumerate(tasks):
+        train_key, importance_key = jax.random.split(jax.random.fold_in(key, index))
+        state = init_training(optimizer_fn(strength), params, train_key)
+        train = functools.partial(_learn_epoch, apply_fn, optimizer_fn, batch_size=batch_size)
+        for epoch in range(num_epochs):
+            (state, info), seconds = _timed(train, state, consolidation, strength, task.train, task.permutation)
+            training_seconds += seconds
+            accuracies = evaluate(apply_fn, state.params, tasks[: index + 1])
+            report(Progress(index, epoch, float(info.loss.mean()), accuracies))
+        params = state.params
+        measure = functools.partial(_importance, apply_fn, method.importance_fn)
+        importance, seconds = _timed(measure, params, task.train, task.permutation, importance_key)
+        importance_seconds += seconds
+        consolidation = consolidate(consolidation, params, importance, rule=method.rule, decay=method.decay)
+        accuracy_matrix[index] = accuracies + evaluate(apply_fn, params, tasks[index + 1 :])
+    return LearnedSequence(params, consolidation, accuracy_matrix, training_seconds, importance_seconds)
+
+
+def learn_jointly(
+    apply_fn: OutputFn,
+    optimizer_fn: OptimizerFn,
+    params: Params,
+    tasks: Sequence[Task],
+    key: jax.Array,
+    *,
+    num_epochs: int,
+    batch_size: int,
+    report: Callable[[Progress], None] = lambda progress: None,
+) -> LearnedSequence:
+    """Learns all tasks at once, from all their data: the upper bound that continual learning is compared with.
+
+    It takes as many steps as `learn_tasks` takes over the whole sequence.
+
+    Args:
+      apply_fn: `apply_fn(params, x) -> [num_classes]`, one example's logits, without batch axis.
+      optimizer_fn: as for `learn_tasks`.
+      params: where training starts.
+      tasks: the tasks; equal shapes.
+      key: the random key of shuffling.
+      num_epochs: passes over the training examples of all tasks.
+      batch_size: examples per step.
+      report: called after every epoch, with the last task as the one being learned.
+
+    Returns:
+      As `learn_tasks`; only the last row of the accuracy matrix is measured, and the consolidation is that of no tasks.
+
+    Raises:
+      ValueError: if there are no tasks, or if shapes do not match.
+    """
+    _check_tasks(tasks)
+    strength = jnp.zeros(())
+    consolidation = init_consolidation(params)
+    state = init_training(optimizer_fn(strength), params, key)
+    examples = joint_examples(tasks)
+    train = functools.partial(_learn_epoch, apply_fn, optimizer_fn, batch_size=batch_size)
+    training_seconds = 0.0
+    for epoch in range(num_epochs):
+        (state, info), seconds = _timed(train, state, consolidation, strength, examples, None)
+        training_seconds += seconds
+        accuracies = evaluate(apply_fn, state.params, tasks)
+        report(Progress(len(tasks) - 1, epoch, float(info.loss.mean()), accuracies))
+    accuracy_matrix = np.full((len(tasks), len(tasks)), np.nan)
+    accuracy_matrix[-1] = accuracies
+    return LearnedSequence(state.params, consolidation, accuracy_matrix, training_seconds, 0.0)
+
+
+def evaluate(apply_fn: OutputFn, params: Params, tasks: Sequence[Task]) -> list[float]:
+    """Measures the accuracy on each task's test set.
+
+    Args:
+      apply_fn: `apply_fn(params, x) -> [num_classes]`, one example's logits, without batch axis.
+      params: the parameters.
+      tasks: the tasks.
+
+    Returns:
+      A fraction for each task.
+
+    Example:
+      >>> batch = Batch(jnp.eye(2), jnp.array([0, 0]), jnp.ones(2))
+      >>> evaluate(lambda params, x: params * x, jnp.array(1.0), [Task(batch, batch)])
+      [0.5]
+    """
+    return [float(_accuracy(apply_fn, params, task.test, task.permutation)) for task in tasks]
+
+
+@functools.partial(jax.jit, static_argnames=("apply_fn", "optimizer_fn", "batch_size"), donate_argnames=("state",))
+def _learn_epoch(
+    apply_fn: OutputFn,
+    optimizer_fn: OptimizerFn,
+    state: TrainingState,
+    consolidation: Consolidation,
+    strength: jax.Array,
+    train: Batch,
+    permutation: jax.Array | None,
+    *,
+    batch_size: int,
+) -> tuple[TrainingState, TrainingInfo]:
+    logits_fn = _logits_fn(apply_fn, permutation)
+
+    def loss_fn(params: Params, example: Batch) -> jax.Array:
+        logits = logits_fn(params, example.inputs)
+        return optax.losses.softmax_cross_entropy_with_integer_labels(logits, example.labels)
+
+    return learn_task(
+        loss_fn,
+        optimizer_fn(strength),
+        state,
+        consolidation,
+        train,
+        num_epochs=1,
+        batch_size=batch_size,
+        weights=train.weights,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("apply_fn", "importance_fn"))
+def _importance(
+    apply_fn: OutputFn,
+    importance_fn: ImportanceFn,
+    params: Params,
+    train: Batch,
+    permutation: jax.Array | None,
+    key: jax.Array,
+) -> Params:
+    return importance_fn(_logits_fn(apply_fn, permutation), params, train, key)
+
+
+@functools.partial(jax.jit, static_argnames=("apply_fn",))
+def _accuracy(apply_fn: OutputFn, params: Params, test: Batch, permutation: jax.Array | None) -> jax.Array:
+    logits = jax.vmap(_logits_fn(apply_fn, permutation), in_axes=(None, 0))(params, test.inputs)
+    correct = jnp.argmax(logits, axis=-1) == test.labels
+    return jnp.sum(jnp.where(correct, test.weights, 0)) / jnp.sum(test.weights)
+
+
+def _logits_fn(apply_fn: OutputFn, permutation: jax.Array | None) -> LogitsFn:
+    def logits_fn(params: Params, x: Example) -> jax.Array:
+        return apply_fn(params, present(x, permutation))
+
+    return logits_fn
+
+
+def _timed(function: Callable, *args: object) -> tuple[object, float]:
+    # Compiled first, so that a method's time does not depend on whether it came first.
+    function.func.lower(*function.args, *args, **function.keywords).compile()
+    start = time.perf_counter()
+    result = jax.block_until_ready(function(*args))
+    return result, time.perf_counter() - start
+
+
+def _check_tasks(tasks: Sequence[Task]) -> None:
+    if not tasks:
+        raise ValueError("tasks is empty: there is nothing to learn.")

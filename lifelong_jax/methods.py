@@ -1,0 +1,135 @@
+"""A method is a name, an importance and a rule of consolidation."""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lifelong_jax.consolidation import Rule
+from lifelong_jax.importance import empirical_fisher_diagonal, fisher_diagonal, mas_importance
+from lifelong_jax.types import Batch, LogitsFn, Params
+
+ImportanceFn: TypeAlias = Callable[[LogitsFn, Params, Batch, jax.Array], Params]
+"""`importance_fn(logits_fn, params, batch, key) -> importance`, a tree like `params`."""
+
+
+class Method(NamedTuple):
+    """A way to remember.
+
+    Attributes:
+      name: as it stands in tables.
+      importance_fn: how much each parameter mattered for the task just learned.
+      rule: how that joins the earlier tasks' importance; see `consolidate`.
+      decay: γ, what the earlier tasks' importance is multiplied by.
+    """
+
+    name: str
+    importance_fn: ImportanceFn
+    rule: Rule
+    decay: float
+
+
+def finetune() -> Method:
+    """Makes the method that remembers nothing: importance 0 everywhere.
+
+    Returns:
+      The method.
+
+    Example:
+      >>> finetune().name
+      'finetune'
+    """
+    return Method("finetune", _zeros, "latest", 1.0)
+
+
+def l2(rule: Rule = "separate", decay: float = 1.0) -> Method:
+    """Makes the method to which every parameter is equally important: importance 1 everywhere.
+
+    Args:
+      rule: "separate" or "latest".
+      decay: γ.
+
+    Returns:
+      The method.
+
+    Example:
+      >>> l2().rule
+      'separate'
+    """
+    return Method("l2", _ones, rule, decay)
+
+
+def ewc(
+    fisher: Literal["exact", "sampled", "empirical"] = "exact", rule: Rule = "separate", decay: float = 1.0
+) -> Method:
+    """Makes elastic weight consolidation: the diagonal of the Fisher information.
+
+    Args:
+      fisher: "exact" over the classes, "sampled" with one label per example from the model, or "empirical" at the true
+        labels.
+      rule: "separate" (Kirkpatrick et al. 2017) or "latest" (online EWC, Schwarz et al. 2018).
+      decay: γ of online EWC.
+
+    Returns:
+      The method.
+
+    Raises:
+      ValueError: if `fisher` is unknown.
+
+    Example:
+      >>> ewc(rule="latest", decay=0.9).name
+      'ewc'
+    """
+    if fisher not in _FISHERS:
+        raise ValueError(f"fisher must be one of {', '.join(_FISHERS)}, not {fisher!r}.")
+    return Method("ewc", _FISHERS[fisher], rule, decay)
+
+
+def mas(rule: Rule = "latest", decay: float = 1.0) -> Method:
+    """Makes memory-aware synapses: the sensitivity of the squared norm of the logits.
+
+    Args:
+      rule: "latest" (Aljundi et al. 2018) or "separate".
+      decay: γ.
+
+    Returns:
+      The method.
+
+    Example:
+      >>> mas().rule
+      'latest'
+    """
+    return Method("mas", _mas, rule, decay)
+
+
+def _zeros(logits_fn: LogitsFn, params: Params, batch: Batch, key: jax.Array) -> Params:
+    return jax.tree.map(jnp.zeros_like, params)
+
+
+def _ones(logits_fn: LogitsFn, params: Params, batch: Batch, key: jax.Array) -> Params:
+    return jax.tree.map(jnp.ones_like, params)
+
+
+def _exact_fisher(logits_fn: LogitsFn, params: Params, batch: Batch, key: jax.Array) -> Params:
+    return fisher_diagonal(logits_fn, params, batch.inputs, weights=batch.weights)
+
+
+def _sampled_fisher(logits_fn: LogitsFn, params: Params, batch: Batch, key: jax.Array) -> Params:
+    return fisher_diagonal(logits_fn, params, batch.inputs, num_samples=1, key=key, weights=batch.weights)
+
+
+def _empirical_fisher(logits_fn: LogitsFn, params: Params, batch: Batch, key: jax.Array) -> Params:
+    def loss_fn(params: Params, example: Batch) -> jax.Array:
+        logits = logits_fn(params, example.inputs)
+        return optax.losses.softmax_cross_entropy_with_integer_labels(logits, example.labels)
+
+    return empirical_fisher_diagonal(loss_fn, params, batch, weights=batch.weights)
+
+
+def _mas(logits_fn: LogitsFn, params: Params, batch: Batch, key: jax.Array) -> Params:
+    return mas_importance(logits_fn, params, batch.inputs, weights=batch.weights)
+
+
+_FISHERS = {"exact": _exact_fisher, "sampled": _sampled_fisher, "empirical": _empirical_fisher}

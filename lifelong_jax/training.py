@@ -1,0 +1,135 @@
+"""One task's training loop, pure: a host loop calls it an epoch at a time, and `scan` and `vmap` may run it whole."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lifelong_jax import _checks
+from lifelong_jax.types import Consolidation, Examples, LossFn, Params
+
+
+class TrainingState(NamedTuple):
+    """What the next epoch needs.
+
+    Attributes:
+      params: a tree of floating-point arrays.
+      opt_state: the optimiser's state.
+      key: the random key of the shuffling.
+    """
+
+    params: Params
+    opt_state: optax.OptState
+    key: jax.Array
+
+
+class TrainingInfo(NamedTuple):
+    """What people look at.
+
+    Attributes:
+      loss: `[num_epochs, num_steps]`, the mean loss of each step's batch, without the penalty.
+    """
+
+    loss: jax.Array
+
+
+def init_training(optimizer: optax.GradientTransformation, params: Params, key: jax.Array) -> TrainingState:
+    """Makes the state in which a task's training begins, with a fresh optimiser state.
+
+    Args:
+      optimizer: any optax transform.
+      params: a tree of floating-point arrays. They are copied: a loop that donates its state must not free the
+        caller's, which may be an anchor too.
+      key: a random key, for the shuffling.
+
+    Returns:
+      The state.
+
+    Example:
+      >>> init_training(optax.sgd(0.1), jnp.zeros(2), jax.random.key(0)).params
+      Array([0., 0.], dtype=float32)
+    """
+    params = jax.tree.map(jnp.copy, params)
+    return TrainingState(params, optimizer.init(params), key)
+
+
+def learn_task(
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    state: TrainingState,
+    consolidation: Consolidation,
+    examples: Examples,
+    *,
+    num_epochs: int,
+    batch_size: int,
+    weights: jax.Array | None = None,
+) -> tuple[TrainingState, TrainingInfo]:
+    """Trains on one task's examples, reshuffled each epoch.
+
+    A step's gradient is that of `Σ_n weights[n] · loss_fn(params, examples[n]) / Σ_n weights[n]` over its batch; the
+    optimiser adds the penalty. Each epoch sees each example once; its last batch may be smaller. Two calls of an epoch
+    each do what one call of two epochs does.
+
+    Args:
+      loss_fn: `loss_fn(params, example) -> scalar`, the loss of one example, without batch axis.
+      optimizer: any optax transform; it is called with `anchor` and `importance`, and may hold `add_quadratic_penalty`.
+      state: from `init_training`, or from an earlier call.
+      consolidation: what is kept of earlier tasks.
+      examples: a tree of arrays `[num_examples, ...]`: this task's training data.
+      num_epochs: passes over the examples.
+      batch_size: examples per step.
+      weights: `[num_examples]`, 0 for padding, or None for ones.
+
+    Returns:
+      The state after the last step, and the losses.
+
+    Raises:
+      ValueError: if there are no examples, or leaves disagree on their number, or if `num_epochs` or `batch_size` is
+        not a positive integer.
+
+    Example:
+      >>> from lifelong_jax import init_consolidation
+      >>> loss_fn = lambda params, x: (params - x) ** 2
+      >>> state = init_training(optax.sgd(0.5), jnp.array(0.0), jax.random.key(0))
+      >>> none = init_consolidation(state.params)
+      >>> learn_task(loss_fn, optax.sgd(0.5), state, none, jnp.array([2.0, 4.0]), num_epochs=1, batch_size=2)[0].params
+      Array(3., dtype=float32)
+    """
+    _checks.check_examples("examples", examples, weights)
+    _checks.check_positive_integer("num_epochs", num_epochs)
+    _checks.check_positive_integer("batch_size", batch_size)
+    optimizer = optax.with_extra_args_support(optimizer)
+    num_examples = jax.tree.leaves(examples)[0].shape[0]
+    batch_size = min(batch_size, num_examples)
+    num_steps = -(-num_examples // batch_size)
+    if weights is None:
+        weights = jnp.ones(num_examples)
+
+    def batch_loss(params: Params, batch: Examples, weights: jax.Array) -> jax.Array:
+        losses = jax.vmap(loss_fn, in_axes=(None, 0))(params, batch)
+        weights = weights.astype(losses.dtype)
+        return jnp.sum(weights * losses) / jnp.maximum(jnp.sum(weights), jnp.finfo(losses.dtype).tiny)
+
+    def step(
+        carry: tuple[Params, optax.OptState], indices: jax.Array
+    ) -> tuple[tuple[Params, optax.OptState], jax.Array]:
+        params, opt_state = carry
+        present = jnp.where(indices < num_examples, weights[indices], 0)
+        batch = jax.tree.map(lambda x: x[indices], examples)
+        loss, grads = jax.value_and_grad(batch_loss)(params, batch, present)
+        updates, opt_state = optimizer.update(grads, opt_state, params, **consolidation._asdict())
+        return (optax.apply_updates(params, updates), opt_state), loss
+
+    def epoch(state: TrainingState, _: None) -> tuple[TrainingState, jax.Array]:
+        key, shuffle_key = jax.random.split(state.key)
+        order = jax.random.permutation(shuffle_key, num_examples)
+        # The last batch is filled up with an index past the end, which `step` gives weight 0.
+        order = jnp.pad(order, (0, num_steps * batch_size - num_examples), constant_values=num_examples)
+        (params, opt_state), losses = jax.lax.scan(
+            step, (state.params, state.opt_state), order.reshape(num_steps, batch_size)
+        )
+        return TrainingState(params, opt_state, key), losses
+
+    state, losses = jax.lax.scan(epoch, state, length=num_epochs)
+    return state, TrainingInfo(losses)
