@@ -28,14 +28,14 @@ class Progress(NamedTuple):
     """What is known after an epoch.
 
     Attributes:
-      task: which task is being learned, from 0.
-      epoch: which epoch of it has ended, from 0.
+      task: which task is being learned, from 0; None where all are learned at once.
+      epochs: how many passes over one task's examples have been made so far, in the whole sequence.
       loss: the mean of the epoch's training losses, without the penalty.
-      accuracies: the test accuracy of each task learned so far, this one last; fractions.
+      accuracies: the test accuracy of each task learned so far, this one last, or of all; fractions.
     """
 
-    task: int
-    epoch: int
+    task: int | None
+    epochs: int
     loss: float
     accuracies: list[float]
 
@@ -122,7 +122,7 @@ def learn_tasks(
             (state, info), seconds = _timed(train, state, consolidation, strength, task.train, task.permutation)
             training_seconds += seconds
             accuracies = evaluate(apply_fn, state.params, tasks[: index + 1])
-            report(Progress(index, epoch, float(info.loss.mean()), accuracies))
+            report(Progress(index, index * num_epochs + epoch + 1, float(info.loss.mean()), accuracies))
         params = state.params
         measure = functools.partial(_importance, apply_fn, method.importance_fn)
         importance, seconds = _timed(measure, params, task.train, task.permutation, importance_key)
@@ -155,7 +155,7 @@ def learn_jointly(
       key: the random key of shuffling.
       num_epochs: passes over the training examples of all tasks.
       batch_size: examples per step.
-      report: called after every epoch, with the last task as the one being learned.
+      report: called after every epoch.
 
     Returns:
       As `learn_tasks`; only the last row of the accuracy matrix is measured, and the consolidation is that of no tasks.
@@ -174,7 +174,7 @@ def learn_jointly(
         (state, info), seconds = _timed(train, state, consolidation, strength, examples, None)
         training_seconds += seconds
         accuracies = evaluate(apply_fn, state.params, tasks)
-        report(Progress(len(tasks) - 1, epoch, float(info.loss.mean()), accuracies))
+        report(Progress(None, (epoch + 1) * len(tasks), float(info.loss.mean()), accuracies))
     accuracy_matrix = np.full((len(tasks), len(tasks)), np.nan)
     accuracy_matrix[-1] = accuracies
     return LearnedSequence(state.params, consolidation, accuracy_matrix, training_seconds, 0.0)

@@ -1,0 +1,88 @@
+"""Pictures of what was learned and what was forgotten. One style for all of them."""
+
+import pathlib
+from collections.abc import Mapping
+
+import matplotlib.figure
+import numpy as np
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Okabe and Ito's palette, which people with any colour vision can tell apart."""
+
+
+def plot_accuracy_curves(
+    curves: Mapping[str, np.ndarray], epochs_per_task: int, title: str, file: str | pathlib.Path
+) -> None:
+    """Draws each task's test accuracy as the sequence is learned, methods side by side.
+
+    Lines are means over seeds, bands one standard error to both sides.
+
+    Args:
+      curves: for each method, `[num_seeds, num_epochs, num_tasks]`: fractions after each epoch of the whole sequence;
+        NaN before a task's turn.
+      epochs_per_task: how many epochs each task is learned for.
+      title: above the picture.
+      file: where the PNG goes.
+    """
+    num_tasks = next(iter(curves.values())).shape[-1]
+    figure = _figure(2.3 * len(curves) + 0.6, 2.9)
+    axes = figure.subplots(1, len(curves), sharex=True, sharey=True, squeeze=False)[0]
+    for axis, (method, accuracy) in zip(axes, curves.items(), strict=True):
+        for task in range(num_tasks):
+            _draw_band(axis, accuracy[:, :, task], COLORS[task % len(COLORS)], f"task {task + 1}")
+        for boundary in range(1, num_tasks):
+            axis.axvline(boundary * epochs_per_task, color="0.85", linewidth=0.8, zorder=0)
+        axis.set_title(method)
+        axis.set_xlabel("epochs, all tasks")
+        axis.set_ylim(0, 1.02)
+    axes[0].set_ylabel("test accuracy")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(num_tasks, 7), frameon=False)
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(file)
+
+
+def plot_accuracy_matrices(matrices: Mapping[str, np.ndarray], title: str, file: str | pathlib.Path) -> None:
+    """Draws each method's accuracy matrix: a row for each task learned, a column for each task tested.
+
+    Args:
+      matrices: for each method, `[num_tasks, num_tasks]`, fractions, means over seeds; NaN where not measured.
+      title: above the picture.
+      file: where the PNG goes.
+    """
+    num_tasks = len(next(iter(matrices.values())))
+    figure = _figure(2.3 * len(matrices) + 0.8, 2.9)
+    axes = figure.subplots(1, len(matrices), sharex=True, sharey=True, squeeze=False)[0]
+    ticks = range(0, num_tasks, 1 + num_tasks // 11)
+    for axis, (method, matrix) in zip(axes, matrices.items(), strict=True):
+        image = axis.imshow(matrix, vmin=0, vmax=1, cmap="cividis", extent=(0.5, num_tasks + 0.5, num_tasks + 0.5, 0.5))
+        if num_tasks <= 6:
+            for (row, column), accuracy in np.ndenumerate(matrix):
+                if np.isfinite(accuracy):
+                    shade = "black" if accuracy > 0.5 else "white"
+                    text = f"{100 * accuracy:.0f}"
+                    axis.text(column + 1, row + 1, text, ha="center", va="center", color=shade, fontsize=8)
+        axis.set_title(method)
+        axis.set_xlabel("tested on task")
+        axis.set_xticks([tick + 1 for tick in ticks])
+        axis.set_yticks([tick + 1 for tick in ticks])
+    axes[0].set_ylabel("after learning task")
+    figure.colorbar(image, ax=list(axes), label="test accuracy", shrink=0.8)
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(file)
+
+
+def _draw_band(axis, values: np.ndarray, color: str, label: str) -> None:
+    measured = np.isfinite(values).all(axis=0)
+    epochs = np.flatnonzero(measured) + 1
+    values = values[:, measured]
+    mean = values.mean(axis=0)
+    axis.plot(epochs, mean, color=color, linewidth=1.4, label=label)
+    if len(values) > 1:
+        error = values.std(axis=0, ddof=1) / np.sqrt(len(values))
+        axis.fill_between(epochs, mean - error, mean + error, color=color, alpha=0.25, linewidth=0)
+
+
+def _figure(width: float, height: float) -> matplotlib.figure.Figure:
+    # Not by pyplot: it would choose a backend, and keep every figure in memory.
+    return matplotlib.figure.Figure(figsize=(width, height), dpi=150, layout="constrained")

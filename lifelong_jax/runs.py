@@ -1,0 +1,206 @@
+"""A run's folder: its configuration, its metrics as they come, its summary; and the tables and progress on the
+screen."""
+
+import dataclasses
+import datetime
+import json
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import rich.box
+import rich.console
+import rich.progress
+import rich.table
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A folder that one run writes to.
+
+    Attributes:
+      folder: where; it holds `config.json` from the start.
+    """
+
+    folder: pathlib.Path
+
+    def log(self, **row: Any) -> None:
+        """Appends a line to `metrics.jsonl`; what a killed run had logged stays.
+
+        Args:
+          **row: names and values; arrays become lists, and NaN becomes null.
+        """
+        with (self.folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(to_json(row)) + "\n")
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Writes `summary.json`.
+
+        Args:
+          summary: names and values; arrays become lists, and NaN becomes null.
+        """
+        (self.folder / "summary.json").write_text(json.dumps(to_json(summary), indent=2) + "\n")
+
+
+def start_run(output_dir: str | pathlib.Path, experiment: str, config: Any) -> Run:
+    """Makes a new folder `output_dir/experiment/<date-time>` and writes the configuration into it.
+
+    Args:
+      output_dir: where the results of all experiments are.
+      experiment: the experiment's name.
+      config: a dataclass.
+
+    Returns:
+      The run.
+    """
+    start = datetime.datetime.now()
+    while True:  # a second later, where two runs start within one second
+        folder = pathlib.Path(output_dir) / experiment / start.strftime("%Y-%m-%d-%H%M%S")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            start += datetime.timedelta(seconds=1)
+        else:
+            break
+    (folder / "config.json").write_text(json.dumps(to_json(dataclasses.asdict(config)), indent=2) + "\n")
+    return Run(folder)
+
+
+class Estimate(NamedTuple):
+    """A quantity over seeds.
+
+    Attributes:
+      mean: over the seeds; NaN where the quantity is not defined.
+      stderr: the standard error of the mean, from the sample's standard deviation (ddof=1); NaN for a single seed.
+      values: one for each seed.
+    """
+
+    mean: float
+    stderr: float
+    values: list[float]
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Summarises a quantity over seeds.
+
+    Args:
+      values: one for each seed, at least one.
+
+    Returns:
+      Its mean and the mean's standard error.
+
+    Example:
+      >>> estimate([1.0, 2.0, 3.0]).mean
+      2.0
+    """
+    count = len(values)
+    stderr = float(np.std(values, ddof=1) / math.sqrt(count)) if count > 1 else math.nan
+    return Estimate(float(np.mean(values)), stderr, [float(value) for value in values])
+
+
+def format_estimate(quantity: Estimate, scale: float = 1.0, digits: int = 1) -> str:
+    """Writes a quantity for a table: `mean±standard error`.
+
+    Args:
+      quantity: what to write.
+      scale: what it is multiplied by: 100 for percent.
+      digits: behind the decimal point.
+
+    Returns:
+      The text; "–" where the quantity is not defined, and no ± where there is one seed.
+
+    Example:
+      >>> format_estimate(estimate([0.5, 0.7]), scale=100)
+      '60.0±10.0'
+    """
+    if math.isnan(quantity.mean):
+        return "–"
+    mean = f"{scale * quantity.mean:.{digits}f}"
+    return mean if math.isnan(quantity.stderr) else f"{mean}±{scale * quantity.stderr:.{digits}f}"
+
+
+def print_table(
+    console: rich.console.Console, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
+) -> None:
+    """Prints a table on the screen.
+
+    Args:
+      console: where.
+      title: above it.
+      header: the columns' names.
+      rows: a text for each column.
+    """
+    table = rich.table.Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD, collapse_padding=True)
+    for index, name in enumerate(header):
+        table.add_column(name, justify="left" if index == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Writes a table in Markdown.
+
+    Args:
+      header: the columns' names.
+      rows: a text for each column.
+
+    Returns:
+      The table, a line each.
+
+    Example:
+      >>> print(markdown_table(["method", "accuracy"], [["ewc", "0.9"]]), end="")
+      | method | accuracy |
+      | --- | ---: |
+      | ewc | 0.9 |
+    """
+    rule = ["---"] + ["---:"] * (len(header) - 1)
+    return "".join(f"| {' | '.join(row)} |\n" for row in [header, rule, *rows])
+
+
+def progress_bar(console: rich.console.Console) -> rich.progress.Progress:
+    """Makes a progress bar with the time left, or, at the end, the time it took; each bar's field `status` is shown
+    behind it.
+
+    Args:
+      console: where it is shown; on what is no terminal, it is shown once, at the end.
+
+    Returns:
+      The bar, to be used in a `with` statement.
+    """
+    return rich.progress.Progress(
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.BarColumn(bar_width=10),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TimeRemainingColumn(elapsed_when_finished=True),
+        rich.progress.TextColumn("{task.fields[status]}"),
+        console=console,
+    )
+
+
+def to_json(value: Any) -> Any:
+    """Turns a value into what JSON can hold: arrays into lists, NaN and infinities into None, estimates into objects.
+
+    Args:
+      value: a nesting of mappings, sequences, arrays and numbers.
+
+    Returns:
+      A nesting of dicts, lists, numbers, strings and None.
+
+    Example:
+      >>> to_json({"accuracy": np.array([0.5, np.nan])})
+      {'accuracy': [0.5, None]}
+    """
+    if isinstance(value, Estimate):
+        value = value._asdict()
+    if isinstance(value, Mapping):
+        return {str(key): to_json(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return [to_json(item) for item in value]
+    if isinstance(value, pathlib.Path):
+        return str(value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value
