@@ -88,8 +88,14 @@ def compare(
                 curve = np.full((len(tasks) * num_epochs, len(tasks)), np.nan)
                 bar.update(line, total=len(curve) * len(seeds))
                 report = functools.partial(_report, curve, functools.partial(log, method=name, seed=seed), bar, line)
-                result = learner(init_params(params_key), tasks, learning_key, num_epochs=num_epochs, report=report)
-                measured = {field: getattr(result, field) for field in _MEASURED}
+                try:
+                    result = learner(init_params(params_key), tasks, learning_key, num_epochs=num_epochs, report=report)
+                    measured = {field: getattr(result, field) for field in _MEASURED}
+                except FloatingPointError as error:  # one strength too many must not cost all the others
+                    console.print(f"{name}, seed {seed}: {error}")
+                    measured = dict.fromkeys(_MEASURED, np.nan) | {
+                        "accuracy_matrix": np.full((len(tasks),) * 2, np.nan)
+                    }
                 log(method=name, seed=seed, event="sequence", **measured)
                 bar.update(line, completed=(len(learned) + 1) * len(curve))
                 learned.append(measured)

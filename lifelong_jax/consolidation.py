@@ -5,6 +5,7 @@ from typing import Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lifelong_jax import _checks
 from lifelong_jax.types import Consolidation, Params
@@ -98,4 +99,4 @@ def consolidate(
 
 def _widen(tree: Params) -> Params:
     # Kept in float32 at least: a sum over tasks, or a mean of anchors, loses too much in bfloat16.
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.promote_types(leaf.dtype, jnp.float32)), tree)
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, np.promote_types(leaf.dtype, np.float32)), tree)

@@ -36,11 +36,10 @@ def quadratic_penalty(params: Params, consolidation: Consolidation, strength: fl
     _check_trees(params, *consolidation)
 
     def of_leaf(theta: jax.Array, anchor: jax.Array, importance: jax.Array) -> jax.Array:
-        return jnp.sum(importance * jnp.square(theta.astype(anchor.dtype) - anchor))
+        pull = jnp.asarray(strength, anchor.dtype) * importance * jnp.square(theta.astype(anchor.dtype) - anchor)
+        return jnp.sum(pull) / 2
 
-    terms = jax.tree.leaves(jax.tree.map(of_leaf, params, *consolidation))
-    total = sum(terms, start=jnp.zeros((), jnp.result_type(jnp.float32, *terms)))
-    return jnp.asarray(strength, total.dtype) / 2 * total
+    return sum(jax.tree.leaves(jax.tree.map(of_leaf, params, *consolidation)), start=jnp.zeros(()))
 
 
 def add_quadratic_penalty(strength: float | jax.Array) -> optax.GradientTransformationExtraArgs:
