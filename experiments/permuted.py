@@ -28,13 +28,13 @@ from lifelong_jax.types import OutputFn, Params
 class Strength:
     """The strength of the penalty, λ, for each method that has one. `--tune` chooses them anew."""
 
-    l2: float = 1.0
+    l2: float = 0.00316
     """λ of l2."""
 
-    ewc: float = 1000.0
+    ewc: float = 100.0
     """λ of ewc."""
 
-    mas: float = 1.0
+    mas: float = 0.0316
     """λ of mas."""
 
 
@@ -173,7 +173,7 @@ def tune(
     tasks = functools.partial(make_tasks, config, dataset)
     log = functools.partial(run.log, split="validation")
     outcomes = compare(learners, tasks, start, config.tune_seeds, config.num_epochs, log, console)
-    accuracy = {name: metrics["average_accuracy"] for name, metrics in summarize(outcomes).items()}
+    accuracy = {name: metrics.average_accuracy for name, metrics in summarize(outcomes).items()}
     header = ["strength", *names]
     rows = [
         [f"{strength:.3g}", *(format_estimate(accuracy[f"{name} {strength:.3g}"], 100) for name in names)]
