@@ -45,8 +45,8 @@ _COLUMNS = {
     "backward transfer": ("backward_transfer", 100, 1),
     "first task": ("first_task_accuracy", 100, 1),
     "last task": ("last_task_accuracy", 100, 1),
-    "training (s)": ("training_seconds", 1, 1),
-    "importance (s)": ("importance_seconds", 1, 1),
+    "training seconds": ("training_seconds", 1, 1),
+    "importance seconds": ("importance_seconds", 1, 1),
 }
 _BASELINES = ("finetune", "l2")
 

@@ -134,7 +134,8 @@ def print_table(
     """
     table = rich.table.Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
     for index, name in enumerate(header):
-        table.add_column(name, justify="left" if index == 0 else "right")
+        longest_word = max(len(word) for text in [name, *(row[index] for row in rows)] for word in text.split())
+        table.add_column(name, justify="left" if index == 0 else "right", min_width=longest_word)
     for row in rows:
         table.add_row(*row)
     console.print(table)
@@ -181,7 +182,7 @@ def progress_bar(console: rich.console.Console) -> rich.progress.Progress:
 
 
 def to_json(value: Any) -> Any:
-    """Turns a value into what JSON can hold: arrays into lists, named tuples into objects, NaN and infinities into None.
+    """Turns a value into what JSON can hold: arrays to lists, named tuples to objects, NaN and infinities to None.
 
     Args:
       value: a nesting of mappings, sequences, arrays and numbers.
