@@ -134,8 +134,8 @@ def print_table(
     """
     table = rich.table.Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
     for index, name in enumerate(header):
-        longest_word = max(len(word) for text in [name, *(row[index] for row in rows)] for word in text.split())
-        table.add_column(name, justify="left" if index == 0 else "right", min_width=longest_word)
+        # A word a line, for eight columns to fit a screen of 80 characters.
+        table.add_column(name.replace(" ", "\n"), justify="left" if index == 0 else "right")
     for row in rows:
         table.add_row(*row)
     console.print(table)
