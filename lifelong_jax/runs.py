@@ -132,12 +132,13 @@ def print_table(
       header: the columns' names.
       rows: a text for each column.
     """
-    table = rich.table.Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
+    table = rich.table.Table(box=None, padding=(0, 1, 0, 0))
     for index, name in enumerate(header):
         # A word a line, for eight columns to fit a screen of 80 characters.
         table.add_column(name.replace(" ", "\n"), justify="left" if index == 0 else "right")
     for row in rows:
         table.add_row(*row)
+    console.print(f"\n{title}", highlight=False)
     console.print(table)
 
 
