@@ -61,7 +61,7 @@ def sum_over_examples(
     if microbatch_size is None:
         microbatch_size = default_microbatch_size(params)
 
-    def contribution(example: Example, index: jax.Array) -> Params:
+    def contribution(params: Params, example: Example, index: jax.Array) -> Params:
         outputs, pull_back = jax.vjp(lambda p: output_fn(p, example), params)
         cotangents = cotangents_fn(jax.lax.stop_gradient(outputs), index)
         if cotangents.shape[0] == 1:  # no accumulator, and |g| where a root of a square would underflow
@@ -75,19 +75,19 @@ def sum_over_examples(
         total, _ = jax.lax.scan(add_square, zeros_like_sum(params), cotangents)
         return total if reduction == "sum_of_squares" else jax.tree.map(jnp.sqrt, total)
 
-    def sum_microbatch(examples: Examples, indices: jax.Array, weights: jax.Array) -> Params:
+    def sum_microbatch(params: Params, examples: Examples, indices: jax.Array, weights: jax.Array) -> Params:
         if indices.shape[0] == 1:  # without the axis: on a CPU, XLA's batched products are tens of times slower
-            alone = contribution(jax.tree.map(lambda x: x[0], examples), indices[0])
+            alone = contribution(params, jax.tree.map(lambda x: x[0], examples), indices[0])
             return jax.tree.map(lambda q: weights[0].astype(q.dtype) * q, alone)
-        contributions = jax.vmap(contribution)(examples, indices)
+        contributions = jax.vmap(contribution, in_axes=(None, 0, 0))(params, examples, indices)
         return jax.tree.map(lambda q: jnp.tensordot(weights.astype(q.dtype), q, axes=1), contributions)
 
-    return sum_microbatches(sum_microbatch, zeros_like_sum(params), examples, weights, microbatch_size)
+    return sum_microbatches(sum_microbatch, params, examples, weights, microbatch_size)
 
 
 def sum_microbatches(
-    sum_microbatch: Callable[[Examples, jax.Array, jax.Array], Params],
-    zeros: Params,
+    sum_microbatch: Callable[[Params, Examples, jax.Array, jax.Array], Params],
+    params: Params,
     examples: Examples,
     weights: jax.Array | None,
     microbatch_size: int,
@@ -95,32 +95,62 @@ def sum_microbatches(
     """Adds up what a function makes of one microbatch after the other.
 
     A last, smaller microbatch is filled up with examples of weight 0, so that the function is compiled for one shape.
+    Where the examples are sharded over axes of a mesh, each shard goes through its own, and one sum joins them.
 
     Args:
-      sum_microbatch: `(examples, indices, weights) -> tree`, each with a leading axis of the microbatch's size; it
-        must be linear in the weights.
-      zeros: a tree of zeros like the result.
+      sum_microbatch: `(params, examples, indices, weights) -> tree like params`, all but the first with a leading axis
+        of the microbatch's size; it must be linear in the weights.
+      params: a tree of floating-point arrays.
       examples: a tree of arrays `[num_examples, ...]`.
       weights: `[num_examples]`, or None for ones.
-      microbatch_size: examples per call.
+      microbatch_size: examples per call, and per shard.
 
     Returns:
-      The sum, a tree like `zeros`.
+      The sum, a tree like `params`, in its dtypes or float32, whichever is wider.
     """
     num_examples = jax.tree.leaves(examples)[0].shape[0]
-    microbatch_size = min(microbatch_size, num_examples)
     if weights is None:
         weights = jnp.ones(num_examples)
 
-    def step(total: Params, start: jax.Array) -> tuple[Params, None]:
-        positions = start + jnp.arange(microbatch_size)
-        indices = jnp.minimum(positions, num_examples - 1)
-        here = jax.tree.map(lambda x: x[indices], examples)
-        present = jnp.where(positions < num_examples, weights[indices], 0)
-        return jax.tree.map(jnp.add, total, sum_microbatch(here, indices, present)), None
+    def sum_shard(params: Params, examples: Examples, indices: jax.Array, weights: jax.Array) -> Params:
+        num_here = indices.shape[0]
+        size = min(microbatch_size, num_here)
 
-    total, _ = jax.lax.scan(step, zeros, jnp.arange(0, num_examples, microbatch_size))
-    return total
+        def step(total: Params, start: jax.Array) -> tuple[Params, None]:
+            positions = start + jnp.arange(size)
+            within = jnp.minimum(positions, num_here - 1)
+            here = jax.tree.map(lambda x: x[within], examples)
+            present = jnp.where(positions < num_here, weights[within], 0)
+            return jax.tree.map(jnp.add, total, sum_microbatch(params, here, indices[within], present)), None
+
+        total, _ = jax.lax.scan(step, zeros_like_sum(params), jnp.arange(0, num_here, size))
+        return total
+
+    indices = jnp.arange(num_examples)
+    mesh, axes = _sharded_over(examples)
+    if not axes:
+        return sum_shard(params, examples, indices, weights)
+    by_shard = jax.sharding.PartitionSpec(axes)
+    spread = jax.sharding.NamedSharding(mesh, by_shard)
+    examples, indices, weights = jax.sharding.reshard((examples, indices, weights), spread)
+    return jax.shard_map(
+        lambda *shard: jax.lax.psum(sum_shard(*shard), axes),
+        mesh=mesh,
+        in_specs=(jax.sharding.PartitionSpec(), by_shard, by_shard, by_shard),
+        out_specs=jax.sharding.PartitionSpec(),
+        axis_names=set(axes),
+        check_vma=False,  # each shard differentiates by its own copy of the parameters, and sums afterwards
+    )(params, examples, indices, weights)
+
+
+def _sharded_over(examples: Examples) -> tuple[jax.sharding.AbstractMesh | None, tuple[str, ...]]:
+    """The mesh and its axes over which the types of the examples say that they are sharded, if any."""
+    for leaf in jax.tree.leaves(examples):
+        sharding = jax.typeof(leaf).sharding
+        axes = sharding.spec[0] if sharding.spec else None
+        if axes is not None:
+            return sharding.mesh, axes if isinstance(axes, tuple) else (axes,)
+    return None, ()
 
 
 def default_microbatch_size(params: Params) -> int:
