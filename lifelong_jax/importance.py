@@ -1,19 +1,23 @@
 """How much each parameter matters: diagonals of the Fisher information, and memory-aware synapses' sensitivities.
 
 Each is a mean over examples of a quantity per example. Here is said which outputs, and which cotangents pulled back
-from them, make which importance; the sums are `per_example.py`'s.
+from them, make which importance; the sums are `structured.py`'s, or `per_example.py`'s.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
-from lifelong_jax import _checks
-from lifelong_jax.per_example import Reduction, sum_over_examples
+from lifelong_jax import _checks, per_example, structured
+from lifelong_jax.per_example import Reduction
 from lifelong_jax.types import Example, Examples, LogitsFn, LossFn, OutputFn, Params
+
+Method: TypeAlias = Literal["structured", "reference"]
+
+_SUMS = {"structured": structured.sum_over_examples, "reference": per_example.sum_over_examples}
 
 
 def empirical_fisher_diagonal(
@@ -23,6 +27,7 @@ def empirical_fisher_diagonal(
     *,
     weights: jax.Array | None = None,
     microbatch_size: int | None = None,
+    method: Method = "structured",
 ) -> Params:
     """Computes the diagonal of the empirical Fisher information: squared gradients at the true labels.
 
@@ -38,15 +43,17 @@ def empirical_fisher_diagonal(
       examples: a tree of arrays `[num_examples, ...]`, with the labels.
       weights: `[num_examples]`, not negative; the mean divides by their sum. 0 marks padding, which must be finite all
         the same. None for ones.
-      microbatch_size: how many examples are differentiated together; the result does not depend on it.
+      microbatch_size: how many examples are taken together; the result does not depend on it.
+      method: "structured", at about the cost of one gradient, or "reference", each example's gradient in full. Both are
+        exact.
 
     Returns:
       A tree like `params`, in its dtypes or float32, whichever is wider.
 
     Raises:
       TypeError: if a leaf of `params` is not floating-point.
-      ValueError: if there are no examples, or leaves disagree on their number, if weights are negative or all 0, or if
-        the loss is no scalar.
+      ValueError: if there are no examples, or leaves disagree on their number, if weights are negative or all 0, if
+        the loss is no scalar, or if `method` is unknown.
 
     Example:
       >>> loss_fn = lambda params, example: 0.5 * (params * example["x"] - example["y"]) ** 2
@@ -56,9 +63,9 @@ def empirical_fisher_diagonal(
 
     Kirkpatrick et al. 2017, doi 10.1073/pnas.1611835114; on the two Fishers, Kunstner et al. 2019, arXiv 1905.12558.
     """
-    _check(params, "examples", examples, weights, microbatch_size)
+    _check(params, "examples", examples, weights, microbatch_size, method)
     return _mean_over_examples(
-        loss_fn, _unit_cotangent, params, examples, None, weights, "sum_of_squares", microbatch_size
+        loss_fn, _unit_cotangent, params, examples, None, weights, "sum_of_squares", microbatch_size, method
     )
 
 
@@ -72,6 +79,7 @@ def fisher_diagonal(
     key: jax.Array | None = None,
     weights: jax.Array | None = None,
     microbatch_size: int | None = None,
+    method: Method = "structured",
 ) -> Params:
     """Computes the diagonal of the Fisher information, with labels y from the model itself.
 
@@ -95,7 +103,9 @@ def fisher_diagonal(
       key: the random key of the samples; the sample does not depend on the microbatch size.
       weights: `[num_examples]`, not negative; the mean divides by their sum. 0 marks padding, which must be finite all
         the same. None for ones.
-      microbatch_size: how many examples are differentiated together; the result does not depend on it.
+      microbatch_size: how many examples are taken together; the result does not depend on it.
+      method: "structured", at about the cost of one gradient, or "reference", each example's gradient in full. Both are
+        exact.
 
     Returns:
       A tree like `params`, in its dtypes or float32, whichever is wider.
@@ -103,7 +113,7 @@ def fisher_diagonal(
     Raises:
       TypeError: if a leaf of `params` is not floating-point.
       ValueError: if there are no inputs, or leaves disagree on their number, if weights are negative or all 0, if
-        `likelihood` is unknown, or if only one of `num_samples` and `key` is given.
+        `likelihood` or `method` is unknown, or if only one of `num_samples` and `key` is given.
 
     Example:
       >>> logits_fn = lambda params, x: params * x
@@ -119,10 +129,10 @@ def fisher_diagonal(
             "num_samples and key go together: both for sampled labels, neither for the exact expectation; "
             f"num_samples is {num_samples} and key is {'not ' if key is not None else ''}None."
         )
-    _check(params, "inputs", inputs, weights, microbatch_size)
+    _check(params, "inputs", inputs, weights, microbatch_size, method)
     cotangents_fn = _EXACT[likelihood] if num_samples is None else _sampled(likelihood, num_samples)
     return _mean_over_examples(
-        logits_fn, cotangents_fn, params, inputs, key, weights, "sum_of_squares", microbatch_size
+        logits_fn, cotangents_fn, params, inputs, key, weights, "sum_of_squares", microbatch_size, method
     )
 
 
@@ -134,6 +144,7 @@ def mas_importance(
     output_norm: Literal["squared_l2", "jacobian"] = "squared_l2",
     weights: jax.Array | None = None,
     microbatch_size: int | None = None,
+    method: Method = "structured",
 ) -> Params:
     """Computes memory-aware synapses: how sensitive the learned function is to each parameter.
 
@@ -151,7 +162,9 @@ def mas_importance(
       output_norm: "squared_l2", one backward pass per example, or "jacobian", one for each output.
       weights: `[num_examples]`, not negative; the mean divides by their sum. 0 marks padding, which must be finite all
         the same. None for ones.
-      microbatch_size: how many examples are differentiated together; the result does not depend on it.
+      microbatch_size: how many examples are taken together; the result does not depend on it.
+      method: "structured", at about the cost of one gradient, or "reference", each example's gradient in full. Both are
+        exact.
 
     Returns:
       A tree like `params`, in its dtypes or float32, whichever is wider.
@@ -159,7 +172,7 @@ def mas_importance(
     Raises:
       TypeError: if a leaf of `params` is not floating-point.
       ValueError: if there are no inputs, or leaves disagree on their number, if weights are negative or all 0, or if
-        `output_norm` is unknown.
+        `output_norm` or `method` is unknown.
 
     Example:
       >>> mas_importance(lambda params, x: params * x, jnp.array(1.0), jnp.array([1.0, -3.0]))
@@ -168,12 +181,12 @@ def mas_importance(
     Aljundi et al. 2018, arXiv 1711.09601, eq. 2 ("jacobian") and §4.1 ("squared_l2").
     """
     _checks.check_choice("output_norm", output_norm, ("squared_l2", "jacobian"))
-    _check(params, "inputs", inputs, weights, microbatch_size)
+    _check(params, "inputs", inputs, weights, microbatch_size, method)
     cotangents_fn = _squared_l2_cotangent if output_norm == "squared_l2" else _exact_gaussian
-    return _mean_over_examples(output_fn, cotangents_fn, params, inputs, None, weights, "norm", microbatch_size)
+    return _mean_over_examples(output_fn, cotangents_fn, params, inputs, None, weights, "norm", microbatch_size, method)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 6, 7))
+@functools.partial(jax.jit, static_argnums=(0, 1, 6, 7, 8))
 def _mean_over_examples(
     output_fn: Callable[[Params, Example], jax.Array],
     cotangents_fn: Callable[[jax.Array, jax.Array | None], jax.Array],
@@ -183,13 +196,14 @@ def _mean_over_examples(
     weights: jax.Array | None,
     reduction: Reduction,
     microbatch_size: int | None,
+    method: Method,
 ) -> Params:
     def keyed_cotangents(outputs: jax.Array, index: jax.Array) -> jax.Array:
         if not jnp.issubdtype(getattr(outputs, "dtype", None), jnp.floating):
             raise ValueError(f"{output_fn} must return one floating-point array for one example, not {outputs}.")
         return cotangents_fn(outputs, None if key is None else jax.random.fold_in(key, index))
 
-    total = sum_over_examples(
+    total = _SUMS[method](
         output_fn,
         keyed_cotangents,
         params,
@@ -271,8 +285,14 @@ def _wide(array: jax.Array) -> jnp.dtype:
 
 
 def _check(
-    params: Params, name: str, examples: Examples, weights: jax.Array | None, microbatch_size: int | None
+    params: Params,
+    name: str,
+    examples: Examples,
+    weights: jax.Array | None,
+    microbatch_size: int | None,
+    method: Method,
 ) -> None:
+    _checks.check_choice("method", method, tuple(_SUMS))
     _checks.check_params("params", params)
     _checks.check_examples(name, examples, weights)
     _checks.check_positive_integer("microbatch_size", microbatch_size)
