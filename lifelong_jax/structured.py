@@ -131,7 +131,8 @@ def sum_over_examples(
 def default_microbatch_size(output_fn: Callable[[Params, Example], jax.Array], params: Params, example: Example) -> int:
     """Chooses how many examples to take together from the backend and from shapes alone.
 
-    Wide microbatches make large products of matrices. They pay where a microbatch × weights array is never made.
+    On a CPU, as many as make products of 512 rows, which measured fastest or close to it for dense networks,
+    convolutions, transformers and recurrent networks (`benchmarks/importance.py`). Elsewhere a rule of thumb.
 
     Args:
       output_fn: `output_fn(params, example) -> outputs`.
@@ -142,15 +143,28 @@ def default_microbatch_size(output_fn: Callable[[Params, Example], jax.Array], p
       The microbatch size, at least 1.
     """
     plan = _plan(output_fn, params, example)
-    held = sum(_rule("", leaf.shape, way).floats for leaf, way in zip(jax.tree.leaves(params), plan.ways, strict=True))
-    if jax.default_backend() == "cpu":
-        return max(1, min(256, 2**22 // max(1, held)))
-    return max(1, min(1024, 2**28 // max(1, held)))
+    taps = [way for way in plan.ways if isinstance(way, _Tap)]
+    leaves = jax.tree.leaves(params)
+    positions = max((tap.positions for tap in taps), default=1)
+    positions_at_once = max((tap.factors.positions for tap in taps), default=1)
+    # What is held per example at the worst: the gradients of all but outer products.
+    held = sum(leaf.size for leaf, way in zip(leaves, plan.ways, strict=True) if getattr(way, "positions", 2) > 1)
+    if jax.default_backend() != "cpu":
+        return max(1, min(1024, 2**16 // positions, 2**28 // max(1, held)))
+    # Matrices that are differentiated per example cost batched products, which are slow here.
+    matrices = sum(
+        leaf.size
+        for leaf, way in zip(leaves, plan.ways, strict=True)
+        if isinstance(way, tapping.Opaque) and leaf.ndim > 1
+    )
+    return max(1, min(512 // positions_at_once, 2048 // positions, 2**24 // max(1, held), 2**17 // max(1, matrices)))
 
 
 class _Tap(NamedTuple):
     use: tapping.Use
-    factors: Product | Lookup
+    factors: Product | Lookup  # of one step of the scans around
+    groups: int  # in all: steps of scans over stacked layers are groups, ...
+    positions: int  # ... and steps that share one weight are positions
 
 
 _Way: TypeAlias = _Tap | tapping.Unused | tapping.Opaque
@@ -175,9 +189,16 @@ def _way(jaxpr: ClosedJaxpr, argument: int) -> _Way:
     factors = find_factors(use)
     if isinstance(factors, str):
         return tapping.Opaque(factors)
-    if isinstance(factors, Lookup) and use.lengths:
-        return tapping.Opaque("a look-up inside a scan")
-    return _Tap(use, factors)
+    if 0 in use.lengths:
+        return tapping.Opaque("empty")
+    steps = [
+        math.prod(n for n, s in zip(use.lengths, use.stacked, strict=True) if s is stacks) for stacks in (True, False)
+    ]
+    if isinstance(factors, Lookup):
+        if any(use.stacked):
+            return tapping.Opaque("a look-up in a stack of tables")
+        return _Tap(use, factors, 1, factors.positions * steps[1])
+    return _Tap(use, factors, factors.groups * steps[0], factors.positions * steps[1])
 
 
 def _shape_and_dtype(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -281,9 +302,9 @@ def _tap_entries(
 ) -> jax.Array:
     """What is summed over cotangents: the entries of the factor that they change, or else of the gradients."""
     if isinstance(tap.factors, Lookup):
-        tokens = jax.vmap(tap.factors.operand)(operand)
-        return powers.entry(_sum_equal_tokens(tokens, _widen(jax.vmap(tap.factors.cotangents)(cotangents))))
-    if tap.factors.positions == 1:
+        rows = _widen(_grouped(tap, tap.factors.cotangents, cotangents)[:, 0])
+        return powers.entry(_sum_equal_tokens(_tokens(tap, operand), rows))
+    if tap.positions == 1:
         return powers.entry(_widen(_grouped(tap, tap.factors.cotangents, cotangents)[:, :, 0]))
 
     def gradients(operand: jax.Array, cotangents: jax.Array) -> jax.Array:
@@ -309,16 +330,17 @@ def _tap_entries(
 
 def _finish_tap(tap: _Tap, operand: jax.Array, summed: jax.Array, weights: jax.Array, powers: _Powers) -> jax.Array:
     """Sums over examples, to `[groups, rows, columns]`."""
-    if not isinstance(tap.factors, Lookup) and tap.factors.positions > 1:
+    if not isinstance(tap.factors, Lookup) and tap.positions > 1:
         return _finish(summed, weights, powers)
     if powers.root is not None:
         summed = powers.root(summed)
     weighted = summed * weights.astype(summed.dtype).reshape(-1, 1, 1)
     if isinstance(tap.factors, Lookup):
-        tokens = jax.vmap(tap.factors.operand)(operand)
         table = jnp.zeros((tap.factors.rows, tap.factors.columns), weighted.dtype)
-        return table.at[tokens].add(weighted, mode="drop")
+        return table.at[_tokens(tap, operand)].add(weighted, mode="drop")
     shared = powers.shared(_widen(_grouped(tap, tap.factors.operand, operand)[:, :, 0]))
+    if shared.shape[1] == 1:  # one plain product: on a CPU, batched ones are slower, even with a batch of one
+        return jnp.matmul(shared[:, 0].T, weighted[:, 0], precision=tap.factors.precision)[None]
     return jnp.einsum("ngr,ngc->grc", shared, weighted, precision=tap.factors.precision)
 
 
@@ -329,18 +351,28 @@ def _sum_equal_tokens(tokens: jax.Array, cotangents: jax.Array) -> jax.Array:
     return jnp.einsum("npq,nqc->npc", (equal & first[:, :, None]).astype(cotangents.dtype), cotangents)
 
 
+def _tokens(tap: _Tap, operand: jax.Array) -> jax.Array:
+    tokens = tapping.nested_vmap(tap.factors.operand, 1 + len(tap.use.lengths))(operand)
+    return tokens.reshape(operand.shape[0], tap.positions)
+
+
 def _grouped(tap: _Tap, factor: Callable[[jax.Array], jax.Array], array: jax.Array) -> jax.Array:
-    """Applies a factor's map to `[num_examples, *lengths, ...]`, and makes the scans' steps groups."""
+    """Maps `[num_examples, *lengths, ...]` to the factor in all, `[num_examples, groups, positions, ...]`."""
     factors = tapping.nested_vmap(factor, 1 + len(tap.use.lengths))(array)
-    return factors.reshape(array.shape[0], -1, *factors.shape[-2:])
+    factors = factors.reshape(*array.shape[: 1 + len(tap.use.lengths)], -1, *factors.shape[-2:])
+    stacked = [1 + axis for axis, stacks in enumerate(tap.use.stacked) if stacks]
+    shared = [1 + axis for axis, stacks in enumerate(tap.use.stacked) if not stacks]
+    group, position, entry = range(factors.ndim - 3, factors.ndim)
+    factors = factors.transpose(0, *stacked, group, *shared, position, entry)
+    return factors.reshape(array.shape[0], tap.groups, tap.positions, -1)
 
 
 def _restore(tap: _Tap, gradient: jax.Array, leaf: jax.Array) -> jax.Array:
     """Moves `[groups, rows, columns]` to where the leaf has its entries."""
-    lengths = tap.use.lengths
-    if lengths:
-        gradient = gradient.reshape(*lengths, -1, *gradient.shape[1:])
-    moved = tapping.nested_vmap(tap.factors.restore, len(lengths))(gradient)
+    stack = [length for length, stacks in zip(tap.use.lengths, tap.use.stacked, strict=True) if stacks]
+    if stack:
+        gradient = gradient.reshape(*stack, -1, *gradient.shape[1:])
+    moved = tapping.nested_vmap(tap.factors.restore, len(stack))(gradient)
     (restored,) = jax.linear_transpose(tap.use.move, jax.ShapeDtypeStruct(leaf.shape, moved.dtype))(moved)
     return restored.astype(leaf.dtype)
 
@@ -366,15 +398,14 @@ def _rule(leaf: str, shape: tuple[int, ...], way: _Way) -> LeafRule:
         return LeafRule(leaf, shape, "unused", "", 0, 0)
     if isinstance(way, tapping.Opaque):
         return LeafRule(leaf, shape, "gradient", way.reason, None, math.prod(shape))
-    factors, steps = way.factors, math.prod(way.use.lengths)
+    factors = way.factors
+    size = way.groups * factors.rows * factors.columns
     if isinstance(factors, Lookup):
-        sums = factors.positions**2 * factors.columns
-        return LeafRule(leaf, shape, "lookup", "embedding", sums, factors.positions * factors.columns)
-    groups, size = factors.groups * steps, factors.rows * factors.columns
-    multiply_adds = groups * factors.positions * size
-    if factors.positions == 1:
-        return LeafRule(leaf, shape, "outer", factors.name, multiply_adds, groups * (factors.rows + factors.columns))
-    return LeafRule(leaf, shape, "product", factors.name, multiply_adds, groups * size)
+        floats = way.positions * factors.columns
+        return LeafRule(leaf, shape, "lookup", "embedding", way.positions * floats, floats)
+    if way.positions == 1:
+        return LeafRule(leaf, shape, "outer", factors.name, size, way.groups * (factors.rows + factors.columns))
+    return LeafRule(leaf, shape, "product", factors.name, size * way.positions, size)
 
 
 def _thousands(count: int | None) -> str:

@@ -1,7 +1,7 @@
 """Finds where a function uses each parameter, and reads what passes by there: the walk through jaxprs.
 
 A *use* is the one equation to which a parameter leaf is an operand, seen through equations that only move entries about
-(casts, reshapes, transposes) and through calls (`jit`, `remat`, the body of a `scan` whose stacked layers the leaf is).
+(casts, reshapes, transposes) and through calls (`jit`, `remat`, the body of a `scan`).
 A leaf with such a use is *tapped*: `evaluate` adds a given array of zeros to the equation's output, so that
 differentiating by the zeros gives the cotangent there, and hands out the equation's other operand. A product of those
 two is the leaf's gradient; which product, `factors.py` says.
@@ -34,14 +34,17 @@ class Use:
       equation: the equation itself.
       position: which of the equation's operands the leaf is.
       lengths: the lengths of the scans around the equation, outermost first.
-      move: maps the leaf to that operand, with the scans' axes in front. It is linear and permutes entries; casts are
-        left out.
+      stacked: for each of them, whether the leaf has an axis of that length, an entry for each step (a stack of
+        layers); else every step uses the same entries (a recurrent network).
+      move: maps the leaf to that operand, with the axes of stacked scans in front. It is linear and permutes entries;
+        casts are left out.
     """
 
     site: tuple[int, ...]
     equation: JaxprEqn
     position: int
     lengths: tuple[int, ...]
+    stacked: tuple[bool, ...]
     move: Callable[[jax.Array], jax.Array]
 
 
@@ -90,7 +93,7 @@ def find_use(jaxpr: Jaxpr, argument: int) -> Use | Unused | Opaque:
     Returns:
       The use; or that there is none; or why there is no single one.
     """
-    found = _follow(jaxpr, jaxpr.invars[argument], lambda leaf: leaf, (), ())
+    found = _follow(jaxpr, jaxpr.invars[argument], lambda leaf: leaf, (), (), ())
     return Opaque("it is an output itself") if isinstance(found, _Returned) else found
 
 
@@ -100,6 +103,7 @@ def _follow(
     move: Callable[[jax.Array], jax.Array],
     site: tuple[int, ...],
     lengths: tuple[int, ...],
+    stacked: tuple[bool, ...],
 ) -> Use | Unused | Opaque | _Returned:
     operands = [(number, p) for number, e in enumerate(jaxpr.eqns) for p, v in enumerate(e.invars) if v is variable]
     outputs = [number for number, v in enumerate(jaxpr.outvars) if v is variable]
@@ -118,22 +122,23 @@ def _follow(
     here = (*site, number)
     if name in _JIT | _REMAT:
         inner = _open(equation.params["jaxpr"])
-        found = _follow(inner, inner.invars[position], move, here, lengths)
+        found = _follow(inner, inner.invars[position], move, here, lengths, stacked)
         if isinstance(found, _Returned):
-            return _follow(jaxpr, equation.outvars[found.output], found.move, site, lengths)
+            return _follow(jaxpr, equation.outvars[found.output], found.move, site, lengths, stacked)
         return found
     if name == "scan":
-        constants, carried = equation.params["num_consts"], equation.params["num_carry"]
-        if position < constants + carried:
-            return Opaque(f"used in every step of a scan, as a {'constant' if position < constants else 'carry'}")
-        inner = _open(equation.params["jaxpr"])
-        found = _follow(inner, inner.invars[position], move, here, (*lengths, equation.params["length"]))
-        return Opaque("it is stacked by a scan") if isinstance(found, _Returned) else found
+        first, carried = equation.params["num_consts"], equation.params["num_carry"]
+        if first <= position < first + carried:
+            return Opaque("carried by a scan")
+        inner, length = _open(equation.params["jaxpr"]), equation.params["length"]
+        stacked = (*stacked, position >= first)
+        found = _follow(inner, inner.invars[position], move, here, (*lengths, length), stacked)
+        return Opaque("handed through by a scan") if isinstance(found, _Returned) else found
     if _only_moves(equation):
         if name not in _CASTS:
-            move = _then(move, nested_vmap(_bound(equation), len(lengths)))
-        return _follow(jaxpr, equation.outvars[0], move, site, lengths)
-    return Use(here, equation, position, lengths, move)
+            move = _then(move, nested_vmap(_bound(equation), sum(stacked)))
+        return _follow(jaxpr, equation.outvars[0], move, site, lengths, stacked)
+    return Use(here, equation, position, lengths, stacked, move)
 
 
 def evaluate(
