@@ -10,10 +10,11 @@ from typing import Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import Partial
 
 from lifelong_jax import _checks, per_example, structured
-from lifelong_jax.per_example import Reduction
-from lifelong_jax.types import Example, Examples, LogitsFn, LossFn, OutputFn, Params
+from lifelong_jax.per_example import Reduction, widen
+from lifelong_jax.types import Examples, LogitsFn, LossFn, OutputFn, Params
 
 Method: TypeAlias = Literal["structured", "reference"]
 
@@ -65,7 +66,7 @@ def empirical_fisher_diagonal(
     """
     _check(params, "examples", examples, weights, microbatch_size, method)
     return _mean_over_examples(
-        loss_fn, _unit_cotangent, params, examples, None, weights, "sum_of_squares", microbatch_size, method
+        _as_tree(loss_fn), _unit_cotangent, params, examples, None, weights, "sum_of_squares", microbatch_size, method
     )
 
 
@@ -132,7 +133,7 @@ def fisher_diagonal(
     _check(params, "inputs", inputs, weights, microbatch_size, method)
     cotangents_fn = _EXACT[likelihood] if num_samples is None else _sampled(likelihood, num_samples)
     return _mean_over_examples(
-        logits_fn, cotangents_fn, params, inputs, key, weights, "sum_of_squares", microbatch_size, method
+        _as_tree(logits_fn), cotangents_fn, params, inputs, key, weights, "sum_of_squares", microbatch_size, method
     )
 
 
@@ -183,12 +184,14 @@ def mas_importance(
     _checks.check_choice("output_norm", output_norm, ("squared_l2", "jacobian"))
     _check(params, "inputs", inputs, weights, microbatch_size, method)
     cotangents_fn = _squared_l2_cotangent if output_norm == "squared_l2" else _exact_gaussian
-    return _mean_over_examples(output_fn, cotangents_fn, params, inputs, None, weights, "norm", microbatch_size, method)
+    return _mean_over_examples(
+        _as_tree(output_fn), cotangents_fn, params, inputs, None, weights, "norm", microbatch_size, method
+    )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 6, 7, 8))
+@functools.partial(jax.jit, static_argnums=(1, 6, 7, 8))
 def _mean_over_examples(
-    output_fn: Callable[[Params, Example], jax.Array],
+    output_fn: Partial,
     cotangents_fn: Callable[[jax.Array, jax.Array | None], jax.Array],
     params: Params,
     examples: Examples,
@@ -198,14 +201,14 @@ def _mean_over_examples(
     microbatch_size: int | None,
     method: Method,
 ) -> Params:
-    def keyed_cotangents(outputs: jax.Array, index: jax.Array) -> jax.Array:
+    def keyed_cotangents(key: jax.Array | None, outputs: jax.Array, index: jax.Array) -> jax.Array:
         if not jnp.issubdtype(getattr(outputs, "dtype", None), jnp.floating):
-            raise ValueError(f"{output_fn} must return one floating-point array for one example, not {outputs}.")
+            raise ValueError(f"{output_fn.func} must return one floating-point array for one example, not {outputs}.")
         return cotangents_fn(outputs, None if key is None else jax.random.fold_in(key, index))
 
     total = _SUMS[method](
         output_fn,
-        keyed_cotangents,
+        Partial(keyed_cotangents, key),
         params,
         examples,
         reduction=reduction,
@@ -214,6 +217,11 @@ def _mean_over_examples(
     )
     count = jax.tree.leaves(examples)[0].shape[0] if weights is None else jnp.sum(weights)
     return jax.tree.map(lambda leaf: leaf / jnp.asarray(count, leaf.dtype), total)
+
+
+def _as_tree(function: Callable) -> Partial:
+    # A tree, so that a `Partial`'s arrays are traced; a plain function is part of the tree's structure.
+    return function if isinstance(function, Partial) else Partial(function)
 
 
 # What is pulled back. `cotangents_fn(outputs, key) -> [num_cotangents, *outputs.shape]`; the sum over cotangents of
@@ -234,7 +242,7 @@ def _exact_categorical(logits: jax.Array, key: None) -> jax.Array:
     _check_has_classes(logits)
     # ∂ log p_y / ∂logits = e_y − p, weighted by p_y. One cotangent per label and class: the gradients of independent
     # labels have mean 0 and do not correlate, so in expectation the square of their sum is the sum of their squares.
-    probabilities = jax.nn.softmax(logits.astype(_wide(logits)))
+    probabilities = jax.nn.softmax(widen(logits))
     scores = jnp.eye(logits.shape[-1], dtype=probabilities.dtype) - probabilities[..., None, :]
     weighted = jnp.sqrt(probabilities)[..., None] * scores  # [..., num_classes (y), num_classes]
     num_labels = probabilities[..., 0].size
@@ -248,7 +256,7 @@ def _exact_gaussian(outputs: jax.Array, key: None) -> jax.Array:
 
 
 def _exact_bernoulli(logits: jax.Array, key: None) -> jax.Array:
-    probabilities = jax.nn.sigmoid(logits.astype(_wide(logits)))
+    probabilities = jax.nn.sigmoid(widen(logits))
     deviation = jnp.sqrt(probabilities * (1 - probabilities))
     return _exact_gaussian(logits, key) * deviation.astype(logits.dtype)
 
@@ -259,7 +267,7 @@ _EXACT = {"categorical": _exact_categorical, "gaussian": _exact_gaussian, "berno
 @functools.cache  # one function object per setting, so that jit compiles once per setting
 def _sampled(likelihood: str, num_samples: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
     def cotangents_fn(outputs: jax.Array, key: jax.Array) -> jax.Array:
-        wide = outputs.astype(_wide(outputs))
+        wide = widen(outputs)
         if likelihood == "categorical":
             _check_has_classes(wide)
             labels = jax.random.categorical(key, wide, shape=(num_samples, *wide.shape[:-1]))
@@ -278,10 +286,6 @@ def _sampled(likelihood: str, num_samples: int) -> Callable[[jax.Array, jax.Arra
 def _check_has_classes(logits: jax.Array) -> None:
     if logits.ndim == 0:
         raise ValueError("logits_fn must return [..., num_classes] for one example, not a scalar.")
-
-
-def _wide(array: jax.Array) -> jnp.dtype:
-    return jnp.promote_types(array.dtype, jnp.float32)
 
 
 def _check(

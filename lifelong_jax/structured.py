@@ -14,6 +14,7 @@ gradient.
 its own gradient per example. Both ways are exact, so nothing depends on which is found, but time and memory: `explain`.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
@@ -24,7 +25,7 @@ from jax.extend.core import ClosedJaxpr
 
 from lifelong_jax import per_example, tapping
 from lifelong_jax.factors import Lookup, Product, find_factors
-from lifelong_jax.per_example import CotangentsFn, Reduction, zeros_like_sum
+from lifelong_jax.per_example import CotangentsFn, Reduction, widen, zeros_like_sum
 from lifelong_jax.types import Example, Examples, Params
 
 
@@ -117,15 +118,13 @@ def sum_over_examples(
       >>> sum_over_examples(dense, once, jnp.zeros((2, 1)), examples, reduction="sum_of_squares").ravel()
       Array([10., 20.], dtype=float32)
     """
-    example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), examples)
+    examples = jax.tree.map(jnp.asarray, examples)
     if microbatch_size is None:
-        microbatch_size = default_microbatch_size(output_fn, params, example)
-
-    def sum_microbatch(params: Params, examples: Examples, indices: jax.Array, weights: jax.Array) -> Params:
-        plan = _plan(output_fn, params, example)  # here, where a mesh has the axes that it is evaluated with
-        return _sum_microbatch(plan, cotangents_fn, reduction, params, examples, indices, weights)
-
-    return per_example.sum_microbatches(sum_microbatch, params, examples, weights, microbatch_size)
+        microbatch_size = default_microbatch_size(output_fn, params, _first_example(examples))
+    sum_microbatch = functools.partial(_sum_microbatch, reduction)
+    return per_example.sum_microbatches(
+        sum_microbatch, output_fn, cotangents_fn, params, examples, weights, microbatch_size
+    )
 
 
 def default_microbatch_size(output_fn: Callable[[Params, Example], jax.Array], params: Params, example: Example) -> int:
@@ -201,6 +200,10 @@ def _way(jaxpr: ClosedJaxpr, argument: int) -> _Way:
     return _Tap(use, factors, factors.groups * steps[0], factors.positions * steps[1])
 
 
+def _first_example(examples: Examples) -> Example:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), examples)
+
+
 def _shape_and_dtype(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, weak_type=getattr(leaf, "weak_type", False))
 
@@ -222,14 +225,15 @@ def _powers(reduction: Reduction, num_cotangents: int) -> _Powers:
 
 
 def _sum_microbatch(
-    plan: _Plan,
-    cotangents_fn: CotangentsFn,
     reduction: Reduction,
+    output_fn: Callable[[Params, Example], jax.Array],
+    cotangents_fn: CotangentsFn,
     params: Params,
     examples: Examples,
     indices: jax.Array,
     weights: jax.Array,
 ) -> Params:
+    plan = _plan(output_fn, params, _first_example(examples))
     leaves, structure = jax.tree.flatten(params)
     num_examples = indices.shape[0]
     over_examples = jax.vmap if num_examples > 1 else _alone
@@ -263,7 +267,7 @@ def _sum_microbatch(
         return {
             number: _tap_entries(taps[number], operands[number], array, weights, powers)
             if number in taps
-            else _weigh_unless_rooted(powers.entry(_widen(array)), weights, powers)
+            else _weigh_unless_rooted(powers.entry(widen(array)), weights, powers)
             for number, array in pulled_back.items()
         }
 
@@ -302,10 +306,10 @@ def _tap_entries(
 ) -> jax.Array:
     """What is summed over cotangents: the entries of the factor that they change, or else of the gradients."""
     if isinstance(tap.factors, Lookup):
-        rows = _widen(_grouped(tap, tap.factors.cotangents, cotangents)[:, 0])
+        rows = widen(_grouped(tap, tap.factors.cotangents, cotangents)[:, 0])
         return powers.entry(_sum_equal_tokens(_tokens(tap, operand), rows))
     if tap.positions == 1:
-        return powers.entry(_widen(_grouped(tap, tap.factors.cotangents, cotangents)[:, :, 0]))
+        return powers.entry(widen(_grouped(tap, tap.factors.cotangents, cotangents)[:, :, 0]))
 
     def gradients(operand: jax.Array, cotangents: jax.Array) -> jax.Array:
         return jnp.einsum(
@@ -313,7 +317,7 @@ def _tap_entries(
             _grouped(tap, tap.factors.operand, operand),
             _grouped(tap, tap.factors.cotangents, cotangents),
             precision=tap.factors.precision,
-            preferred_element_type=_widen(cotangents).dtype,
+            preferred_element_type=widen(cotangents).dtype,
         )
 
     if jax.default_backend() != "cpu" or powers.root is not None:
@@ -338,7 +342,7 @@ def _finish_tap(tap: _Tap, operand: jax.Array, summed: jax.Array, weights: jax.A
     if isinstance(tap.factors, Lookup):
         table = jnp.zeros((tap.factors.rows, tap.factors.columns), weighted.dtype)
         return table.at[_tokens(tap, operand)].add(weighted, mode="drop")
-    shared = powers.shared(_widen(_grouped(tap, tap.factors.operand, operand)[:, :, 0]))
+    shared = powers.shared(widen(_grouped(tap, tap.factors.operand, operand)[:, :, 0]))
     if shared.shape[1] == 1:  # one plain product: on a CPU, batched ones are slower, even with a batch of one
         return jnp.matmul(shared[:, 0].T, weighted[:, 0], precision=tap.factors.precision)[None]
     return jnp.einsum("ngr,ngc->grc", shared, weighted, precision=tap.factors.precision)
@@ -387,10 +391,6 @@ def _finish(summed: jax.Array, weights: jax.Array, powers: _Powers) -> jax.Array
     if powers.root is None:
         return summed
     return jnp.tensordot(weights.astype(summed.dtype), powers.root(summed), axes=1)
-
-
-def _widen(array: jax.Array) -> jax.Array:
-    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
 
 
 def _rule(leaf: str, shape: tuple[int, ...], way: _Way) -> LeafRule:
