@@ -144,7 +144,7 @@ def sum_microbatches(
         return total
 
     examples = jax.tree.map(jnp.asarray, examples)
-    sharded = (examples, jnp.arange(num_examples), jnp.asarray(weights))
+    sharded = (examples, jnp.arange(num_examples, dtype=jnp.int32), jnp.asarray(weights))
     mesh, axes = _sharded_over(examples)
     if not axes:
         return sum_shard((output_fn, cotangents_fn, params), *sharded)

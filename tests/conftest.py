@@ -4,6 +4,6 @@ import os
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
 
-import jax  # noqa: E402 - the flag is read on import
+import jax
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
