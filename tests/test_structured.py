@@ -77,7 +77,7 @@ def dense_layouts() -> Model:
         y = y.reshape(-1) @ params["reshaped"].reshape(12, 2)
         y = y @ params["transposed"].T
         y = jnp.outer(y, params["outer product"][:, None].squeeze(1))
-        return y @ params["cast"].astype(jnp.float32).astype(y.dtype)
+        return y @ jnp.flip(params["flipped"], axis=0)
 
     shapes = {
         "left": (4, 6),
@@ -87,7 +87,7 @@ def dense_layouts() -> Model:
         "reshaped": (2, 3, 2, 2),
         "transposed": (3, 2),
         "outer product": (4,),
-        "cast": (4, 3),
+        "flipped": (4, 3),
     }
     params = {name: normal(n, *shape) for n, (name, shape) in enumerate(shapes.items())}
     rules = {
@@ -97,7 +97,7 @@ def dense_layouts() -> Model:
         "['batch and rest']": "outer",
         "['reshaped']": "outer",
         "['transposed']": "outer",
-        "['cast']": "product",
+        "['flipped']": "product",
     }
     return Model(output_fn, params, normal(11, NUM_EXAMPLES, 6, 3), rules)
 
@@ -340,9 +340,7 @@ def control_flow() -> Model:
         y = jax.checkpoint(lambda w, y: jnp.tanh(y @ w.T), policy=jax.checkpoint_policies.dots_saveable)(
             params["remat"], y
         )
-        y = jax.jit(lambda tree: jax.tree.map(lambda w: w.astype(jnp.float32).astype(w.dtype), tree))(
-            {"w": params["returned by jit"], "y": y}
-        )
+        y = jax.jit(lambda tree: jax.tree.map(lambda w: jnp.flip(w).T, tree))({"w": params["returned by jit"], "y": y})
         stopped = jax.lax.stop_gradient(params["stopped"])
         return jax.nn.softmax(y["y"] @ y["w"]) @ stopped
 
@@ -561,6 +559,17 @@ def test_bfloat16_accumulates_in_float32(name: str) -> None:
     wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), (narrow, examples[:1])) if name == "mlp" else None
     if wide is not None:
         assert_close(actual, mas_importance(output_fn, *wide), 5e-2)
+
+
+def test_cast_to_bfloat16_inside_the_model() -> None:
+    def output_fn(params: Any, x: jax.Array) -> jax.Array:
+        return (x.astype(jnp.bfloat16) @ params.astype(jnp.bfloat16).T).astype(jnp.float32)
+
+    params, examples = normal(0, 3, 4), normal(1, 5, 4)
+    assert structured.explain(output_fn, params, examples[0])[0].rule == "outer"
+    actual = mas_importance(output_fn, params, examples)
+    assert actual.dtype == jnp.float32
+    assert_close(actual, mas_importance(output_fn, params, examples, method="reference"), 1e-2)
 
 
 def test_vmap_over_an_ensemble() -> None:
