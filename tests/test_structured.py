@@ -89,7 +89,8 @@ def dense_layouts() -> Model:
         "outer product": (4,),
         "flipped": (4, 3),
     }
-    params = {name: normal(n, *shape) for n, (name, shape) in enumerate(shapes.items())}
+    # Small, as in scans_in_scans: cotangents oscillate with the outputs, and float32 must not be blamed for that.
+    params = {name: 0.3 * normal(n, *shape) for n, (name, shape) in enumerate(shapes.items())}
     rules = {
         "['left']": "product",
         "['batch']": "outer",
@@ -212,11 +213,17 @@ def scanned_stack_on_tokens() -> Model:
     return linen(Stack(), normal(0, NUM_EXAMPLES, 2, 4), kernel="product")
 
 
+class Recurrent(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        states = nn.RNN(nn.GRUCell(3))(x, initial_carry=jnp.zeros(3, x.dtype))
+        return nn.Dense(2)(states[-1])
+
+
 @model
 def recurrent() -> Model:
-    module = nn.Sequential([nn.RNN(nn.GRUCell(3)), lambda x: x[-1], nn.Dense(2)])
-    made = linen(module, normal(0, NUM_EXAMPLES, 4, 2), kernel="product")
-    return made._replace(rules={"['cell']": "product", "['bias']": "gradient", "['layers_2']['kernel']": "outer"})
+    module = linen(Recurrent(), normal(0, NUM_EXAMPLES, 4, 2))
+    return module._replace(rules={"kernel": "product", "['Dense_0']['kernel']": "outer"})
 
 
 @model
@@ -235,8 +242,8 @@ def scans_in_scans() -> Model:
         return kept @ carried + x
 
     params = {
-        "stack": normal(0, 2, 3, 3),
-        "shared": normal(1, 3, 3),
+        "stack": 0.3 * normal(0, 2, 3, 3),
+        "shared": 0.3 * normal(1, 3, 3),
         "table": normal(2, 5, 3),
         "scale": normal(3, 3),
         "carried": normal(4, 3, 3),
@@ -399,7 +406,7 @@ def in_float64(tree: Any) -> Any:
 def some_cotangents(num_cotangents: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
     def cotangents_fn(outputs: jax.Array, index: jax.Array) -> jax.Array:
         phases = jnp.arange(num_cotangents, dtype=jnp.int32) + 2 * index
-        return jax.vmap(lambda phase: jnp.cos(3 * outputs + phase.astype(outputs.dtype)))(phases)
+        return jax.vmap(lambda phase: jnp.cos(outputs + phase.astype(outputs.dtype)))(phases)
 
     return cotangents_fn
 
