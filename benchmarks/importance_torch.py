@@ -7,6 +7,7 @@ Neither is a dependency of the project. Ratios are to an ordinary gradient of th
 the fastest of several batch sizes; all passes take turns, and medians are printed.
 """
 
+import copy
 import statistics
 import time
 from collections.abc import Callable
@@ -36,7 +37,7 @@ def main() -> None:
         torch.nn.Linear(1000, 10),
     )
     summed_loss = torch.nn.CrossEntropyLoss(reduction="sum")
-    extended, extended_loss = extend(model), extend(summed_loss)
+    extended, extended_loss = extend(copy.deepcopy(model)), extend(copy.deepcopy(summed_loss))  # extended in place
     inputs, labels = torch.randn(NUM_EXAMPLES, 784), torch.randint(0, 10, (NUM_EXAMPLES,))
     params = {name: p.detach() for name, p in model.named_parameters()}
 
