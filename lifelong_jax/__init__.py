@@ -6,6 +6,7 @@ from lifelong_jax.importance import empirical_fisher_diagonal, fisher_diagonal, 
 from lifelong_jax.methods import Method, ewc, finetune, l2, mas
 from lifelong_jax.metrics import average_accuracy, backward_transfer, forgetting
 from lifelong_jax.penalty import add_quadratic_penalty, quadratic_penalty
+from lifelong_jax.structured import explain
 from lifelong_jax.tasks import joint_examples, permuted_tasks, present
 from lifelong_jax.training import TrainingInfo, TrainingState, init_training, learn_task
 from lifelong_jax.types import Batch, Consolidation, Task
@@ -28,6 +29,7 @@ __all__ = [
     "empirical_fisher_diagonal",
     "evaluate",
     "ewc",
+    "explain",
     "finetune",
     "fisher_diagonal",
     "forgetting",

@@ -123,42 +123,39 @@ def sum_microbatches(
     Returns:
       The sum, a tree like `params`, in its dtypes or float32, whichever is wider.
     """
-    num_examples = jax.tree.leaves(examples)[0].shape[0]
-    if weights is None:
-        weights = jnp.ones(num_examples)
 
     def sum_shard(
-        replicated: tuple[Any, Any, Params], examples: Examples, indices: jax.Array, weights: jax.Array
+        functions: tuple[Any, Any], params: Params, examples: Examples, weights: jax.Array | None, shard: jax.Array
     ) -> Params:
-        num_here = indices.shape[0]
+        num_here = jax.tree.leaves(examples)[0].shape[0]
         size = min(microbatch_size, num_here)
 
         def step(total: Params, start: jax.Array) -> tuple[Params, None]:
-            positions = start + jnp.arange(size)
+            positions = start + jnp.arange(size, dtype=jnp.int32)
             within = jnp.minimum(positions, num_here - 1)
             here = jax.tree.map(lambda x: x[within], examples)
-            present = jnp.where(positions < num_here, weights[within], 0)
-            return jax.tree.map(jnp.add, total, sum_microbatch(*replicated, here, indices[within], present)), None
+            present = jnp.where(positions < num_here, 1.0 if weights is None else weights[within], 0)
+            indices = shard * num_here + within  # among all examples, for random keys
+            return jax.tree.map(jnp.add, total, sum_microbatch(*functions, params, here, indices, present)), None
 
-        total, _ = jax.lax.scan(step, zeros_like_sum(replicated[2]), jnp.arange(0, num_here, size))
-        return total
+        starts = jnp.arange(0, num_here, size, dtype=jnp.int32)
+        return jax.lax.scan(step, zeros_like_sum(params), starts)[0]
 
-    examples = jax.tree.map(jnp.asarray, examples)
-    sharded = (examples, jnp.arange(num_examples, dtype=jnp.int32), jnp.asarray(weights))
+    examples, weights = jax.tree.map(jnp.asarray, (examples, weights))
     mesh, axes = _sharded_over(examples)
     if not axes:
-        return sum_shard((output_fn, cotangents_fn, params), *sharded)
-    functions = [f if isinstance(f, Partial) else Partial(f) for f in (output_fn, cotangents_fn)]
+        return sum_shard((output_fn, cotangents_fn), params, examples, weights, jnp.int32(0))
+    functions = tuple(f if isinstance(f, Partial) else Partial(f) for f in (output_fn, cotangents_fn))
     everywhere, by_shard = PartitionSpec(), PartitionSpec(axes)
     return jax.shard_map(
-        lambda *arguments: jax.lax.psum(sum_shard(*arguments), axes),
+        lambda *arguments: jax.lax.psum(sum_shard(*arguments, jax.lax.axis_index(axes)), axes),
         mesh=mesh,
-        in_specs=(everywhere, by_shard, by_shard, by_shard),
+        in_specs=(everywhere, everywhere, by_shard, by_shard),
         out_specs=everywhere,
         check_vma=False,  # each shard differentiates by its own copy of the parameters, and sums afterwards
     )(
-        jax.sharding.reshard((*functions, params), NamedSharding(mesh, everywhere)),
-        *jax.sharding.reshard(sharded, NamedSharding(mesh, by_shard)),
+        *jax.sharding.reshard((functions, params), NamedSharding(mesh, everywhere)),
+        *jax.sharding.reshard((examples, weights), NamedSharding(mesh, by_shard)),
     )
 
 

@@ -196,14 +196,24 @@ ESTIMATORS = {
 }
 
 
-@pytest.mark.parametrize("microbatch_size", [1, 3, 100, None])
+@pytest.mark.parametrize(
+    ("method", "microbatch_size"),
+    [
+        ("reference", 1),
+        ("reference", 3),
+        ("reference", 100),
+        ("structured", 1),
+        ("structured", 3),
+        ("structured", None),
+    ],
+)
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_equals_a_loop_in_float64(estimator, microbatch_size):
+def test_equals_a_loop_in_float64(estimator, method, microbatch_size):
     importance, quantity = ESTIMATORS[estimator]
     with jax.enable_x64(True):
         params, data = make_mlp(jnp.float64), make_data(jnp.float64)
         weights = np.linspace(0.0, 2.0, NUM_EXAMPLES)
-        computed = importance(params, data, weights=weights, microbatch_size=microbatch_size)
+        computed = importance(params, data, weights=weights, microbatch_size=microbatch_size, method=method)
         expected = loop(quantity, params, data, weights)
         chex.assert_trees_all_close(computed, expected, rtol=1e-10, atol=1e-13)
         chex.assert_trees_all_equal_dtypes(computed, params)
@@ -390,6 +400,7 @@ def test_same_function_is_traced_once():
         ({"num_samples": 0, "key": jax.random.key(0)}, ValueError, "num_samples must be an integer of at least 1"),
         ({"num_samples": 1}, ValueError, "num_samples and key go together"),
         ({"key": jax.random.key(0)}, ValueError, "num_samples and key go together"),
+        ({"method": "fast"}, ValueError, "method must be one of structured, reference"),
         ({"likelihood": "poisson"}, ValueError, "likelihood must be one of categorical, gaussian, bernoulli"),
         ({"logits_fn": lambda params, x: x.sum()}, ValueError, "not a scalar"),
         ({"logits_fn": lambda params, x: (x, x)}, ValueError, "one floating-point array"),
