@@ -45,8 +45,8 @@ _COLUMNS = {
     "backward transfer": ("backward_transfer", 100, 1),
     "first task": ("first_task_accuracy", 100, 1),
     "last task": ("last_task_accuracy", 100, 1),
-    "training (s)": ("training_seconds", 1, 2),
-    "importance (s)": ("importance_seconds", 1, 2),
+    "training seconds": ("training_seconds", 1, 1),
+    "importance seconds": ("importance_seconds", 1, 1),
 }
 _BASELINES = ("finetune", "l2")
 
@@ -88,8 +88,14 @@ def compare(
                 curve = np.full((len(tasks) * num_epochs, len(tasks)), np.nan)
                 bar.update(line, total=len(curve) * len(seeds))
                 report = functools.partial(_report, curve, functools.partial(log, method=name, seed=seed), bar, line)
-                result = learner(init_params(params_key), tasks, learning_key, num_epochs=num_epochs, report=report)
-                measured = {field: getattr(result, field) for field in _MEASURED}
+                try:
+                    result = learner(init_params(params_key), tasks, learning_key, num_epochs=num_epochs, report=report)
+                    measured = {field: getattr(result, field) for field in _MEASURED}
+                except FloatingPointError as error:  # one strength too many must not cost all the others
+                    console.print(f"{name}, seed {seed}: {error}")
+                    measured = dict.fromkeys(_MEASURED, np.nan) | {
+                        "accuracy_matrix": np.full((len(tasks),) * 2, np.nan)
+                    }
                 log(method=name, seed=seed, event="sequence", **measured)
                 bar.update(line, completed=(len(learned) + 1) * len(curve))
                 learned.append(measured)
@@ -114,40 +120,61 @@ def _report(
     bar.update(line, completed=done + progress.epochs, status=status)
 
 
-def summarize(outcomes: Mapping[str, Outcome]) -> dict[str, dict[str, Estimate | np.ndarray | dict[str, Estimate]]]:
+class Summary(NamedTuple):
+    """A learner's metrics over seeds; accuracies are fractions.
+
+    Attributes:
+      average_accuracy: over all tasks, after the last.
+      forgetting: see `metrics.forgetting`.
+      backward_transfer: see `metrics.backward_transfer`.
+      first_task_accuracy: after the last task.
+      last_task_accuracy: after the last task.
+      training_seconds: compilation left out.
+      importance_seconds: compilation left out.
+      accuracy_matrix: `[num_tasks, num_tasks]`, the mean over seeds.
+      margin_over: for each baseline there is, how far the average accuracy is above its, seed by seed.
+    """
+
+    average_accuracy: Estimate
+    forgetting: Estimate
+    backward_transfer: Estimate
+    first_task_accuracy: Estimate
+    last_task_accuracy: Estimate
+    training_seconds: Estimate
+    importance_seconds: Estimate
+    accuracy_matrix: np.ndarray
+    margin_over: dict[str, Estimate]
+
+
+def summarize(outcomes: Mapping[str, Outcome]) -> dict[str, Summary]:
     """Computes each learner's metrics over seeds.
 
     Args:
       outcomes: from `compare`.
 
     Returns:
-      For each learner, a dict of estimates: average_accuracy, forgetting, backward_transfer, first_task_accuracy and
-      last_task_accuracy (after the whole sequence), training_seconds and importance_seconds; `accuracy_matrix`, the
-      mean over seeds; and `margin_over`, its average accuracy less a baseline's, seed by seed, for each baseline there
-      is.
+      A summary for each learner.
     """
-    summary = {}
+    averages = {
+        name: np.array([average_accuracy(matrix) for matrix in outcome.accuracy_matrix])
+        for name, outcome in outcomes.items()
+    }
+    summaries = {}
     for name, outcome in outcomes.items():
         matrices = outcome.accuracy_matrix
-        averages = np.array([average_accuracy(matrix) for matrix in matrices])
         baselines = [baseline for baseline in _BASELINES if baseline in outcomes and name not in _BASELINES]
-        summary[name] = {
-            "average_accuracy": estimate(averages),
-            "forgetting": estimate([forgetting(matrix) for matrix in matrices]),
-            "backward_transfer": estimate([backward_transfer(matrix) for matrix in matrices]),
-            "first_task_accuracy": estimate(matrices[:, -1, 0]),
-            "last_task_accuracy": estimate(matrices[:, -1, -1]),
-            "training_seconds": estimate(outcome.training_seconds),
-            "importance_seconds": estimate(outcome.importance_seconds),
-            "accuracy_matrix": matrices.mean(axis=0),
-            "margin_over": {
-                baseline: estimate(
-                    averages - [average_accuracy(matrix) for matrix in outcomes[baseline].accuracy_matrix]
-                )
-                for baseline in baselines
-            },
-        }
-    return summary
+        summaries[name] = Summary(
+            average_accuracy=estimate(averages[name]),
+            forgetting=estimate([forgetting(matrix) for matrix in matrices]),
+            backward_transfer=estimate([backward_transfer(matrix) for matrix in matrices]),
+            first_task_accuracy=estimate(matrices[:, -1, 0]),
+            last_task_accuracy=estimate(matrices[:, -1, -1]),
+            training_seconds=estimate(outcome.training_seconds),
+            importance_seconds=estimate(outcome.importance_seconds),
+            accuracy_matrix=matrices.mean(axis=0),
+            margin_over={baseline: estimate(averages[name] - averages[baseline]) for baseline in baselines},
+        )
+    return summaries
 
 
 def report_comparison(
@@ -166,7 +193,7 @@ def report_comparison(
     run.write_summary({"methods": summary})
     header = ["method", *_COLUMNS]
     rows = [
-        [name, *(format_estimate(metrics[key], scale, digits) for key, scale, digits in _COLUMNS.values())]
+        [name, *(format_estimate(getattr(metrics, key), scale, digits) for key, scale, digits in _COLUMNS.values())]
         for name, metrics in summary.items()
     ]
     num_seeds = len(next(iter(outcomes.values())).training_seconds)
@@ -177,14 +204,14 @@ def report_comparison(
     if baselines:
         header = ["average accuracy of", *(f"above {baseline}" for baseline in baselines)]
         rows = [
-            [name, *(format_estimate(margin, 100) for margin in metrics["margin_over"].values())]
+            [name, *(format_estimate(margin, 100) for margin in metrics.margin_over.values())]
             for name, metrics in summary.items()
-            if metrics["margin_over"]
+            if metrics.margin_over
         ]
         print_table(console, f"Differences, seed by seed: percentage points{spread}", header, rows)
         markdown += "\n" + markdown_table(header, rows)
     (run.folder / "table.md").write_text(markdown)
-    finding = ", ".join(f"{name} {100 * metrics['average_accuracy'].mean:.0f}" for name, metrics in summary.items())
+    finding = ", ".join(f"{name} {100 * metrics.average_accuracy.mean:.0f}" for name, metrics in summary.items())
     plot_accuracy_curves(
         {name: outcome.curves for name, outcome in outcomes.items()},
         num_epochs,
@@ -192,7 +219,7 @@ def report_comparison(
         run.folder / "accuracy.png",
     )
     plot_accuracy_matrices(
-        {name: metrics["accuracy_matrix"] for name, metrics in summary.items()},
+        {name: metrics.accuracy_matrix for name, metrics in summary.items()},
         f"{title}: test accuracy in percent, by the task learned last",
         run.folder / "accuracy_matrices.png",
     )

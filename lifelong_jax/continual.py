@@ -94,8 +94,8 @@ def learn_tasks(
       The parameters, the consolidation, the accuracy matrix and the times.
 
     Raises:
-      ValueError: if there are no tasks, if `strength` is negative, if shapes do not match, or if training diverged so
-        that an importance is not finite.
+      ValueError: if there are no tasks or epochs, or if `strength` is negative.
+      FloatingPointError: if training diverged.
 
     Example:
       >>> from lifelong_jax import add_quadratic_penalty, ewc, permuted_tasks
@@ -108,7 +108,7 @@ def learn_tasks(
       >>> learned.accuracy_matrix.shape
       (3, 3)
     """
-    _check_tasks(tasks)
+    _check(tasks, num_epochs)
     _checks.check_not_negative("strength", strength)
     strength = jnp.asarray(strength, jnp.float32)
     consolidation = init_consolidation(params)
@@ -121,6 +121,7 @@ def learn_tasks(
         for epoch in range(num_epochs):
             (state, info), seconds = _timed(train, state, consolidation, strength, task.train, task.permutation)
             training_seconds += seconds
+            _check_finite(info, f"task {index + 1}", strength)
             accuracies = evaluate(apply_fn, state.params, tasks[: index + 1])
             report(Progress(index, index * num_epochs + epoch + 1, float(info.loss.mean()), accuracies))
         params = state.params
@@ -161,9 +162,10 @@ def learn_jointly(
       As `learn_tasks`; only the last row of the accuracy matrix is measured, and the consolidation is that of no tasks.
 
     Raises:
-      ValueError: if there are no tasks, or if shapes do not match.
+      ValueError: if there are no tasks or epochs.
+      FloatingPointError: if training diverged.
     """
-    _check_tasks(tasks)
+    _check(tasks, num_epochs)
     strength = jnp.zeros(())
     consolidation = init_consolidation(params)
     state = init_training(optimizer_fn(strength), params, key)
@@ -173,6 +175,7 @@ def learn_jointly(
     for epoch in range(num_epochs):
         (state, info), seconds = _timed(train, state, consolidation, strength, examples, None)
         training_seconds += seconds
+        _check_finite(info, "all tasks at once", strength)
         accuracies = evaluate(apply_fn, state.params, tasks)
         report(Progress(None, (epoch + 1) * len(tasks), float(info.loss.mean()), accuracies))
     accuracy_matrix = np.full((len(tasks), len(tasks)), np.nan)
@@ -263,6 +266,15 @@ def _timed(function: Callable, *args: object) -> tuple[object, float]:
     return result, time.perf_counter() - start
 
 
-def _check_tasks(tasks: Sequence[Task]) -> None:
+def _check_finite(info: TrainingInfo, what: str, strength: jax.Array) -> None:
+    if not np.isfinite(info.loss).all():
+        raise FloatingPointError(
+            f"training on {what} diverged at strength {strength:g}: an explicit step does where learning rate · "
+            f"strength · importance > 2. Lower the strength or the learning rate."
+        )
+
+
+def _check(tasks: Sequence[Task], num_epochs: int) -> None:
     if not tasks:
         raise ValueError("tasks is empty: there is nothing to learn.")
+    _checks.check_positive_integer("num_epochs", num_epochs)

@@ -10,6 +10,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lifelong_jax import _checks
 from lifelong_jax.per_example import Reduction, sum_over_examples
@@ -185,7 +186,7 @@ def _mean_over_examples(
     microbatch_size: int | None,
 ) -> Params:
     def keyed_cotangents(outputs: jax.Array, index: jax.Array) -> jax.Array:
-        if not jnp.issubdtype(getattr(outputs, "dtype", None), jnp.floating):
+        if not isinstance(outputs, jax.Array) or not jnp.issubdtype(outputs.dtype, jnp.floating):
             raise ValueError(f"{output_fn} must return one floating-point array for one example, not {outputs}.")
         return cotangents_fn(outputs, None if key is None else jax.random.fold_in(key, index))
 
@@ -267,7 +268,7 @@ def _check_has_classes(logits: jax.Array) -> None:
 
 
 def _wide(array: jax.Array) -> jnp.dtype:
-    return jnp.promote_types(array.dtype, jnp.float32)
+    return np.promote_types(array.dtype, np.float32)
 
 
 def _check(

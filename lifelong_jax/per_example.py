@@ -15,6 +15,7 @@ from typing import Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lifelong_jax.types import Example, Examples, Params
 
@@ -155,7 +156,7 @@ def zeros_like_sum(params: Params) -> Params:
 
 
 def _wide_dtype(leaf: jax.Array) -> jnp.dtype:
-    return jnp.promote_types(leaf.dtype, jnp.float32)
+    return np.promote_types(leaf.dtype, np.float32)
 
 
 def _widen(leaf: jax.Array) -> jax.Array:

@@ -25,7 +25,7 @@ def plot_accuracy_curves(
       file: where the PNG goes.
     """
     num_tasks = next(iter(curves.values())).shape[-1]
-    figure = _figure(2.3 * len(curves) + 0.6, 2.9)
+    figure = _figure(2.0 * len(curves) + 0.6, 2.7)
     axes = figure.subplots(1, len(curves), sharex=True, sharey=True, squeeze=False)[0]
     for axis, (method, accuracy) in zip(axes, curves.items(), strict=True):
         for task in range(num_tasks):
@@ -51,7 +51,7 @@ def plot_accuracy_matrices(matrices: Mapping[str, np.ndarray], title: str, file:
       file: where the PNG goes.
     """
     num_tasks = len(next(iter(matrices.values())))
-    figure = _figure(2.3 * len(matrices) + 0.8, 2.9)
+    figure = _figure(2.0 * len(matrices) + 0.9, 2.7)
     axes = figure.subplots(1, len(matrices), sharex=True, sharey=True, squeeze=False)[0]
     ticks = range(0, num_tasks, 1 + num_tasks // 11)
     for axis, (method, matrix) in zip(axes, matrices.items(), strict=True):

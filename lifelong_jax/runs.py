@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import rich.box
 import rich.console
 import rich.progress
 import rich.table
+from numpy.typing import ArrayLike
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,11 +82,11 @@ class Estimate(NamedTuple):
     values: list[float]
 
 
-def estimate(values: Sequence[float]) -> Estimate:
+def estimate(values: ArrayLike) -> Estimate:
     """Summarises a quantity over seeds.
 
     Args:
-      values: one for each seed, at least one.
+      values: `[num_seeds]`, at least one.
 
     Returns:
       Its mean and the mean's standard error.
@@ -95,9 +95,9 @@ def estimate(values: Sequence[float]) -> Estimate:
       >>> estimate([1.0, 2.0, 3.0]).mean
       2.0
     """
-    count = len(values)
-    stderr = float(np.std(values, ddof=1) / math.sqrt(count)) if count > 1 else math.nan
-    return Estimate(float(np.mean(values)), stderr, [float(value) for value in values])
+    values = np.asarray(values, np.float64)
+    stderr = float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
+    return Estimate(float(np.mean(values)), stderr, values.tolist())
 
 
 def format_estimate(quantity: Estimate, scale: float = 1.0, digits: int = 1) -> str:
@@ -132,11 +132,13 @@ def print_table(
       header: the columns' names.
       rows: a text for each column.
     """
-    table = rich.table.Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD, collapse_padding=True)
+    table = rich.table.Table(box=None, padding=(0, 1, 0, 0))
     for index, name in enumerate(header):
-        table.add_column(name, justify="left" if index == 0 else "right")
+        # A word a line, for eight columns to fit a screen of 80 characters.
+        table.add_column(name.replace(" ", "\n"), justify="left" if index == 0 else "right")
     for row in rows:
         table.add_row(*row)
+    console.print(f"\n{title}", highlight=False)
     console.print(table)
 
 
@@ -181,7 +183,7 @@ def progress_bar(console: rich.console.Console) -> rich.progress.Progress:
 
 
 def to_json(value: Any) -> Any:
-    """Turns a value into what JSON can hold: arrays into lists, NaN and infinities into None, estimates into objects.
+    """Turns a value into what JSON can hold: arrays to lists, named tuples to objects, NaN and infinities to None.
 
     Args:
       value: a nesting of mappings, sequences, arrays and numbers.
@@ -193,7 +195,7 @@ def to_json(value: Any) -> Any:
       >>> to_json({"accuracy": np.array([0.5, np.nan])})
       {'accuracy': [0.5, None]}
     """
-    if isinstance(value, Estimate):
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
         value = value._asdict()
     if isinstance(value, Mapping):
         return {str(key): to_json(item) for key, item in value.items()}

@@ -1,0 +1,94 @@
+"""The experiments end to end on the bundled digits, small; their files are read back."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tyro
+from PIL import Image
+
+from experiments import permuted
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+
+def run_permuted(output_dir, *arguments):
+    small = ["--num-tasks", "2", "--hidden-sizes", "16", "--num-epochs", "2", "--seeds", "0", "1"]
+    permuted.main(tyro.cli(permuted.Config, args=[*small, "--output-dir", str(output_dir), *arguments]))
+    (folder,) = (output_dir / "permuted").iterdir()
+    return folder
+
+
+def test_permuted(tmp_path, capsys):
+    folder = run_permuted(tmp_path)
+    names = ["finetune", "l2", "ewc", "mas", "joint"]
+
+    config = json.loads((folder / "config.json").read_text())
+    assert config["num_tasks"] == 2
+    assert config["seeds"] == [0, 1]
+
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    epochs = [row for row in rows if row["event"] == "epoch"]
+    assert [row["epochs"] for row in epochs if row["method"] == "ewc" and row["seed"] == 1] == [1, 2, 3, 4]
+    sequences = [row for row in rows if row["event"] == "sequence"]
+    assert [(row["method"], row["seed"]) for row in sequences] == [(name, seed) for name in names for seed in (0, 1)]
+
+    summary = json.loads((folder / "summary.json").read_text())["methods"]
+    assert list(summary) == names
+    for name in names:
+        matrices = [row["accuracy_matrix"] for row in sequences if row["method"] == name]
+        values = [np.mean(matrix[-1]) for matrix in matrices]
+        estimate = summary[name]["average_accuracy"]
+        np.testing.assert_allclose(estimate["values"], values)
+        np.testing.assert_allclose(estimate["mean"], np.mean(values))
+        np.testing.assert_allclose(estimate["stderr"], np.std(values, ddof=1) / np.sqrt(2))
+    assert summary["joint"]["forgetting"]["mean"] is None
+    margin = summary["ewc"]["margin_over"]["finetune"]["values"]
+    ewc, finetune = (summary[name]["average_accuracy"]["values"] for name in ("ewc", "finetune"))
+    np.testing.assert_allclose(margin, np.subtract(ewc, finetune))
+
+    for picture in ("accuracy.png", "accuracy_matrices.png"):
+        with Image.open(folder / picture) as image:
+            assert image.width > 800
+            assert len(image.convert("RGB").getcolors(image.width * image.height)) > 10
+    assert "| ewc |" in (folder / "table.md").read_text()
+    printed = capsys.readouterr().out
+    assert "average" in printed
+    assert str(folder) in printed
+
+
+def test_permuted_chooses_strengths_on_validation_data(tmp_path, capsys):
+    arguments = ["--tune", "--methods", "finetune", "ewc", "--tune-grid", "0.1", "100", "1e30", "--tune-seeds", "7"]
+    folder = run_permuted(tmp_path, *arguments)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    tuning = [row for row in rows if row.get("split") == "validation"]
+    assert {row["method"] for row in tuning} == {"ewc 0.1", "ewc 100", "ewc 1e+30"}
+    assert {row["seed"] for row in tuning} == {7}
+    printed = capsys.readouterr().out
+    assert "ewc 1e+30, seed 7: training on task 2 diverged" in printed
+    assert "chosen: --strength.ewc" in printed
+    assert "--strength.ewc 1e+30" not in printed
+    assert "| 0.1 |" in (folder / "tuning.md").read_text()
+
+
+@pytest.mark.parametrize("option", ["--consolidation latest --decay 0.9", "--fisher sampled --optimizer adam"])
+def test_permuted_options(tmp_path, option):
+    folder = run_permuted(tmp_path, "--methods", "ewc", *option.split())
+    assert list(json.loads((folder / "summary.json").read_text())["methods"]) == ["ewc"]
+
+
+def test_permuted_help():
+    command = [sys.executable, "-m", "experiments.permuted", "--help"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    for flag in ("--dataset", "--methods", "--num-tasks", "--hidden-sizes", "--strength.ewc", "--seeds", "--tune"):
+        assert flag in printed
+
+
+def test_permuted_names_a_data_set_that_is_not_there(tmp_path):
+    command = [sys.executable, "-m", "experiments.permuted", "--dataset", "mnist", "--data-dir", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert f"no data set 'mnist' prepared in array_record format in {tmp_path}" in result.stderr
+    assert "Traceback" not in result.stderr

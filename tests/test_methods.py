@@ -1,0 +1,59 @@
+"""Each method's importance and rule."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+from lifelong_jax import Batch, empirical_fisher_diagonal, fisher_diagonal, mas_importance, methods
+
+
+def logits_fn(params, x):
+    return x @ params
+
+
+def make_batch():
+    inputs = jax.random.normal(jax.random.key(0), (6, 3))
+    return Batch(inputs, jnp.array([0, 1, 1, 0, 1, 0]), jnp.array([1.0, 1, 1, 1, 2, 0]))
+
+
+def importance_of(method):
+    params = jax.random.normal(jax.random.key(1), (3, 2))
+    return method.importance_fn(logits_fn, params, make_batch(), jax.random.key(2))
+
+
+def test_importances():
+    params = jax.random.normal(jax.random.key(1), (3, 2))
+    batch = make_batch()
+
+    def loss_fn(params, example):
+        return optax.losses.softmax_cross_entropy_with_integer_labels(logits_fn(params, example.inputs), example.labels)
+
+    expected = {
+        methods.finetune(): jnp.zeros((3, 2)),
+        methods.l2(): jnp.ones((3, 2)),
+        methods.ewc("exact"): fisher_diagonal(logits_fn, params, batch.inputs, weights=batch.weights),
+        methods.ewc("sampled"): fisher_diagonal(
+            logits_fn, params, batch.inputs, num_samples=1, key=jax.random.key(2), weights=batch.weights
+        ),
+        methods.ewc("empirical"): empirical_fisher_diagonal(loss_fn, params, batch, weights=batch.weights),
+        methods.mas(): mas_importance(logits_fn, params, batch.inputs, weights=batch.weights),
+    }
+    for method, importance in expected.items():
+        chex.assert_trees_all_close(importance_of(method), importance, rtol=1e-6)
+
+
+def test_names_and_rules():
+    assert [method.name for method in (methods.finetune(), methods.l2(), methods.ewc(), methods.mas())] == [
+        "finetune",
+        "l2",
+        "ewc",
+        "mas",
+    ]
+    assert methods.ewc(rule="latest", decay=0.5)[2:] == ("latest", 0.5)
+
+
+def test_unknown_fisher():
+    with pytest.raises(ValueError, match="fisher must be one of exact, sampled, empirical"):
+        methods.ewc("diagonal")

@@ -1,0 +1,56 @@
+"""Metrics against matrices worked by hand."""
+
+import math
+
+import numpy as np
+import pytest
+
+from lifelong_jax import average_accuracy, backward_transfer, forgetting
+
+MATRIX = [
+    [0.9, 0.1, 0.2],
+    [0.7, 0.8, 0.3],
+    [0.4, 0.6, 1.0],
+]
+
+
+def test_average_accuracy():
+    assert average_accuracy(MATRIX) == pytest.approx((0.4 + 0.6 + 1.0) / 3)
+
+
+def test_forgetting():
+    assert forgetting(MATRIX) == pytest.approx(((0.9 - 0.4) + (0.8 - 0.6)) / 2)
+
+
+def test_forgetting_is_from_the_best_that_ever_was():
+    # Task 1 was best after task 2: 0.9 there, 0.5 at last.
+    assert forgetting([[0.6, 0.0, 0.0], [0.9, 0.7, 0.0], [0.5, 0.7, 0.8]]) == pytest.approx(0.4 / 2)
+
+
+def test_backward_transfer():
+    assert backward_transfer(MATRIX) == pytest.approx(((0.4 - 0.9) + (0.6 - 0.8)) / 2)
+
+
+def test_backward_transfer_may_be_positive():
+    assert backward_transfer([[0.5, 0.0], [0.75, 1.0]]) == 0.25
+
+
+def test_a_single_task_can_neither_be_forgotten_nor_gain():
+    assert average_accuracy([[0.5]]) == 0.5
+    assert math.isnan(forgetting([[0.5]]))
+    assert math.isnan(backward_transfer([[0.5]]))
+
+
+def test_what_was_not_measured_is_nan():
+    only_last_row = np.full((3, 3), np.nan)
+    only_last_row[-1] = [0.5, 0.6, 0.7]
+    assert average_accuracy(only_last_row) == pytest.approx(0.6)
+    assert math.isnan(forgetting(only_last_row))
+    assert math.isnan(backward_transfer(only_last_row))
+
+
+@pytest.mark.parametrize("metric", [average_accuracy, forgetting, backward_transfer])
+@pytest.mark.parametrize("matrix", [[0.5, 0.5], [[0.5, 0.5]], np.zeros((0, 0))])
+def test_bad_input(metric, matrix):
+    with pytest.raises(ValueError, match=r"accuracy_matrix must be \[num_tasks, num_tasks\]"):
+        metric(matrix)

@@ -1,0 +1,168 @@
+"""The training loop against a plain Python loop."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lifelong_jax import (
+    Consolidation,
+    add_quadratic_penalty,
+    init_consolidation,
+    init_training,
+    learn_task,
+    quadratic_penalty,
+)
+
+NUM_EXAMPLES = 10
+
+
+def loss_fn(params, example):
+    x, y = example
+    return (x @ params["w"] + params["b"] - y) ** 2
+
+
+def make_problem():
+    keys = jax.random.split(jax.random.key(0), 3)
+    examples = (jax.random.normal(keys[0], (NUM_EXAMPLES, 3)), jax.random.normal(keys[1], (NUM_EXAMPLES,)))
+    params = {"w": jax.random.normal(keys[2], (3,)), "b": jnp.zeros(())}
+    consolidation = Consolidation(
+        jax.tree.map(lambda leaf: leaf + 1, params), jax.tree.map(lambda leaf: jnp.full_like(leaf, 0.5), params)
+    )
+    return examples, params, consolidation
+
+
+def test_one_batch_of_everything_is_gradient_descent_on_loss_and_penalty():
+    examples, params, consolidation = make_problem()
+    optimizer = optax.chain(add_quadratic_penalty(0.7), optax.sgd(0.05))
+
+    def total_loss(params):
+        return jax.vmap(loss_fn, (None, 0))(params, examples).mean() + quadratic_penalty(params, consolidation, 0.7)
+
+    expected = params
+    for _ in range(4):
+        expected = jax.tree.map(lambda p, g: p - 0.05 * g, expected, jax.grad(total_loss)(expected))
+    state = init_training(optimizer, params, jax.random.key(1))
+    state, info = learn_task(loss_fn, optimizer, state, consolidation, examples, num_epochs=4, batch_size=99)
+    chex.assert_trees_all_close(state.params, expected, rtol=1e-5)
+    assert info.loss.shape == (4, 1)
+    np.testing.assert_allclose(info.loss[0, 0], jax.vmap(loss_fn, (None, 0))(params, examples).mean(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 5, 10])
+def test_an_epoch_sees_each_example_once_and_the_last_batch_may_be_smaller(batch_size):
+    # Under this loss the gradient of a batch is the mean of one-hot vectors: who was seen, and in how large a batch.
+    examples = jnp.eye(NUM_EXAMPLES)
+    optimizer = optax.sgd(1.0)
+    state = init_training(optimizer, jnp.zeros(NUM_EXAMPLES), jax.random.key(0))
+    none = init_consolidation(state.params)
+    first, _ = learn_task(jnp.vdot, optimizer, state, none, examples, num_epochs=1, batch_size=batch_size)
+    sizes = [batch_size] * (NUM_EXAMPLES // batch_size) + [NUM_EXAMPLES % batch_size] * (NUM_EXAMPLES % batch_size > 0)
+    expected = sorted(-1 / size for size in sizes for _ in range(size))
+    np.testing.assert_allclose(sorted(first.params.tolist()), expected, rtol=1e-6)
+
+
+def test_epochs_are_shuffled_anew():
+    orders = []
+    optimizer = optax.sgd(1.0)
+    # Each step moves params to the example's number: their history is the order.
+    examples = jnp.arange(float(NUM_EXAMPLES))
+    state = init_training(optimizer, jnp.array(0.0), jax.random.key(0))
+    none = init_consolidation(state.params)
+    for _ in range(2):
+        state, info = learn_task(
+            lambda p, x: 0.5 * (p - x) ** 2, optimizer, state, none, examples, num_epochs=1, batch_size=1
+        )
+        orders.append(info.loss.ravel().tolist())
+    assert orders[0] != orders[1]
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_two_calls_of_one_epoch_are_one_call_of_two():
+    examples, params, consolidation = make_problem()
+    optimizer = optax.chain(add_quadratic_penalty(0.7), optax.adam(0.05))
+    learn = functools.partial(learn_task, loss_fn, optimizer, batch_size=3)
+    start = init_training(optimizer, params, jax.random.key(1))
+    once, info = learn(start, consolidation, examples, num_epochs=2)
+    state = start
+    losses = []
+    for _ in range(2):
+        state, part = learn(state, consolidation, examples, num_epochs=1)
+        losses.append(part.loss)
+    chex.assert_trees_all_close(state[:2], once[:2], rtol=1e-5)
+    assert jnp.array_equal(state.key, once.key)
+    np.testing.assert_allclose(np.concatenate(losses), info.loss, rtol=1e-5)
+
+
+def test_padding_of_weight_0_changes_nothing():
+    examples, params, consolidation = make_problem()
+    padded = jax.tree.map(lambda x: jnp.concatenate([x, jnp.full_like(x[:5], 9.0)]), examples)
+    weights = jnp.array([1.0] * NUM_EXAMPLES + [0.0] * 5)
+    optimizer = optax.sgd(0.05)
+    state = init_training(optimizer, params, jax.random.key(1))
+    plain, _ = learn_task(loss_fn, optimizer, state, consolidation, examples, num_epochs=3, batch_size=10)
+    weighted, _ = learn_task(
+        loss_fn, optimizer, state, consolidation, padded, num_epochs=3, batch_size=15, weights=weights
+    )
+    chex.assert_trees_all_close(plain.params, weighted.params, rtol=1e-5)
+
+
+def test_a_batch_of_padding_alone_has_no_gradient():
+    optimizer = optax.sgd(0.5)
+    state = init_training(optimizer, jnp.array(3.0), jax.random.key(0))
+    none = init_consolidation(state.params)
+    after, info = learn_task(
+        jnp.multiply, optimizer, state, none, jnp.ones(4), num_epochs=1, batch_size=1, weights=jnp.array([1.0, 0, 0, 0])
+    )
+    chex.assert_trees_all_close(after.params, jnp.array(2.5))
+    assert jnp.isfinite(info.loss).all()
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_vmap_over_runs_equals_the_runs_one_by_one():
+    examples, params, consolidation = make_problem()
+    keys = jax.random.split(jax.random.key(5), 3)
+    strengths = jnp.array([0.0, 0.5, 2.0])
+
+    def run(key, strength):
+        optimizer = optax.chain(add_quadratic_penalty(strength), optax.adam(0.05))
+        state = init_training(optimizer, params, key)
+        return learn_task(loss_fn, optimizer, state, consolidation, examples, num_epochs=2, batch_size=4)[0].params
+
+    together = jax.jit(jax.vmap(run))(keys, strengths)
+    for index in range(3):
+        alone = run(keys[index], strengths[index])
+        here = jax.tree.map(lambda leaf, index=index: leaf[index], together)
+        chex.assert_trees_all_close(here, alone, rtol=1e-4, atol=1e-6)
+
+
+def test_donating_the_state_leaves_the_anchor_alone():
+    examples, params, _ = make_problem()
+    optimizer = optax.chain(add_quadratic_penalty(1.0), optax.sgd(0.05))
+    learn = jax.jit(functools.partial(learn_task, loss_fn, optimizer, num_epochs=1, batch_size=4), donate_argnums=0)
+    consolidation = Consolidation(params, jax.tree.map(jnp.ones_like, params))
+    learn(init_training(optimizer, params, jax.random.key(0)), consolidation, examples)
+    chex.assert_tree_all_finite(consolidation)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"examples": (jnp.zeros((0, 3)), jnp.zeros(0))}, "examples is empty"),
+        ({"examples": (jnp.zeros((4, 3)), jnp.zeros(5))}, r"examples\[0\]: 4"),
+        ({"num_epochs": 0}, "num_epochs must be an integer of at least 1"),
+        ({"batch_size": 2.0}, "batch_size must be an integer of at least 1"),
+        ({"weights": jnp.ones(3)}, "weights: 3"),
+    ],
+)
+def test_bad_input(changes, message):
+    examples, params, consolidation = make_problem()
+    arguments = {"examples": examples, "num_epochs": 1, "batch_size": 2, **changes}
+    optimizer = optax.sgd(0.1)
+    state = init_training(optimizer, params, jax.random.key(0))
+    with pytest.raises(ValueError, match=message):
+        learn_task(loss_fn, optimizer, state, consolidation, arguments.pop("examples"), **arguments)
