@@ -321,7 +321,7 @@ def _map_protected(
     """Maps `function(leaf, anchor, importance, *others)`, computed in float32 at least, over the protected leaves."""
 
     def of_leaf(importance: jax.Array | None, anchor: jax.Array | None, leaf: Params, *others: Params) -> Params:
-        if importance is None or leaf is None:
+        if importance is None:
             return otherwise(leaf)
         dtype = np.result_type(np.float32, *(jnp.result_type(array) for array in (leaf, anchor, importance)))
         return function(*(jnp.asarray(array, dtype) for array in (leaf, anchor, importance, *others)))
