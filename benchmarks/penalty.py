@@ -2,9 +2,11 @@
 
     python benchmarks/penalty.py
 
-MLP 784-1000-1000-10, batch 128, Adam. All steps take turns in one process; a ratio is the median over the turns of step
-with the penalty over step without, so that other load on the machine cancels. The second table has the same network
-after K tasks: with one consolidation of them all, and with K stored penalties added to the loss.
+MLP 784-1000-1000-10, batch 128, Adam. All steps take turns in one process, each next to a step without the penalty; a
+ratio is the median over the turns of the one over the other, so that other load on the machine cancels. The second
+table has the same network after K tasks: with one consolidation of them all, and with K stored penalties added to the
+loss. Brackets hold the quartiles. A step without the penalty is timed against another such, too: what that ratio
+differs from 1 by is noise.
 """
 
 import argparse
@@ -36,8 +38,7 @@ MODEL = MLP((1000, 1000), 10)
 def main() -> None:
     """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--turns", type=int, default=15, help="turns that each step takes")
-    parser.add_argument("--steps", type=int, default=4, help="steps of each turn")
+    parser.add_argument("--turns", type=int, default=41, help="turns that each step takes")
     parser.add_argument("--tasks", type=int, nargs="+", default=[1, 2, 5, 10], help="numbers of tasks K")
     arguments = parser.parse_args()
     params_key, input_key, *task_keys = jax.random.split(jax.random.key(0), 2 + max(arguments.tasks))
@@ -60,15 +61,25 @@ def main() -> None:
     one = {count: Steps(pipelines["coupled"], params, batch, (), kept[count]) for count in arguments.tasks}
     stored = {count: Steps(optax.adam(LEARNING_RATE), params, batch, tasks[:count]) for count in arguments.tasks}
 
-    everything = [without, *places.values(), *one.values(), *stored.values()]
-    times = take_turns(everything, arguments.turns, arguments.steps)
-    print(f"The step without: {1e3 * statistics.median(times[0]):.1f} ms\n")
-    ratio = {steps: format_ratio(times[index], times[0]) for index, steps in enumerate(everything)}
+    everything = {
+        "none": Steps(optax.adam(LEARNING_RATE), params, batch, ()),
+        **places,
+        **named("one", one),
+        **named("stored", stored),
+    }
+    ratios, milliseconds = take_turns(without, everything, arguments.turns)
+    print(f"The step without: {milliseconds:.1f} ms\n")
     print(
-        markdown_table(["place of the penalty", "times the step without"], [[k, ratio[v]] for k, v in places.items()])
+        markdown_table(["place of the penalty", "times the step without"], [[k, ratios[k]] for k in ["none", *places]])
     )
     header = ["tasks", "one consolidation", "stored penalties"]
-    print(markdown_table(header, [[str(count), ratio[one[count]], ratio[stored[count]]] for count in arguments.tasks]))
+    rows = [[str(count), ratios[f"one {count}"], ratios[f"stored {count}"]] for count in arguments.tasks]
+    print(markdown_table(header, rows))
+
+
+def named(name: str, steps: dict[int, "Steps"]) -> dict[str, "Steps"]:
+    """Names steps by their number of tasks."""
+    return {f"{name} {count}": each for count, each in steps.items()}
 
 
 class Steps:
@@ -101,26 +112,27 @@ class Steps:
         self.state = (params, optimizer.init(params))
         self.constants = (stored, consolidation)
 
-    def run(self, num_steps: int) -> float:
-        """Makes steps and returns the seconds that each took."""
+    def seconds(self) -> float:
+        """Makes a step and returns how long it took."""
         start = time.perf_counter()
-        for _ in range(num_steps):
-            self.state = self.step(*self.state, *self.constants)
-        jax.block_until_ready(self.state)
-        return (time.perf_counter() - start) / num_steps
+        self.state = jax.block_until_ready(self.step(*self.state, *self.constants))
+        return time.perf_counter() - start
 
 
-def take_turns(everything: list[Steps], turns: int, num_steps: int) -> list[list[float]]:
-    """Times each in each turn; the first turn compiles and is not counted."""
-    times = [[steps.run(num_steps) for steps in everything] for _ in range(1 + turns)][1:]
-    return [list(column) for column in zip(*times, strict=True)]
-
-
-def format_ratio(times: list[float], reference: list[float]) -> str:
-    """Writes the median of the ratios, turn by turn, and their quartiles."""
-    ratios = [ours / theirs for ours, theirs in zip(times, reference, strict=True)]
-    low, median, high = statistics.quantiles(ratios, n=4)
-    return f"{median:.2f} ({low:.2f} to {high:.2f})"
+def take_turns(without: Steps, everything: dict[str, Steps], turns: int) -> tuple[dict[str, str], float]:
+    """Times each next to the step without, in each turn; returns the ratios, and the step without in milliseconds."""
+    for steps in (without, *everything.values()):
+        steps.seconds()  # compiles
+    reference, ratios = [], {name: [] for name in everything}
+    for turn in range(turns):
+        for name, steps in everything.items():
+            pair = (without, steps) if turn % 2 else (steps, without)
+            seconds = {id(each): each.seconds() for each in pair}
+            reference.append(seconds[id(without)])
+            ratios[name].append(seconds[id(steps)] / seconds[id(without)])
+    quartiles = {name: statistics.quantiles(values, n=4) for name, values in ratios.items()}
+    texts = {name: f"{median:.2f} ({low:.2f} to {high:.2f})" for name, (low, median, high) in quartiles.items()}
+    return texts, 1e3 * statistics.median(reference)
 
 
 def make_task(params: Params, key: jax.Array) -> Consolidation:
