@@ -6,6 +6,7 @@ after the other, and tested on all of them after each.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -96,6 +97,21 @@ class Config:
 
     output_dir: str = "results"
     """Results go to a new folder in <output-dir>/permuted/."""
+
+    def __post_init__(self) -> None:
+        """Refuses what would fail only after other methods have run."""
+        strengths = dataclasses.asdict(self.strength) | {f"tune_grid {value:g}": value for value in self.tune_grid}
+        for name, value in strengths.items():
+            if not 0 <= value < math.inf:
+                raise ValueError(f"strength of {name} must be finite and not negative, not {value:g}.")
+        for name in ("num_tasks", "num_epochs", "batch_size", *(("hidden_sizes",) if self.hidden_sizes else ())):
+            if np.min(getattr(self, name)) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        for name in ("methods", "seeds", "tune_grid", "tune_seeds"):
+            if not getattr(self, name) or len(set(getattr(self, name))) < len(getattr(self, name)):
+                raise ValueError(f"{name} must have at least one entry, and none twice, not {getattr(self, name)}.")
+        if self.decay < 0:
+            raise ValueError(f"decay must not be negative, not {self.decay:g}.")
 
 
 def main(config: Config) -> None:
@@ -192,4 +208,4 @@ def tune(
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(tyro.cli(Config, prog="python -m experiments.permuted"))

@@ -1,13 +1,13 @@
 """Compares ways of learning a sequence of tasks over several seeds: with progress, a log, a table and pictures."""
 
 import functools
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
 import jax
 import numpy as np
 import rich.console
-import rich.progress
 
 from lifelong_jax.continual import LearnedSequence, Progress
 from lifelong_jax.metrics import average_accuracy, backward_transfer, forgetting
@@ -77,47 +77,48 @@ def compare(
     Returns:
       For each learner, what it did.
     """
-    outcomes = {}
+    outcomes: dict[str, Outcome] = {}
     with progress_bar(console) as bar:
+        line = bar.add_task("", total=None, status="")
         for name, learner in learners.items():
-            line = bar.add_task(f"{name:>10}", total=None, status="")
             learned, curves = [], []
-            for seed in seeds:
+            start = time.perf_counter()
+            for count, seed in enumerate(seeds):
                 tasks_key, params_key, learning_key = jax.random.split(jax.random.key(seed), 3)
                 tasks = make_tasks(tasks_key)
                 curve = np.full((len(tasks) * num_epochs, len(tasks)), np.nan)
-                bar.update(line, total=len(curve) * len(seeds))
-                report = functools.partial(_report, curve, functools.partial(log, method=name, seed=seed), bar, line)
+                done = (len(outcomes) * len(seeds) + count) * len(curve)
+                bar.update(line, total=len(learners) * len(seeds) * len(curve), description=name)
+                log_of_run = functools.partial(log, method=name, seed=seed)
+                report = functools.partial(_report, curve, log_of_run, functools.partial(bar.update, line), done)
                 try:
                     result = learner(init_params(params_key), tasks, learning_key, num_epochs=num_epochs, report=report)
                     measured = {field: getattr(result, field) for field in _MEASURED}
                 except FloatingPointError as error:  # one strength too many must not cost all the others
                     console.print(f"{name}, seed {seed}: {error}")
-                    measured = dict.fromkeys(_MEASURED, np.nan) | {
-                        "accuracy_matrix": np.full((len(tasks),) * 2, np.nan)
-                    }
-                log(method=name, seed=seed, event="sequence", **measured)
-                bar.update(line, completed=(len(learned) + 1) * len(curve))
+                    nowhere = np.full((len(tasks), len(tasks)), np.nan)
+                    measured = dict.fromkeys(_MEASURED, np.nan) | {"accuracy_matrix": nowhere}
+                log_of_run(event="sequence", **measured)
+                bar.update(line, completed=done + len(curve))
                 learned.append(measured)
                 curves.append(curve)
             stacked = {field: np.stack([measured[field] for measured in learned]) for field in _MEASURED}
             outcomes[name] = Outcome(curves=np.stack(curves), **stacked)
+            accuracy = format_estimate(summarize(outcomes)[name].average_accuracy, 100)
+            console.print(
+                f"{name}: average accuracy {accuracy} %, in {time.perf_counter() - start:.0f} s", highlight=False
+            )
     return outcomes
 
 
 def _report(
-    curve: np.ndarray,
-    log: Callable[..., None],
-    bar: rich.progress.Progress,
-    line: rich.progress.TaskID,
-    progress: Progress,
+    curve: np.ndarray, log: Callable[..., None], update_bar: Callable[..., None], done: int, progress: Progress
 ) -> None:
     curve[progress.epochs - 1, : len(progress.accuracies)] = progress.accuracies
     log(event="epoch", **progress._asdict())
     where = "all tasks" if progress.task is None else f"task {progress.task + 1}"
     status = f"{where}, loss {progress.loss:.3f}, accuracy {progress.accuracies[-1]:.3f}"
-    done = (bar.tasks[line].completed // len(curve)) * len(curve)
-    bar.update(line, completed=done + progress.epochs, status=status)
+    update_bar(completed=done + progress.epochs, status=status)
 
 
 class Summary(NamedTuple):
@@ -211,7 +212,9 @@ def report_comparison(
         print_table(console, f"Differences, seed by seed: percentage points{spread}", header, rows)
         markdown += "\n" + markdown_table(header, rows)
     (run.folder / "table.md").write_text(markdown)
-    finding = ", ".join(f"{name} {100 * metrics.average_accuracy.mean:.0f}" for name, metrics in summary.items())
+    finding = ", ".join(
+        f"{name} {format_estimate(metrics.average_accuracy, 100, 0)}" for name, metrics in summary.items()
+    )
     plot_accuracy_curves(
         {name: outcome.curves for name, outcome in outcomes.items()},
         num_epochs,

@@ -4,8 +4,9 @@ The trainer is handed one task's training examples and nothing else; only the ev
 """
 
 import functools
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, TypeAlias
 
 import jax
@@ -116,15 +117,22 @@ def learn_tasks(
     training_seconds = importance_seconds = 0.0
     for index, task in enumerate(tasks):
         train_key, importance_key = jax.random.split(jax.random.fold_in(key, index))
-        state = init_training(optimizer_fn(strength), params, train_key)
-        train = functools.partial(_learn_epoch, apply_fn, optimizer_fn, batch_size=batch_size)
-        for epoch in range(num_epochs):
-            (state, info), seconds = _timed(train, state, consolidation, strength, task.train, task.permutation)
+        epochs = _train(
+            apply_fn,
+            optimizer_fn,
+            params,
+            consolidation,
+            strength,
+            task.train,
+            task.permutation,
+            train_key,
+            num_epochs=num_epochs,
+            batch_size=batch_size,
+        )
+        for epoch, (params, loss, seconds) in enumerate(epochs):
             training_seconds += seconds
-            _check_finite(info, f"task {index + 1}", strength)
-            accuracies = evaluate(apply_fn, state.params, tasks[: index + 1])
-            report(Progress(index, index * num_epochs + epoch + 1, float(info.loss.mean()), accuracies))
-        params = state.params
+            accuracies = evaluate(apply_fn, params, tasks[: index + 1])
+            report(Progress(index, index * num_epochs + epoch + 1, loss, accuracies))
         measure = functools.partial(_importance, apply_fn, method.importance_fn)
         importance, seconds = _timed(measure, params, task.train, task.permutation, importance_key)
         importance_seconds += seconds
@@ -166,21 +174,27 @@ def learn_jointly(
       FloatingPointError: if training diverged.
     """
     _check(tasks, num_epochs)
-    strength = jnp.zeros(())
-    consolidation = init_consolidation(params)
-    state = init_training(optimizer_fn(strength), params, key)
-    examples = joint_examples(tasks)
-    train = functools.partial(_learn_epoch, apply_fn, optimizer_fn, batch_size=batch_size)
+    none = init_consolidation(params)
     training_seconds = 0.0
-    for epoch in range(num_epochs):
-        (state, info), seconds = _timed(train, state, consolidation, strength, examples, None)
+    epochs = _train(
+        apply_fn,
+        optimizer_fn,
+        params,
+        none,
+        jnp.zeros(()),
+        joint_examples(tasks),
+        None,
+        key,
+        num_epochs=num_epochs,
+        batch_size=batch_size,
+    )
+    for epoch, (params, loss, seconds) in enumerate(epochs):
         training_seconds += seconds
-        _check_finite(info, "all tasks at once", strength)
-        accuracies = evaluate(apply_fn, state.params, tasks)
-        report(Progress(None, (epoch + 1) * len(tasks), float(info.loss.mean()), accuracies))
+        accuracies = evaluate(apply_fn, params, tasks)
+        report(Progress(None, (epoch + 1) * len(tasks), loss, accuracies))
     accuracy_matrix = np.full((len(tasks), len(tasks)), np.nan)
     accuracy_matrix[-1] = accuracies
-    return LearnedSequence(state.params, consolidation, accuracy_matrix, training_seconds, 0.0)
+    return LearnedSequence(params, none, accuracy_matrix, training_seconds, 0.0)
 
 
 def evaluate(apply_fn: OutputFn, params: Params, tasks: Sequence[Task]) -> list[float]:
@@ -200,6 +214,33 @@ def evaluate(apply_fn: OutputFn, params: Params, tasks: Sequence[Task]) -> list[
       [0.5]
     """
     return [float(_accuracy(apply_fn, params, task.test, task.permutation)) for task in tasks]
+
+
+def _train(
+    apply_fn: OutputFn,
+    optimizer_fn: OptimizerFn,
+    params: Params,
+    consolidation: Consolidation,
+    strength: jax.Array,
+    examples: Batch,
+    permutation: jax.Array | None,
+    key: jax.Array,
+    *,
+    num_epochs: int,
+    batch_size: int,
+) -> Iterator[tuple[Params, float, float]]:
+    """Yields after each epoch the parameters, the mean loss and the seconds. The next epoch frees these parameters."""
+    state = init_training(optimizer_fn(strength), params, key)
+    learn = functools.partial(_learn_epoch, apply_fn, optimizer_fn, batch_size=batch_size)
+    for epoch in range(num_epochs):
+        (state, info), seconds = _timed(learn, state, consolidation, strength, examples, permutation)
+        loss = float(info.loss.mean())
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"training diverged in epoch {epoch + 1} at strength {strength:g}: an explicit step does where "
+                f"learning rate · strength · importance > 2. Lower the strength or the learning rate."
+            )
+        yield state.params, loss, seconds
 
 
 @functools.partial(jax.jit, static_argnames=("apply_fn", "optimizer_fn", "batch_size"), donate_argnames=("state",))
@@ -264,14 +305,6 @@ def _timed(function: Callable, *args: object) -> tuple[object, float]:
     start = time.perf_counter()
     result = jax.block_until_ready(function(*args))
     return result, time.perf_counter() - start
-
-
-def _check_finite(info: TrainingInfo, what: str, strength: jax.Array) -> None:
-    if not np.isfinite(info.loss).all():
-        raise FloatingPointError(
-            f"training on {what} diverged at strength {strength:g}: an explicit step does where learning rate · "
-            f"strength · importance > 2. Lower the strength or the learning rate."
-        )
 
 
 def _check(tasks: Sequence[Task], num_epochs: int) -> None:

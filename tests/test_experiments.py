@@ -67,7 +67,8 @@ def test_permuted_chooses_strengths_on_validation_data(tmp_path, capsys):
     assert {row["method"] for row in tuning} == {"ewc 0.1", "ewc 100", "ewc 1e+30"}
     assert {row["seed"] for row in tuning} == {7}
     printed = capsys.readouterr().out
-    assert "ewc 1e+30, seed 7: training on task 2 diverged" in printed
+    assert "ewc 1e+30, seed 7: training diverged in epoch" in printed
+    assert "ewc 100: average accuracy" in printed
     assert "chosen: --strength.ewc" in printed
     assert "--strength.ewc 1e+30" not in printed
     assert "| 0.1 |" in (folder / "tuning.md").read_text()
