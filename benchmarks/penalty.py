@@ -58,28 +58,19 @@ def main() -> None:
         "proximal_adam": proximal_adam(LEARNING_RATE, 1.0),
     }
     places = {name: Steps(optimizer, params, batch, (), last) for name, optimizer in pipelines.items()}
-    one = {count: Steps(pipelines["coupled"], params, batch, (), kept[count]) for count in arguments.tasks}
-    stored = {count: Steps(optax.adam(LEARNING_RATE), params, batch, tasks[:count]) for count in arguments.tasks}
-
-    everything = {
-        "none": Steps(optax.adam(LEARNING_RATE), params, batch, ()),
-        **places,
-        **named("one", one),
-        **named("stored", stored),
+    one = {f"one {count}": Steps(pipelines["coupled"], params, batch, (), kept[count]) for count in arguments.tasks}
+    stored = {
+        f"stored {count}": Steps(optax.adam(LEARNING_RATE), params, batch, tasks[:count]) for count in arguments.tasks
     }
-    ratios, milliseconds = take_turns(without, everything, arguments.turns)
+
+    none = {"none": Steps(optax.adam(LEARNING_RATE), params, batch, ())}
+    ratios, milliseconds = take_turns(without, none | places | one | stored, arguments.turns)
     print(f"The step without: {milliseconds:.1f} ms\n")
-    print(
-        markdown_table(["place of the penalty", "times the step without"], [[k, ratios[k]] for k in ["none", *places]])
-    )
+    rows = [[name, ratios[name]] for name in none | places]
+    print(markdown_table(["place of the penalty", "times the step without"], rows))
     header = ["tasks", "one consolidation", "stored penalties"]
     rows = [[str(count), ratios[f"one {count}"], ratios[f"stored {count}"]] for count in arguments.tasks]
     print(markdown_table(header, rows))
-
-
-def named(name: str, steps: dict[int, "Steps"]) -> dict[str, "Steps"]:
-    """Names steps by their number of tasks."""
-    return {f"{name} {count}": each for count, each in steps.items()}
 
 
 class Steps:

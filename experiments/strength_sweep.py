@@ -148,8 +148,8 @@ def report(
         [f"{strength:.0e}", *(format_estimate(column[index], 100) for column in columns)]
         for index, strength in enumerate(config.strengths)
     ]
-    title = f"Average accuracy on {config.num_tasks} permuted tasks of {config.dataset}, {config.method}, percent"
-    print_table(console, f"{title} (–: diverged)", header, rows)
+    title = f"Average accuracy on {config.num_tasks} permuted tasks of {config.dataset}, by {config.method}"
+    print_table(console, f"{title}: percent (–: diverged)", header, rows)
     (run.folder / "table.md").write_text(markdown_table(header, rows))
     plot_strength_sweep(accuracy, config.strengths, title, run.folder / "strength_sweep.png")
     console.print(f"results in {run.folder}", highlight=False, soft_wrap=True)

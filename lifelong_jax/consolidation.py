@@ -140,13 +140,12 @@ def normalize_importance(importance: Params, to: Literal["mean", "max"] = "mean"
 
         importance / mean_i importance_i    or    importance / max_i importance_i
 
-    Importances shrink as networks grow and as they fit, so the best strength for one network is not that for another.
-    Normalised, task by task and before `consolidate`, they come closer: on three permuted tasks of the bundled digits
-    (Fisher diagonal; MLPs of one layer of 64, 256 or 1024 units and of three of 128; `experiments.strength_transfer`) the
-    best strengths lay within a factor of 100 as they were, 10 with mean 1, and 30 with maximum 1; a network at the
-    strength that was best for the others lost up to 5.8, 1.1 and 0.4 points of accuracy. So it is a good start for a
-    search, not a replacement. A strength for normalised importances is no longer that of the Laplace form of EWC, and
-    all tasks count alike, whatever their importances were.
+    The best strength for one network is not that for another. With importances normalised, task by task and before
+    `consolidate`, they come closer: on three permuted tasks of the bundled digits (Fisher diagonal; MLPs with one layer
+    of 64, 256 or 1024 units, or three of 128; two seeds; `experiments.strength_transfer`) the best strengths lay within
+    a factor of 100 as they were, 10 with mean 1, and 30 with maximum 1, and a network at the strength that was best for
+    the others lost up to 5.8, 1.1 and 0.4 points of accuracy. So it gives a search a good start; it does not replace
+    one. All tasks then count alike, and the strength is no longer that of the Laplace form of EWC.
 
     Args:
       importance: a tree of arrays, not negative.

@@ -97,8 +97,8 @@ def add_quadratic_penalty(strength: optax.ScalarOrSchedule) -> optax.GradientTra
 
     An explicit step on a stiff quadratic oscillates with growing amplitude where learning rate · strength · importance
     > 2 for any parameter, coupled with SGD (> 2 · (1 + β) with momentum β) or decoupled with any preconditioner. Adam,
-    coupled, moves no faster than its learning rate at any strength, but rattles by that much around the anchor.
-    `proximal_quadratic_penalty` has no such limit.
+    coupled, moves no faster than its learning rate at any strength; but by that much it leaves the anchor in its first
+    step. `proximal_quadratic_penalty` has no such limit.
 
     Args:
       strength: λ, not negative: a number; a value traced where the factory is called inside jit, or kept in the state
@@ -232,8 +232,10 @@ def proximal_adam(
         params ← (params − step_size · m̂ + step_size · strength · importance · anchor)
                  / (1 + step_size · strength · importance)
 
-    m̂ and v̂ are Adam's corrected moments of the gradients that come in, which the penalty does not enter: a stiff
-    penalty does not slow the other parameters, nor rattle. To clip gradients, chain a clipping before.
+    m̂ and v̂ are Adam's corrected moments of the gradients that come in, which the penalty does not enter: a stiff one
+    neither throws its parameters off the anchor in the first step, nor slows them after. To clip gradients, chain a
+    clipping before. On permuted digits it was as accurate as Adam with the penalty coupled, at every strength
+    (`experiments.strength_sweep`).
 
     Args:
       learning_rate: not negative: a number, known or traced, or an `optax.Schedule`.
