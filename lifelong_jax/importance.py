@@ -1,20 +1,24 @@
 """How much each parameter matters: diagonals of the Fisher information, and memory-aware synapses' sensitivities.
 
 Each is a mean over examples of a quantity per example. Here is said which outputs, and which cotangents pulled back
-from them, make which importance; the sums are `per_example.py`'s.
+from them, make which importance; the sums are `structured.py`'s, or `per_example.py`'s.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.tree_util import Partial
 
-from lifelong_jax import _checks
-from lifelong_jax.per_example import Reduction, sum_over_examples
-from lifelong_jax.types import Example, Examples, LogitsFn, LossFn, OutputFn, Params
+from lifelong_jax import _checks, per_example, structured
+from lifelong_jax.per_example import Reduction, widen
+from lifelong_jax.types import Examples, LogitsFn, LossFn, OutputFn, Params
+
+Method: TypeAlias = Literal["structured", "reference"]
+
+_SUMS = {"structured": structured.sum_over_examples, "reference": per_example.sum_over_examples}
 
 
 def empirical_fisher_diagonal(
@@ -24,6 +28,7 @@ def empirical_fisher_diagonal(
     *,
     weights: jax.Array | None = None,
     microbatch_size: int | None = None,
+    method: Method = "structured",
 ) -> Params:
     """Computes the diagonal of the empirical Fisher information: squared gradients at the true labels.
 
@@ -39,15 +44,17 @@ def empirical_fisher_diagonal(
       examples: a tree of arrays `[num_examples, ...]`, with the labels.
       weights: `[num_examples]`, not negative; the mean divides by their sum. 0 marks padding, which must be finite all
         the same. None for ones.
-      microbatch_size: how many examples are differentiated together; the result does not depend on it.
+      microbatch_size: how many examples are taken together; the result does not depend on it.
+      method: "structured", at about the cost of one gradient, or "reference", each example's gradient in full. Both are
+        exact.
 
     Returns:
       A tree like `params`, in its dtypes or float32, whichever is wider.
 
     Raises:
       TypeError: if a leaf of `params` is not floating-point.
-      ValueError: if there are no examples, or leaves disagree on their number, if weights are negative or all 0, or if
-        the loss is no scalar.
+      ValueError: if there are no examples, or leaves disagree on their number, if weights are negative or all 0, if
+        the loss is no scalar, or if `method` is unknown.
 
     Example:
       >>> loss_fn = lambda params, example: 0.5 * (params * example["x"] - example["y"]) ** 2
@@ -57,9 +64,9 @@ def empirical_fisher_diagonal(
 
     Kirkpatrick et al. 2017, doi 10.1073/pnas.1611835114; on the two Fishers, Kunstner et al. 2019, arXiv 1905.12558.
     """
-    _check(params, "examples", examples, weights, microbatch_size)
+    _check(params, "examples", examples, weights, microbatch_size, method)
     return _mean_over_examples(
-        loss_fn, _unit_cotangent, params, examples, None, weights, "sum_of_squares", microbatch_size
+        _as_tree(loss_fn), _unit_cotangent, params, examples, None, weights, "sum_of_squares", microbatch_size, method
     )
 
 
@@ -73,6 +80,7 @@ def fisher_diagonal(
     key: jax.Array | None = None,
     weights: jax.Array | None = None,
     microbatch_size: int | None = None,
+    method: Method = "structured",
 ) -> Params:
     """Computes the diagonal of the Fisher information, with labels y from the model itself.
 
@@ -96,7 +104,9 @@ def fisher_diagonal(
       key: the random key of the samples; the sample does not depend on the microbatch size.
       weights: `[num_examples]`, not negative; the mean divides by their sum. 0 marks padding, which must be finite all
         the same. None for ones.
-      microbatch_size: how many examples are differentiated together; the result does not depend on it.
+      microbatch_size: how many examples are taken together; the result does not depend on it.
+      method: "structured", at about the cost of one gradient, or "reference", each example's gradient in full. Both are
+        exact.
 
     Returns:
       A tree like `params`, in its dtypes or float32, whichever is wider.
@@ -104,7 +114,7 @@ def fisher_diagonal(
     Raises:
       TypeError: if a leaf of `params` is not floating-point.
       ValueError: if there are no inputs, or leaves disagree on their number, if weights are negative or all 0, if
-        `likelihood` is unknown, or if only one of `num_samples` and `key` is given.
+        `likelihood` or `method` is unknown, or if only one of `num_samples` and `key` is given.
 
     Example:
       >>> logits_fn = lambda params, x: params * x
@@ -120,10 +130,10 @@ def fisher_diagonal(
             "num_samples and key go together: both for sampled labels, neither for the exact expectation; "
             f"num_samples is {num_samples} and key is {'not ' if key is not None else ''}None."
         )
-    _check(params, "inputs", inputs, weights, microbatch_size)
+    _check(params, "inputs", inputs, weights, microbatch_size, method)
     cotangents_fn = _EXACT[likelihood] if num_samples is None else _sampled(likelihood, num_samples)
     return _mean_over_examples(
-        logits_fn, cotangents_fn, params, inputs, key, weights, "sum_of_squares", microbatch_size
+        _as_tree(logits_fn), cotangents_fn, params, inputs, key, weights, "sum_of_squares", microbatch_size, method
     )
 
 
@@ -135,6 +145,7 @@ def mas_importance(
     output_norm: Literal["squared_l2", "jacobian"] = "squared_l2",
     weights: jax.Array | None = None,
     microbatch_size: int | None = None,
+    method: Method = "structured",
 ) -> Params:
     """Computes memory-aware synapses: how sensitive the learned function is to each parameter.
 
@@ -152,7 +163,9 @@ def mas_importance(
       output_norm: "squared_l2", one backward pass per example, or "jacobian", one for each output.
       weights: `[num_examples]`, not negative; the mean divides by their sum. 0 marks padding, which must be finite all
         the same. None for ones.
-      microbatch_size: how many examples are differentiated together; the result does not depend on it.
+      microbatch_size: how many examples are taken together; the result does not depend on it.
+      method: "structured", at about the cost of one gradient, or "reference", each example's gradient in full. Both are
+        exact.
 
     Returns:
       A tree like `params`, in its dtypes or float32, whichever is wider.
@@ -160,7 +173,7 @@ def mas_importance(
     Raises:
       TypeError: if a leaf of `params` is not floating-point.
       ValueError: if there are no inputs, or leaves disagree on their number, if weights are negative or all 0, or if
-        `output_norm` is unknown.
+        `output_norm` or `method` is unknown.
 
     Example:
       >>> mas_importance(lambda params, x: params * x, jnp.array(1.0), jnp.array([1.0, -3.0]))
@@ -169,14 +182,16 @@ def mas_importance(
     Aljundi et al. 2018, arXiv 1711.09601, eq. 2 ("jacobian") and §4.1 ("squared_l2").
     """
     _checks.check_choice("output_norm", output_norm, ("squared_l2", "jacobian"))
-    _check(params, "inputs", inputs, weights, microbatch_size)
+    _check(params, "inputs", inputs, weights, microbatch_size, method)
     cotangents_fn = _squared_l2_cotangent if output_norm == "squared_l2" else _exact_gaussian
-    return _mean_over_examples(output_fn, cotangents_fn, params, inputs, None, weights, "norm", microbatch_size)
+    return _mean_over_examples(
+        _as_tree(output_fn), cotangents_fn, params, inputs, None, weights, "norm", microbatch_size, method
+    )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 6, 7))
+@functools.partial(jax.jit, static_argnums=(1, 6, 7, 8))
 def _mean_over_examples(
-    output_fn: Callable[[Params, Example], jax.Array],
+    output_fn: Partial,
     cotangents_fn: Callable[[jax.Array, jax.Array | None], jax.Array],
     params: Params,
     examples: Examples,
@@ -184,15 +199,16 @@ def _mean_over_examples(
     weights: jax.Array | None,
     reduction: Reduction,
     microbatch_size: int | None,
+    method: Method,
 ) -> Params:
-    def keyed_cotangents(outputs: jax.Array, index: jax.Array) -> jax.Array:
+    def keyed_cotangents(key: jax.Array | None, outputs: jax.Array, index: jax.Array) -> jax.Array:
         if not isinstance(outputs, jax.Array) or not jnp.issubdtype(outputs.dtype, jnp.floating):
-            raise ValueError(f"{output_fn} must return one floating-point array for one example, not {outputs}.")
+            raise ValueError(f"{output_fn.func} must return one floating-point array for one example, not {outputs}.")
         return cotangents_fn(outputs, None if key is None else jax.random.fold_in(key, index))
 
-    total = sum_over_examples(
+    total = _SUMS[method](
         output_fn,
-        keyed_cotangents,
+        Partial(keyed_cotangents, key),
         params,
         examples,
         reduction=reduction,
@@ -201,6 +217,11 @@ def _mean_over_examples(
     )
     count = jax.tree.leaves(examples)[0].shape[0] if weights is None else jnp.sum(weights)
     return jax.tree.map(lambda leaf: leaf / jnp.asarray(count, leaf.dtype), total)
+
+
+def _as_tree(function: Callable) -> Partial:
+    # A tree, so that a `Partial`'s arrays are traced; a plain function is part of the tree's structure.
+    return function if isinstance(function, Partial) else Partial(function)
 
 
 # What is pulled back. `cotangents_fn(outputs, key) -> [num_cotangents, *outputs.shape]`; the sum over cotangents of
@@ -221,7 +242,7 @@ def _exact_categorical(logits: jax.Array, key: None) -> jax.Array:
     _check_has_classes(logits)
     # ∂ log p_y / ∂logits = e_y − p, weighted by p_y. One cotangent per label and class: the gradients of independent
     # labels have mean 0 and do not correlate, so in expectation the square of their sum is the sum of their squares.
-    probabilities = jax.nn.softmax(logits.astype(_wide(logits)))
+    probabilities = jax.nn.softmax(widen(logits))
     scores = jnp.eye(logits.shape[-1], dtype=probabilities.dtype) - probabilities[..., None, :]
     weighted = jnp.sqrt(probabilities)[..., None] * scores  # [..., num_classes (y), num_classes]
     num_labels = probabilities[..., 0].size
@@ -235,7 +256,7 @@ def _exact_gaussian(outputs: jax.Array, key: None) -> jax.Array:
 
 
 def _exact_bernoulli(logits: jax.Array, key: None) -> jax.Array:
-    probabilities = jax.nn.sigmoid(logits.astype(_wide(logits)))
+    probabilities = jax.nn.sigmoid(widen(logits))
     deviation = jnp.sqrt(probabilities * (1 - probabilities))
     return _exact_gaussian(logits, key) * deviation.astype(logits.dtype)
 
@@ -246,7 +267,7 @@ _EXACT = {"categorical": _exact_categorical, "gaussian": _exact_gaussian, "berno
 @functools.cache  # one function object per setting, so that jit compiles once per setting
 def _sampled(likelihood: str, num_samples: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
     def cotangents_fn(outputs: jax.Array, key: jax.Array) -> jax.Array:
-        wide = outputs.astype(_wide(outputs))
+        wide = widen(outputs)
         if likelihood == "categorical":
             _check_has_classes(wide)
             labels = jax.random.categorical(key, wide, shape=(num_samples, *wide.shape[:-1]))
@@ -267,13 +288,15 @@ def _check_has_classes(logits: jax.Array) -> None:
         raise ValueError("logits_fn must return [..., num_classes] for one example, not a scalar.")
 
 
-def _wide(array: jax.Array) -> jnp.dtype:
-    return np.promote_types(array.dtype, np.float32)
-
-
 def _check(
-    params: Params, name: str, examples: Examples, weights: jax.Array | None, microbatch_size: int | None
+    params: Params,
+    name: str,
+    examples: Examples,
+    weights: jax.Array | None,
+    microbatch_size: int | None,
+    method: Method,
 ) -> None:
+    _checks.check_choice("method", method, tuple(_SUMS))
     _checks.check_params("params", params)
     _checks.check_examples(name, examples, weights)
     _checks.check_positive_integer("microbatch_size", microbatch_size)

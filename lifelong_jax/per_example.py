@@ -11,11 +11,12 @@ gradient, before the sum over examples: the two do not commute, and a squared mi
 """
 
 from collections.abc import Callable
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from jax.tree_util import Partial
 
 from lifelong_jax.types import Example, Examples, Params
 
@@ -62,33 +63,42 @@ def sum_over_examples(
     if microbatch_size is None:
         microbatch_size = default_microbatch_size(params)
 
-    def contribution(example: Example, index: jax.Array) -> Params:
-        outputs, pull_back = jax.vjp(lambda p: output_fn(p, example), params)
-        cotangents = cotangents_fn(jax.lax.stop_gradient(outputs), index)
-        if cotangents.shape[0] == 1:  # no accumulator, and |g| where a root of a square would underflow
-            function = jnp.square if reduction == "sum_of_squares" else jnp.abs
-            return jax.tree.map(lambda g: function(_widen(g)), *pull_back(cotangents[0]))
+    def sum_microbatch(
+        output_fn: Callable[[Params, Example], jax.Array],
+        cotangents_fn: CotangentsFn,
+        params: Params,
+        examples: Examples,
+        indices: jax.Array,
+        weights: jax.Array,
+    ) -> Params:
+        def contribution(example: Example, index: jax.Array) -> Params:
+            outputs, pull_back = jax.vjp(lambda p: output_fn(p, example), params)
+            cotangents = cotangents_fn(jax.lax.stop_gradient(outputs), index)
+            if cotangents.shape[0] == 1:  # no accumulator, and |g| where a root of a square would underflow
+                function = jnp.square if reduction == "sum_of_squares" else jnp.abs
+                return jax.tree.map(lambda g: function(widen(g)), *pull_back(cotangents[0]))
 
-        # One cotangent at a time: an array of cotangents × parameters would leave the cache.
-        def add_square(total: Params, cotangent: jax.Array) -> tuple[Params, None]:
-            return jax.tree.map(lambda t, g: t + jnp.square(_widen(g)), total, *pull_back(cotangent)), None
+            # One cotangent at a time: an array of cotangents × parameters would leave the cache.
+            def add_square(total: Params, cotangent: jax.Array) -> tuple[Params, None]:
+                return jax.tree.map(lambda t, g: t + jnp.square(widen(g)), total, *pull_back(cotangent)), None
 
-        total, _ = jax.lax.scan(add_square, zeros_like_sum(params), cotangents)
-        return total if reduction == "sum_of_squares" else jax.tree.map(jnp.sqrt, total)
+            total, _ = jax.lax.scan(add_square, zeros_like_sum(params), cotangents)
+            return total if reduction == "sum_of_squares" else jax.tree.map(jnp.sqrt, total)
 
-    def sum_microbatch(examples: Examples, indices: jax.Array, weights: jax.Array) -> Params:
         if indices.shape[0] == 1:  # without the axis: on a CPU, XLA's batched products are tens of times slower
             alone = contribution(jax.tree.map(lambda x: x[0], examples), indices[0])
             return jax.tree.map(lambda q: weights[0].astype(q.dtype) * q, alone)
         contributions = jax.vmap(contribution)(examples, indices)
         return jax.tree.map(lambda q: jnp.tensordot(weights.astype(q.dtype), q, axes=1), contributions)
 
-    return sum_microbatches(sum_microbatch, zeros_like_sum(params), examples, weights, microbatch_size)
+    return sum_microbatches(sum_microbatch, output_fn, cotangents_fn, params, examples, weights, microbatch_size)
 
 
 def sum_microbatches(
-    sum_microbatch: Callable[[Examples, jax.Array, jax.Array], Params],
-    zeros: Params,
+    sum_microbatch: Callable[..., Params],
+    output_fn: Callable[[Params, Example], jax.Array],
+    cotangents_fn: CotangentsFn,
+    params: Params,
     examples: Examples,
     weights: jax.Array | None,
     microbatch_size: int,
@@ -96,32 +106,70 @@ def sum_microbatches(
     """Adds up what a function makes of one microbatch after the other.
 
     A last, smaller microbatch is filled up with examples of weight 0, so that the function is compiled for one shape.
+    Where the types of the examples say that they are sharded over axes of a mesh (`jax.make_mesh` makes such axes),
+    each shard goes through its own, with the parameters replicated, and one sum joins them. JAX does not allow the
+    functions to close over arrays of that mesh then: they may be `jax.tree_util.Partial`s, with these as arguments.
 
     Args:
-      sum_microbatch: `(examples, indices, weights) -> tree`, each with a leading axis of the microbatch's size; it
-        must be linear in the weights.
-      zeros: a tree of zeros like the result.
+      sum_microbatch: `(output_fn, cotangents_fn, params, examples, indices, weights) -> tree like params`, the last
+        three with a leading axis of the microbatch's size; it must be linear in the weights.
+      output_fn: is handed on.
+      cotangents_fn: is handed on.
+      params: a tree of floating-point arrays.
       examples: a tree of arrays `[num_examples, ...]`.
       weights: `[num_examples]`, or None for ones.
-      microbatch_size: examples per call.
+      microbatch_size: examples per call, and per shard.
 
     Returns:
-      The sum, a tree like `zeros`.
+      The sum, a tree like `params`, in its dtypes or float32, whichever is wider.
     """
     num_examples = jax.tree.leaves(examples)[0].shape[0]
-    microbatch_size = min(microbatch_size, num_examples)
     if weights is None:
         weights = jnp.ones(num_examples)
 
-    def step(total: Params, start: jax.Array) -> tuple[Params, None]:
-        positions = start + jnp.arange(microbatch_size)
-        indices = jnp.minimum(positions, num_examples - 1)
-        here = jax.tree.map(lambda x: x[indices], examples)
-        present = jnp.where(positions < num_examples, weights[indices], 0)
-        return jax.tree.map(jnp.add, total, sum_microbatch(here, indices, present)), None
+    def sum_shard(
+        replicated: tuple[Any, Any, Params], examples: Examples, indices: jax.Array, weights: jax.Array
+    ) -> Params:
+        num_here = indices.shape[0]
+        size = min(microbatch_size, num_here)
 
-    total, _ = jax.lax.scan(step, zeros, jnp.arange(0, num_examples, microbatch_size))
-    return total
+        def step(total: Params, start: jax.Array) -> tuple[Params, None]:
+            positions = start + jnp.arange(size)
+            within = jnp.minimum(positions, num_here - 1)
+            here = jax.tree.map(lambda x: x[within], examples)
+            present = jnp.where(positions < num_here, weights[within], 0)
+            return jax.tree.map(jnp.add, total, sum_microbatch(*replicated, here, indices[within], present)), None
+
+        total, _ = jax.lax.scan(step, zeros_like_sum(replicated[2]), jnp.arange(0, num_here, size))
+        return total
+
+    examples = jax.tree.map(jnp.asarray, examples)
+    sharded = (examples, jnp.arange(num_examples, dtype=jnp.int32), jnp.asarray(weights))
+    mesh, axes = _sharded_over(examples)
+    if not axes:
+        return sum_shard((output_fn, cotangents_fn, params), *sharded)
+    functions = [f if isinstance(f, Partial) else Partial(f) for f in (output_fn, cotangents_fn)]
+    everywhere, by_shard = PartitionSpec(), PartitionSpec(axes)
+    return jax.shard_map(
+        lambda *arguments: jax.lax.psum(sum_shard(*arguments), axes),
+        mesh=mesh,
+        in_specs=(everywhere, by_shard, by_shard, by_shard),
+        out_specs=everywhere,
+        check_vma=False,  # each shard differentiates by its own copy of the parameters, and sums afterwards
+    )(
+        jax.sharding.reshard((*functions, params), NamedSharding(mesh, everywhere)),
+        *jax.sharding.reshard(sharded, NamedSharding(mesh, by_shard)),
+    )
+
+
+def _sharded_over(examples: Examples) -> tuple[AbstractMesh | None, tuple[str, ...]]:
+    """The mesh and its axes over which the types of the examples say that they are sharded, if any."""
+    for leaf in jax.tree.leaves(examples):
+        sharding = jax.typeof(leaf).sharding
+        axes = sharding.spec[0] if sharding.spec else None
+        if axes is not None:
+            return sharding.mesh, axes if isinstance(axes, tuple) else (axes,)
+    return None, ()
 
 
 def default_microbatch_size(params: Params) -> int:
@@ -155,9 +203,17 @@ def zeros_like_sum(params: Params) -> Params:
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, _wide_dtype(leaf)), params)
 
 
-def _wide_dtype(leaf: jax.Array) -> jnp.dtype:
-    return np.promote_types(leaf.dtype, np.float32)
+def widen(array: jax.Array) -> jax.Array:
+    """Casts to float32 what is narrower.
+
+    Args:
+      array: a floating-point array.
+
+    Returns:
+      The array, in its dtype or float32, whichever is wider.
+    """
+    return array.astype(_wide_dtype(array))
 
 
-def _widen(leaf: jax.Array) -> jax.Array:
-    return leaf.astype(_wide_dtype(leaf))
+def _wide_dtype(array: jax.Array) -> jnp.dtype:  # `promote_types` refuses under strict promotion
+    return array.dtype if jnp.finfo(array.dtype).bits >= 32 else jnp.dtype(jnp.float32)

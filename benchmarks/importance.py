@@ -1,0 +1,198 @@
+"""Times importance passes against an ordinary gradient over the same examples, and prints a Markdown table.
+
+    python benchmarks/importance.py
+
+Ratios are to the gradient of a summed loss at the fastest of several batch sizes. All passes of a model take turns in
+one process; a ratio is the median over the turns of pass over gradient, so that other load on the machine cancels.
+"Structured" and "reference" are at the library's default microbatch sizes. Temporary memory is the compiler's
+account (`memory_analysis`) of the structured empirical Fisher, at N examples and at 4 N: it must not grow.
+"""
+
+import argparse
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from lifelong_jax.importance import empirical_fisher_diagonal, fisher_diagonal, mas_importance
+
+
+class Mlp(nn.Module):
+    """784-1000-1000-10."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps one input to logits."""
+        for width in (1000, 1000):
+            x = nn.relu(nn.Dense(width)(x))
+        return nn.Dense(10)(x)
+
+
+class Cnn(nn.Module):
+    """Two 3×3 convolutions, layer normalisation, and a dense layer."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps one image to logits."""
+        for features in (16, 32):
+            x = nn.avg_pool(nn.relu(nn.Conv(features, (3, 3))(x)), (2, 2), strides=(2, 2))
+        return nn.Dense(10)(nn.LayerNorm()(x).ravel())
+
+
+class Transformer(nn.Module):
+    """Pre-norm blocks over rows of an image, or over tokens where there is a vocabulary."""
+
+    num_blocks: int
+    width: int
+    num_heads: int
+    vocabulary_size: int | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps one sequence to logits."""
+        x = nn.Dense(self.width)(x) if self.vocabulary_size is None else nn.Embed(self.vocabulary_size, self.width)(x)
+        x = x + self.param("positions", nn.initializers.normal(0.02), x.shape)
+        for _ in range(self.num_blocks):
+            x = x + nn.MultiHeadDotProductAttention(self.num_heads)(nn.LayerNorm()(x))
+            x = x + nn.Dense(self.width)(nn.gelu(nn.Dense(4 * self.width)(nn.LayerNorm()(x))))
+        return nn.Dense(10)(nn.LayerNorm()(x).mean(axis=0))
+
+
+class Case(NamedTuple):
+    """A model and its examples."""
+
+    name: str
+    model: nn.Module
+    inputs: jax.Array
+    batch_sizes: tuple[int, ...]  # of the ordinary gradient
+
+
+def cases() -> list[Case]:
+    """Lists the models of the table."""
+    key = jax.random.key(0)
+    return [
+        Case("MLP 784-1000-1000-10", Mlp(), jax.random.normal(key, (2048, 784)), (64, 128, 256, 512)),
+        Case("CNN, two 3×3 convolutions", Cnn(), jax.random.normal(key, (256, 28, 28, 1)), (1, 8, 32, 64, 128)),
+        Case(
+            "transformer, 2 blocks of width 64, 28 tokens",
+            Transformer(2, 64, 4),
+            jax.random.normal(key, (512, 28, 28)),
+            (1, 8, 32, 128),
+        ),
+        Case(
+            "transformer, 4 blocks of width 256, 128 tokens",
+            Transformer(4, 256, 4, vocabulary_size=1000),
+            jax.random.randint(key, (32, 128), 0, 1000),
+            (1, 4, 8, 16),
+        ),
+    ]
+
+
+def gradient_pass(loss_fn: Callable, params: Any, examples: Any, batch_size: int) -> Any:
+    """Computes the gradient of the loss summed over all examples, a batch at a time."""
+    batches = jax.tree.map(lambda x: x.reshape(-1, batch_size, *x.shape[1:]), examples)
+
+    def step(total: Any, batch: Any) -> tuple[Any, None]:
+        gradient = jax.grad(lambda p: jnp.sum(jax.vmap(loss_fn, in_axes=(None, 0))(p, batch)))(params)
+        return jax.tree.map(jnp.add, total, gradient), None
+
+    return jax.lax.scan(step, jax.tree.map(jnp.zeros_like, params), batches)[0]
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    """Times one run."""
+    start = time.perf_counter()
+    jax.block_until_ready(run())
+    return time.perf_counter() - start
+
+
+def ratios(base: Callable[[], Any], others: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Times functions in turns; returns each one's median ratio to the base of the same turn."""
+    for run in others.values():
+        seconds(run)  # compiles
+    turns = [(seconds(base), {name: seconds(run) for name, run in others.items()}) for _ in range(rounds)]
+    return {name: statistics.median(times[name] / base_time for base_time, times in turns) for name in others}
+
+
+def temporary_mebibytes(loss_fn: Callable, params: Any, examples: Any) -> float:
+    """Asks the compiler what memory the structured pass takes beyond its arguments and its result."""
+    compiled = jax.jit(lambda p, e: empirical_fisher_diagonal(loss_fn, p, e)).lower(params, examples).compile()
+    return compiled.memory_analysis().temp_size_in_bytes / 2**20
+
+
+def row(case: Case, rounds: int) -> str:
+    """Measures one model, and returns its row of the table."""
+    params = case.model.init(jax.random.key(1), case.inputs[0])
+    num_examples = case.inputs.shape[0]
+    examples = (case.inputs, jax.random.randint(jax.random.key(2), (num_examples,), 0, 10))
+
+    def logits_fn(params: Any, x: jax.Array) -> jax.Array:
+        return case.model.apply(params, x)
+
+    def loss_fn(params: Any, example: Any) -> jax.Array:
+        return optax.softmax_cross_entropy_with_integer_labels(logits_fn(params, example[0]), example[1])
+
+    gradients = {
+        size: functools.partial(jax.jit(gradient_pass, static_argnums=(0, 3)), loss_fn, params, examples, size)
+        for size in case.batch_sizes
+    }
+    for run in gradients.values():
+        seconds(run)  # compiles
+    batch_size = min(gradients, key=lambda size: min(seconds(gradients[size]) for _ in range(3)))
+
+    passes = {}
+    for method in ("structured", "reference"):
+        passes["Fisher", method] = functools.partial(
+            empirical_fisher_diagonal, loss_fn, params, examples, method=method
+        )
+        passes["MAS", method] = functools.partial(mas_importance, logits_fn, params, case.inputs, method=method)
+    passes["exact Fisher", "structured"] = functools.partial(fisher_diagonal, logits_fn, params, case.inputs)
+    measured = ratios(gradients[batch_size], passes, rounds)
+
+    more = jax.tree.map(lambda x: jnp.concatenate([x] * 4), examples)
+    memory = [temporary_mebibytes(loss_fn, params, some) for some in (examples, more)]
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / 2**20
+    gradient_time = statistics.median(seconds(gradients[batch_size]) for _ in range(3))
+    cells = [
+        case.name,
+        f"{1000 * gradient_time / num_examples:.2f} ms at {batch_size}",
+        *(f"{measured[name, 'structured']:.2f}" for name in ("Fisher", "MAS", "exact Fisher")),
+        *(f"{measured[name, 'reference']:.2f}" for name in ("Fisher", "MAS")),
+        f"{size:.1f}",
+        f"{memory[0]:.1f}, {memory[1]:.1f}",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7, help="turns per model; medians are over these")
+    parser.add_argument("--models", type=int, nargs="*", help="rows to measure, from 0; all by default")
+    arguments = parser.parse_args()
+    print(f"{jax.devices()[0].device_kind}, {jax.device_count()} device(s), JAX {jax.__version__}\n")
+    header = (
+        "model",
+        "gradient per example, at batch size",
+        "Fisher",
+        "MAS",
+        "exact Fisher, 10 classes",
+        "Fisher, reference",
+        "MAS, reference",
+        "parameters, MiB",
+        "temporary MiB at N, 4 N",
+    )
+    print("| " + " | ".join(header) + " |\n|" + " --- |" * len(header))
+    for number, case in enumerate(cases()):
+        if arguments.models is None or number in arguments.models:
+            print(row(case, arguments.rounds), flush=True)
+
+
+if __name__ == "__main__":
+    main()

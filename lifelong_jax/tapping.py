@@ -1,0 +1,251 @@
+"""Finds where a function uses each parameter, and reads what passes by there: the walk through jaxprs.
+
+A *use* is the one equation to which a parameter leaf is an operand, seen through equations that only move entries about
+(casts, reshapes, transposes) and through calls (`jit`, `remat`, the body of a `scan`).
+A leaf with such a use is *tapped*: `evaluate` adds a given array of zeros to the equation's output, so that
+differentiating by the zeros gives the cotangent there, and hands out the equation's other operand. A product of those
+two is the leaf's gradient; which product, `factors.py` says.
+
+A jaxpr may be shared by several call sites, so a use is named by its path of equation numbers and never by a variable.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, DebugInfo, Jaxpr, JaxprEqn, Literal, Var
+
+from lifelong_jax.types import Example, Params
+
+_JIT = frozenset({"jit", "pjit", "closed_call"})
+_REMAT = frozenset({"remat2", "remat", "checkpoint"})
+_CASTS = frozenset({"convert_element_type", "copy", "name"})
+_MOVES = frozenset({"reshape", "transpose", "squeeze", "expand_dims", "broadcast_in_dim", "rev"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """The one equation that a leaf is an operand of.
+
+    Attributes:
+      site: the path to the equation: its number in the outermost jaxpr, then in the jaxpr that that equation calls, ...
+      equation: the equation itself.
+      position: which of the equation's operands the leaf is.
+      lengths: the lengths of the scans around the equation, outermost first.
+      stacked: for each of them, whether the leaf has an axis of that length, an entry for each step (a stack of
+        layers); else every step uses the same entries (a recurrent network).
+      move: maps the leaf to that operand, with the axes of stacked scans in front. It is linear and permutes entries;
+        casts are left out.
+    """
+
+    site: tuple[int, ...]
+    equation: JaxprEqn
+    position: int
+    lengths: tuple[int, ...]
+    stacked: tuple[bool, ...]
+    move: Callable[[jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Unused:
+    """The leaf is an operand of no equation."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Opaque:
+    """The leaf has no single use, for the reason given."""
+
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Returned:
+    """The leaf, moved, is one output of the jaxpr, and nothing else uses it."""
+
+    output: int
+    move: Callable[[jax.Array], jax.Array]
+
+
+def trace(output_fn: Callable[[Params, Example], Any], params: Params, example: Example) -> tuple[ClosedJaxpr, Any]:
+    """Traces a function of one example.
+
+    Args:
+      output_fn: `output_fn(params, example) -> outputs`.
+      params: a tree of arrays, or of shapes and dtypes.
+      example: the same for one example.
+
+    Returns:
+      The jaxpr, whose arguments are the leaves of `params` and then those of `example`, and the outputs' structure.
+    """
+    jaxpr, outputs = jax.make_jaxpr(output_fn, return_shape=True)(params, example)
+    return jaxpr, jax.tree.structure(outputs)
+
+
+def find_use(jaxpr: Jaxpr, argument: int) -> Use | Unused | Opaque:
+    """Finds the one equation that an argument of a jaxpr is an operand of.
+
+    Args:
+      jaxpr: a jaxpr.
+      argument: the number of one of its arguments.
+
+    Returns:
+      The use; or that there is none; or why there is no single one.
+    """
+    found = _follow(jaxpr, jaxpr.invars[argument], lambda leaf: leaf, (), (), ())
+    return Opaque("it is an output itself") if isinstance(found, _Returned) else found
+
+
+def _follow(
+    jaxpr: Jaxpr,
+    variable: Var,
+    move: Callable[[jax.Array], jax.Array],
+    site: tuple[int, ...],
+    lengths: tuple[int, ...],
+    stacked: tuple[bool, ...],
+) -> Use | Unused | Opaque | _Returned:
+    operands = [(number, p) for number, e in enumerate(jaxpr.eqns) for p, v in enumerate(e.invars) if v is variable]
+    outputs = [number for number, v in enumerate(jaxpr.outvars) if v is variable]
+    count = len(operands) + len(outputs)
+    if count == 0:
+        return Unused()
+    if count > 1:
+        names = ", ".join([jaxpr.eqns[number].primitive.name for number, _ in operands] + ["output"] * len(outputs))
+        return Opaque(f"used {count} times ({names})")
+    if outputs:
+        return _Returned(outputs[0], move)
+
+    ((number, position),) = operands
+    equation = jaxpr.eqns[number]
+    name = equation.primitive.name
+    here = (*site, number)
+    if name in _JIT | _REMAT:
+        inner = _open(equation.params["jaxpr"])
+        found = _follow(inner, inner.invars[position], move, here, lengths, stacked)
+        if isinstance(found, _Returned):
+            return _follow(jaxpr, equation.outvars[found.output], found.move, site, lengths, stacked)
+        return found
+    if name == "scan":
+        first, carried = equation.params["num_consts"], equation.params["num_carry"]
+        if first <= position < first + carried:
+            return Opaque("carried by a scan")
+        inner, length = _open(equation.params["jaxpr"]), equation.params["length"]
+        stacked = (*stacked, position >= first)
+        found = _follow(inner, inner.invars[position], move, here, (*lengths, length), stacked)
+        return Opaque("handed through by a scan") if isinstance(found, _Returned) else found
+    if _only_moves(equation):
+        if name not in _CASTS:
+            move = _then(move, nested_vmap(_bound(equation), sum(stacked)))
+        return _follow(jaxpr, equation.outvars[0], move, site, lengths, stacked)
+    return Use(here, equation, position, lengths, stacked, move)
+
+
+def evaluate(
+    jaxpr: Jaxpr,
+    constants: Sequence[Any],
+    arguments: Sequence[Any],
+    uses: dict[int, Use],
+    zeros: dict[int, jax.Array],
+    level: int = 0,
+) -> tuple[list[Any], dict[int, jax.Array]]:
+    """Evaluates a jaxpr with zeros added to the output of each use, and hands out the other operands.
+
+    Args:
+      jaxpr: a jaxpr.
+      constants: the values of its constants.
+      arguments: the values of its arguments.
+      uses: what to tap, by any number.
+      zeros: by the same numbers, `[*lengths, *shape of the equation's output]`.
+      level: how many calls around `jaxpr` the uses' paths begin with.
+
+    Returns:
+      The outputs, and by the same numbers the operands, `[*lengths, *shape]`.
+    """
+    values: dict[Var, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*constants, *arguments], strict=True))
+    operands: dict[int, jax.Array] = {}
+
+    def read(variable: Var | Literal) -> Any:
+        return variable.val if isinstance(variable, Literal) else values[variable]
+
+    for number, equation in enumerate(jaxpr.eqns):
+        inputs = [read(variable) for variable in equation.invars]
+        here = {tap: use for tap, use in uses.items() if use.site[level] == number}
+        if not here and equation.primitive.name not in _JIT:
+            outputs = _bind(equation, inputs)
+        elif here and all(len(use.site) == level + 1 for use in here.values()):
+            outputs = _bind(equation, inputs)
+            for tap, use in here.items():
+                outputs = [outputs[0] + zeros[tap]]
+                operands[tap] = inputs[1 - use.position]
+        else:
+            outputs, found = _evaluate_call(equation, inputs, here, {tap: zeros[tap] for tap in here}, level + 1)
+            operands.update(found)
+        values.update(zip(equation.outvars, outputs, strict=True))
+    return [read(variable) for variable in jaxpr.outvars], operands
+
+
+def _evaluate_call(
+    equation: JaxprEqn, inputs: list[Any], uses: dict[int, Use], zeros: dict[int, jax.Array], level: int
+) -> tuple[list[Any], dict[int, jax.Array]]:
+    parameters = equation.params
+    inner = _open(parameters["jaxpr"])
+    constants = parameters["jaxpr"].consts if isinstance(parameters["jaxpr"], ClosedJaxpr) else ()
+
+    def call(arguments: Sequence[Any], zeros: dict[int, jax.Array]) -> tuple[list[Any], dict[int, jax.Array]]:
+        return evaluate(inner, constants, arguments, uses, zeros, level)
+
+    if equation.primitive.name in _JIT:
+        return call(inputs, zeros)
+    if equation.primitive.name in _REMAT:
+        return jax.checkpoint(call, prevent_cse=parameters["prevent_cse"], policy=parameters["policy"])(inputs, zeros)
+
+    first, carried = parameters["num_consts"], parameters["num_carry"]
+
+    def step(carry: list[Any], scanned: tuple[list[Any], dict[int, jax.Array]]) -> tuple[list[Any], tuple]:
+        outputs, operands = call([*inputs[:first], *carry, *scanned[0]], scanned[1])
+        return outputs[:carried], (outputs[carried:], operands)
+
+    carry, (stacked, operands) = jax.lax.scan(
+        step,
+        inputs[first : first + carried],
+        (inputs[first + carried :], zeros),
+        length=parameters["length"],
+        reverse=parameters["reverse"],
+        unroll=parameters["unroll"],
+    )
+    return [*carry, *stacked], operands
+
+
+def nested_vmap(function: Callable, depth: int) -> Callable:
+    """Maps a function over `depth` leading axes of all its arguments."""
+    for _ in range(depth):
+        function = jax.vmap(function)
+    return function
+
+
+def _only_moves(equation: JaxprEqn) -> bool:
+    if equation.primitive.name not in _CASTS | _MOVES:
+        return False
+    source, target = equation.invars[0].aval, equation.outvars[0].aval
+    return source.size == target.size and jnp.issubdtype(target.dtype, jnp.floating)
+
+
+def _bound(equation: JaxprEqn) -> Callable[[jax.Array], jax.Array]:
+    return lambda operand: _bind(equation, [operand])[0]
+
+
+def _bind(equation: JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
+    # As a jaxpr of one equation: how custom derivatives are bound again differs between versions of JAX.
+    given = {v: value for v, value in zip(equation.invars, inputs, strict=True) if not isinstance(v, Literal)}
+    debug_info = DebugInfo("tapping", equation.primitive.name, ("",) * len(given), ("",) * len(equation.outvars))
+    alone = Jaxpr((), tuple(given), equation.outvars, [equation], equation.effects, debug_info)
+    return jax.core.eval_jaxpr(alone, (), *given.values())
+
+
+def _open(jaxpr: Jaxpr | ClosedJaxpr) -> Jaxpr:
+    return jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
+
+
+def _then(first: Callable[[jax.Array], jax.Array], second: Callable[[jax.Array], jax.Array]) -> Callable:
+    return lambda leaf: second(first(leaf))
