@@ -16,7 +16,7 @@ def check_params(name: str, params: Params) -> None:
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(
                 f"{name}{jax.tree_util.keystr(path)} has dtype {dtype}, but only floating-point leaves have gradients: "
-                f"pass the trainable parameters alone, and close over the rest."
+                f"pass the trainable parameters alone, and close over the rest, or have None in its place."
             )
 
 
@@ -56,15 +56,27 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
 
 
 def check_not_negative(name: str, value: Any) -> None:
-    """Raises ValueError where a scalar's value is known and is negative, infinite or NaN."""
-    if is_concrete(value) and not (np.isfinite(value) and value >= 0):
+    """Raises ValueError where the value of a scalar, or of an array, is known and is negative, infinite or NaN."""
+    if is_concrete(value) and not np.all(np.isfinite(value) & (np.asarray(value) >= 0)):
         raise ValueError(f"{name} must be finite and not negative, not {value}.")
 
 
-def check_same_structure(name: str, tree: Any, reference_name: str, reference: Any) -> None:
-    """Raises ValueError, naming the first path that differs, unless two trees agree in structure and shapes."""
-    ours = {jax.tree_util.keystr(path): np.shape(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
-    theirs = {jax.tree_util.keystr(path): np.shape(leaf) for path, leaf in jax.tree.leaves_with_path(reference)}
+def check_same_structure(name: str, tree: Any, reference_name: str, reference: Any, partial: bool = False) -> None:
+    """Raises ValueError, naming the first path that differs, unless two trees agree in structure and shapes.
+
+    Where `partial`, None in `tree` stands for any branch of `reference`.
+    """
+    with_none = jax.tree.leaves_with_path(tree, is_leaf=lambda node: node is None)
+    left_out = {path for path, leaf in with_none if leaf is None} if partial else set()
+
+    def shapes(leaves: list[tuple[Any, Any]]) -> dict[str, tuple[int, ...]]:
+        return {
+            jax.tree_util.keystr(path): np.shape(leaf)
+            for path, leaf in leaves
+            if not any(path[:depth] in left_out for depth in range(len(path) + 1))
+        }
+
+    ours, theirs = shapes(jax.tree.leaves_with_path(tree)), shapes(jax.tree.leaves_with_path(reference))
     for path in [*theirs, *ours]:
         if path not in ours or path not in theirs:
             lacking = name if path not in ours else reference_name
@@ -73,7 +85,7 @@ def check_same_structure(name: str, tree: Any, reference_name: str, reference: A
             )
         if ours[path] != theirs[path]:
             raise ValueError(f"{name}{path} has shape {ours[path]}, but {reference_name}{path} has {theirs[path]}.")
-    if jax.tree.structure(tree) != jax.tree.structure(reference):
+    if not left_out and jax.tree.structure(tree) != jax.tree.structure(reference):
         raise ValueError(
             f"{name} and {reference_name} must be trees of one structure, but have {jax.tree.structure(tree)} "
             f"and {jax.tree.structure(reference)}."

@@ -1,10 +1,12 @@
 """Pictures of what was learned and what was forgotten. One style for all of them."""
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import matplotlib.figure
 import numpy as np
+
+from lifelong_jax.runs import Estimate
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's palette, which people with any colour vision can tell apart."""
@@ -68,6 +70,50 @@ def plot_accuracy_matrices(matrices: Mapping[str, np.ndarray], title: str, file:
         axis.set_yticks([tick + 1 for tick in ticks])
     axes[0].set_ylabel("after learning task")
     figure.colorbar(image, ax=list(axes), label="test accuracy", shrink=0.8)
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(file)
+
+
+def plot_strength_sweep(
+    accuracies: Mapping[str, Mapping[str, Sequence[Estimate]]],
+    strengths: Sequence[float],
+    title: str,
+    file: str | pathlib.Path,
+) -> None:
+    """Draws average accuracy against the penalty's strength: a panel for each optimiser, a line for each place.
+
+    Lines are means over seeds, bands one standard error to both sides; a cross at the foot marks a strength at which
+    training diverged for some seed.
+
+    Args:
+      accuracies: for each optimiser and each place of the penalty, an estimate for each strength: a fraction, NaN where
+        training diverged.
+      strengths: λ, ascending.
+      title: above the picture.
+      file: where the PNG goes.
+    """
+    figure = _figure(3.6 * len(accuracies) + 0.6, 3.2)
+    axes = figure.subplots(1, len(accuracies), sharex=True, sharey=True, squeeze=False)[0]
+    places = list(dict.fromkeys(place for lines in accuracies.values() for place in lines))
+    for axis, (optimizer, lines) in zip(axes, accuracies.items(), strict=True):
+        for place, estimates in lines.items():
+            index = places.index(place)
+            mean, error = (np.array([getattr(e, field) for e in estimates]) for field in ("mean", "stderr"))
+            style = {"color": COLORS[index], "linestyle": ("-", "--", "-.", ":")[index % 4]}
+            axis.plot(strengths, mean, linewidth=1.6, label=place, **style)
+            axis.fill_between(strengths, mean - error, mean + error, color=COLORS[index], alpha=0.2, linewidth=0)
+            diverged = np.isnan(mean)
+            heights = np.full(diverged.sum(), 0.02 + 0.035 * index)
+            axis.plot(np.array(strengths)[diverged], heights, "x", markersize=5, color=COLORS[index])
+        axis.set_title(optimizer)
+        axis.set_xscale("log")
+        axis.set_xlabel("strength λ (crosses: diverged)")
+        axis.set_ylim(0, 1.02)
+    axes[0].set_ylabel("average accuracy, all tasks")
+    handles = {}
+    for axis in axes:
+        handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), frameon=False)
     figure.suptitle(title, fontsize=11)
     figure.savefig(file)
 

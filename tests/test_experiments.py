@@ -1,5 +1,6 @@
 """The experiments end to end on the bundled digits, small; their files are read back."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import pytest
 import tyro
 from PIL import Image
 
-from experiments import permuted
+from experiments import permuted, strength_sweep, strength_transfer
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -93,3 +94,32 @@ def test_permuted_names_a_data_set_that_is_not_there(tmp_path):
     assert result.returncode == 1
     assert f"no data set 'mnist' prepared in array_record format in {tmp_path}" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_strength_sweep(tmp_path, capsys):
+    small = ["--num-tasks", "2", "--hidden-sizes", "16", "--num-epochs", "2", "--seeds", "0"]
+    arguments = [*small, "--strengths", "1", "1e12", "--output-dir", str(tmp_path)]
+    strength_sweep.main(tyro.cli(strength_sweep.Config, args=arguments))
+    (folder,) = (tmp_path / "strength_sweep").iterdir()
+
+    accuracy = json.loads((folder / "summary.json").read_text())["learners"]
+    assert len(accuracy) == (3 + 4) * 2
+    assert accuracy["sgd coupled 1"]["values"] == accuracy["sgd decoupled 1"]["values"]
+    diverged = [name for name, estimate in accuracy.items() if estimate["mean"] is None]
+    assert diverged == ["sgd coupled 1e+12", "sgd decoupled 1e+12", "adam decoupled 1e+12"]
+    with Image.open(folder / "strength_sweep.png") as image:
+        assert image.width > 800
+    assert "| 1e+12 | – |" in (folder / "table.md").read_text()
+    assert str(folder) in capsys.readouterr().out
+
+
+def test_strength_transfer(tmp_path, monkeypatch):
+    monkeypatch.setattr(strength_transfer, "DECADES", {"none": [0, 4], "mean": [-4, 0], "max": [0, 4]})
+    config = tyro.cli(strength_transfer.Config, args=["--num-tasks", "2", "--num-epochs", "1", "--seeds", "0"])
+    config = dataclasses.replace(config, networks=((4,), (8,)), output_dir=str(tmp_path))
+    strength_transfer.main(config)
+    (folder,) = (tmp_path / "strength_transfer").iterdir()
+    summary = json.loads((folder / "summary.json").read_text())
+    assert list(summary["best"]) == list(summary["cost"]) == ["none", "mean", "max"]
+    assert all(cost >= 0 for costs in summary["cost"].values() for cost in costs)
+    assert "| 8 |" in (folder / "table.md").read_text()

@@ -1,0 +1,159 @@
+"""Learns permuted tasks at strengths over twelve decades, with the penalty in each place of a pipeline.
+
+The penalty can be coupled (its gradient joins the loss's before the preconditioner), decoupled (after it) or proximal
+(a closed-form step after the pipeline's own). The picture shows at which strengths each remembers, learns, or diverges.
+"""
+
+import dataclasses
+import functools
+from typing import Literal
+
+import optax
+import rich.console
+import tyro
+
+from lifelong_jax import (
+    add_quadratic_penalty,
+    learn_tasks,
+    methods,
+    permuted_tasks,
+    proximal_adam,
+    proximal_quadratic_penalty,
+)
+from lifelong_jax.comparison import Summary, compare, summarize
+from lifelong_jax.continual import OptimizerFn
+from lifelong_jax.datasets import load_dataset
+from lifelong_jax.models import MLP
+from lifelong_jax.plotting import plot_strength_sweep
+from lifelong_jax.runs import Run, format_estimate, markdown_table, print_table, start_run
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Learn permuted tasks at strengths over twelve decades, with the penalty in each place of a pipeline."""
+
+    dataset: str = "digits"
+    """digits (bundled), or the name of an image-classification data set that TFDS has prepared, such as mnist."""
+
+    data_dir: str | None = None
+    """Where TFDS keeps prepared data sets; by default TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+
+    method: Literal["l2", "ewc", "mas"] = "ewc"
+    """Which importance: the same for every parameter (l2), Fisher diagonal (ewc), or output sensitivity (mas)."""
+
+    optimizers: tuple[Literal["sgd", "adam"], ...] = ("sgd", "adam")
+    """A panel of the picture for each."""
+
+    strengths: tuple[float, ...] = tuple(10.0**decade for decade in range(-3, 10))
+    """The strengths, λ."""
+
+    num_tasks: int = 3
+    """How many tasks."""
+
+    hidden_sizes: tuple[int, ...] = (100,)
+    """Widths of the network's hidden layers."""
+
+    num_epochs: int = 10
+    """Passes over each task's training data."""
+
+    batch_size: int = 32
+    """Examples per step."""
+
+    sgd_learning_rate: float = 0.1
+    """The step size of plain SGD."""
+
+    adam_learning_rate: float = 2e-3
+    """The step size of Adam."""
+
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """One sequence of tasks, one initialisation and one order of examples for each."""
+
+    output_dir: str = "results"
+    """Results go to a new folder in <output-dir>/strength_sweep/."""
+
+
+def main(config: Config) -> None:
+    """Runs the sweep.
+
+    Args:
+      config: the whole configuration.
+    """
+    console = rich.console.Console()
+    try:
+        dataset = load_dataset(config.dataset, config.data_dir)
+    except (FileNotFoundError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from error
+    run = start_run(config.output_dir, "strength_sweep", config)
+    model = MLP(config.hidden_sizes, dataset.num_classes)
+    method = {"l2": methods.l2(), "ewc": methods.ewc(), "mas": methods.mas()}[config.method]
+    pipelines = make_pipelines(config)
+    learners = {
+        learner_name(optimizer, place, strength): functools.partial(
+            learn_tasks, method, model.apply, optimizer_fn, strength=strength, batch_size=config.batch_size
+        )
+        for optimizer in config.optimizers
+        for place, optimizer_fn in pipelines[optimizer].items()
+        for strength in config.strengths
+    }
+    outcomes = compare(
+        learners,
+        lambda key: permuted_tasks(dataset.train, dataset.test, config.num_tasks, key),
+        lambda key: model.init(key, dataset.train.inputs[0]),
+        config.seeds,
+        config.num_epochs,
+        run.log,
+        console,
+    )
+    report(config, {name: list(pipelines[name]) for name in config.optimizers}, summarize(outcomes), run, console)
+
+
+def make_pipelines(config: Config) -> dict[str, dict[str, OptimizerFn]]:
+    """Makes a pipeline for each optimiser and each place of the penalty in it."""
+
+    def places(preconditioner: optax.GradientTransformation, learning_rate: float) -> dict[str, OptimizerFn]:
+        rate = optax.scale_by_learning_rate(learning_rate)
+        return {
+            "coupled": lambda strength: optax.chain(add_quadratic_penalty(strength), preconditioner, rate),
+            "decoupled": lambda strength: optax.chain(preconditioner, add_quadratic_penalty(strength), rate),
+            "proximal": lambda strength: optax.chain(
+                preconditioner, rate, proximal_quadratic_penalty(learning_rate, strength)
+            ),
+        }
+
+    adam = places(optax.scale_by_adam(), config.adam_learning_rate)
+    adam["proximal_adam"] = lambda strength: proximal_adam(config.adam_learning_rate, strength)
+    return {"sgd": places(optax.identity(), config.sgd_learning_rate), "adam": adam}
+
+
+def learner_name(optimizer: str, place: str, strength: float) -> str:
+    """Names a learner as it stands in the log."""
+    return f"{optimizer} {place} {strength:.3g}"
+
+
+def report(
+    config: Config, places: dict[str, list[str]], summary: dict[str, Summary], run: Run, console: rich.console.Console
+) -> None:
+    """Prints the table; writes `summary.json`, `table.md` and `strength_sweep.png`."""
+    run.write_summary({"learners": {name: metrics.average_accuracy for name, metrics in summary.items()}})
+    accuracy = {
+        optimizer: {
+            place: [summary[learner_name(optimizer, place, strength)].average_accuracy for strength in config.strengths]
+            for place in places[optimizer]
+        }
+        for optimizer in config.optimizers
+    }
+    header = ["strength", *(f"{optimizer} {place}" for optimizer in accuracy for place in accuracy[optimizer])]
+    columns = [column for panel in accuracy.values() for column in panel.values()]
+    rows = [
+        [f"{strength:.0e}", *(format_estimate(column[index], 100) for column in columns)]
+        for index, strength in enumerate(config.strengths)
+    ]
+    title = f"Average accuracy on {config.num_tasks} permuted tasks of {config.dataset}, by {config.method}"
+    print_table(console, f"{title}: percent (–: diverged)", header, rows)
+    (run.folder / "table.md").write_text(markdown_table(header, rows))
+    plot_strength_sweep(accuracy, config.strengths, title, run.folder / "strength_sweep.png")
+    console.print(f"results in {run.folder}", highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
