@@ -95,7 +95,7 @@ def compare(
                     result = learner(init_params(params_key), tasks, learning_key, num_epochs=num_epochs, report=report)
                     measured = {field: getattr(result, field) for field in _MEASURED}
                 except FloatingPointError as error:  # one strength too many must not cost all the others
-                    console.print(f"{name}, seed {seed}: {error}")
+                    console.print(f"{name}, seed {seed}: {error}", highlight=False)
                     nowhere = np.full((len(tasks), len(tasks)), np.nan)
                     measured = dict.fromkeys(_MEASURED, np.nan) | {"accuracy_matrix": nowhere}
                 log_of_run(event="sequence", **measured)

@@ -237,8 +237,8 @@ def _train(
         loss = float(info.loss.mean())
         if not math.isfinite(loss):
             raise FloatingPointError(
-                f"training diverged in epoch {epoch + 1} at strength {strength:g}: an explicit step does where "
-                f"learning rate · strength · importance > 2. Lower the strength or the learning rate."
+                f"training diverged in epoch {epoch + 1} at strength {strength:g}: lower it or the learning rate, or use "
+                f"the proximal penalty"
             )
         yield state.params, loss, seconds
 
