@@ -237,8 +237,8 @@ def _train(
         loss = float(info.loss.mean())
         if not math.isfinite(loss):
             raise FloatingPointError(
-                f"training diverged in epoch {epoch + 1} at strength {strength:g}: lower it or the learning rate, or use "
-                f"the proximal penalty"
+                f"training diverged in epoch {epoch + 1} at strength {strength:g}: lower it or the learning rate, "
+                "or use the proximal penalty"
             )
         yield state.params, loss, seconds
 
