@@ -127,7 +127,7 @@ def _follow(
             return _follow(jaxpr, equation.outvars[found.output], found.move, site, lengths, stacked)
         return found
     if name == "scan":
-        first, carried = equation.params["num_consts"], equation.params["num_carry"]
+        first, carried = _constants_and_carry(equation)
         if first <= position < first + carried:
             return Opaque("carried by a scan")
         inner, length = _open(equation.params["jaxpr"]), equation.params["length"]
@@ -200,7 +200,7 @@ def _evaluate_call(
     if equation.primitive.name in _REMAT:
         return jax.checkpoint(call, prevent_cse=parameters["prevent_cse"], policy=parameters["policy"])(inputs, zeros)
 
-    first, carried = parameters["num_consts"], parameters["num_carry"]
+    first, carried = _constants_and_carry(equation)
 
     def step(carry: list[Any], scanned: tuple[list[Any], dict[int, jax.Array]]) -> tuple[list[Any], tuple]:
         outputs, operands = call([*inputs[:first], *carry, *scanned[0]], scanned[1])
@@ -215,6 +215,16 @@ def _evaluate_call(
         unroll=parameters["unroll"],
     )
     return [*carry, *stacked], operands
+
+
+def _constants_and_carry(scan: JaxprEqn) -> tuple[int, int]:
+    """Counts the arguments of a scan that are constants, which come first, and those that are carried."""
+    # By their shapes, as the names of a scan's parameters differ between versions of JAX: what is scanned over has an
+    # axis more outside of the body than inside.
+    body = _open(scan.params["jaxpr"])
+    scanned = sum(len(o.aval.shape) > len(i.aval.shape) for o, i in zip(scan.invars, body.invars, strict=True))
+    carried = sum(len(o.aval.shape) == len(i.aval.shape) for o, i in zip(scan.outvars, body.outvars, strict=True))
+    return len(scan.invars) - carried - scanned, carried
 
 
 def nested_vmap(function: Callable, depth: int) -> Callable:
