@@ -6,7 +6,6 @@ after the other, and tested on all of them after each.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -21,7 +20,7 @@ from lifelong_jax.comparison import Learner, compare, report_comparison, summari
 from lifelong_jax.continual import OptimizerFn
 from lifelong_jax.datasets import Dataset, hold_out_validation, load_dataset
 from lifelong_jax.models import MLP
-from lifelong_jax.runs import Run, format_estimate, markdown_table, print_table, start_run
+from lifelong_jax.runs import Run, check_settings, format_estimate, markdown_table, print_table, start_run
 from lifelong_jax.types import OutputFn, Params
 
 
@@ -100,18 +99,13 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuses what would fail only after other methods have run."""
-        strengths = dataclasses.asdict(self.strength) | {f"tune_grid {value:g}": value for value in self.tune_grid}
-        for name, value in strengths.items():
-            if not 0 <= value < math.inf:
-                raise ValueError(f"strength of {name} must be finite and not negative, not {value:g}.")
-        for name in ("num_tasks", "num_epochs", "batch_size", *(("hidden_sizes",) if self.hidden_sizes else ())):
-            if np.min(getattr(self, name)) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
-        for name in ("methods", "seeds", "tune_grid", "tune_seeds"):
-            if not getattr(self, name) or len(set(getattr(self, name))) < len(getattr(self, name)):
-                raise ValueError(f"{name} must have at least one entry, and none twice, not {getattr(self, name)}.")
-        if self.decay < 0:
-            raise ValueError(f"decay must not be negative, not {self.decay:g}.")
+        names = ("num_tasks", "hidden_sizes", "num_epochs", "batch_size", "learning_rate")
+        strengths = {f"strength.{name}": value for name, value in dataclasses.asdict(self.strength).items()}
+        check_settings(
+            positive={name: getattr(self, name) for name in names},
+            not_negative={**strengths, "tune_grid": self.tune_grid, "decay": self.decay},
+            distinct={name: getattr(self, name) for name in ("methods", "seeds", "tune_grid", "tune_seeds")},
+        )
 
 
 def main(config: Config) -> None:
@@ -133,6 +127,7 @@ def main(config: Config) -> None:
     if config.tune:
         strength = tune(config, learn, start, hold_out_validation(dataset, 0.2, jax.random.key(0)), run, console)
         config = dataclasses.replace(config, strength=strength)
+        run.write_config(config)
     learners = {name: learn(name, getattr(config.strength, name, 0.0)) for name in config.methods}
     tasks = functools.partial(make_tasks, config, dataset)
     outcomes = compare(learners, tasks, start, config.seeds, config.num_epochs, run.log, console)

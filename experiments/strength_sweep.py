@@ -25,7 +25,7 @@ from lifelong_jax.continual import OptimizerFn
 from lifelong_jax.datasets import load_dataset
 from lifelong_jax.models import MLP
 from lifelong_jax.plotting import plot_strength_sweep
-from lifelong_jax.runs import Run, format_estimate, markdown_table, print_table, start_run
+from lifelong_jax.runs import Run, check_settings, format_estimate, markdown_table, print_table, start_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +70,15 @@ class Config:
 
     output_dir: str = "results"
     """Results go to a new folder in <output-dir>/strength_sweep/."""
+
+    def __post_init__(self) -> None:
+        """Refuses what would fail only after much has run."""
+        names = ("num_tasks", "hidden_sizes", "num_epochs", "batch_size", "sgd_learning_rate", "adam_learning_rate")
+        check_settings(
+            positive={name: getattr(self, name) for name in names},
+            not_negative={"strengths": self.strengths},
+            distinct={name: getattr(self, name) for name in ("optimizers", "strengths", "seeds")},
+        )
 
 
 def main(config: Config) -> None:
@@ -156,4 +165,4 @@ def report(
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(tyro.cli(Config, prog="python -m experiments.strength_sweep"))

@@ -20,7 +20,7 @@ from lifelong_jax.comparison import compare, summarize
 from lifelong_jax.datasets import load_dataset
 from lifelong_jax.methods import Method
 from lifelong_jax.models import MLP
-from lifelong_jax.runs import markdown_table, print_table, start_run
+from lifelong_jax.runs import check_settings, markdown_table, print_table, start_run
 from lifelong_jax.types import Batch, LogitsFn, Params
 
 DECADES = {"none": range(0, 11), "mean": range(-8, 3), "max": range(-2, 9)}
@@ -54,6 +54,13 @@ class Config:
 
     output_dir: str = "results"
     """Results go to a new folder in <output-dir>/strength_transfer/."""
+
+    def __post_init__(self) -> None:
+        """Refuses what would fail only after much has run."""
+        check_settings(
+            positive={name: getattr(self, name) for name in ("num_tasks", "num_epochs", "batch_size", "learning_rate")},
+            distinct={"networks": self.networks, "seeds": self.seeds},
+        )
 
 
 def main(config: Config) -> None:
@@ -123,4 +130,4 @@ def normalized(method: Method, to: Literal["mean", "max"]) -> Method:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(tyro.cli(Config, prog="python -m experiments.strength_transfer"))

@@ -27,6 +27,8 @@ def check_examples(name: str, examples: Examples, weights: jax.Array | None) -> 
         raise ValueError(f"{name} has no arrays: pass a tree of arrays of shape [num_examples, ...].")
     sizes = {name + jax.tree_util.keystr(path): np.shape(leaf)[:1] for path, leaf in leaves}
     if weights is not None:
+        if not hasattr(weights, "dtype"):
+            raise ValueError(f"weights must be an array [num_examples], not a {type(weights).__name__}.")
         if np.ndim(weights) != 1:
             raise ValueError(
                 f"weights has shape {np.shape(weights)}, but one weight per example is needed: [num_examples]."
@@ -99,6 +101,15 @@ def check_importance(name: str, importance: Params) -> None:
             raise ValueError(
                 f"{name}{jax.tree_util.keystr(path)} has entries that are NaN, infinite or negative: an importance is "
                 f"finite and not negative. Did training diverge before it was computed?"
+            )
+
+
+def check_finite(name: str, params: Params) -> None:
+    """Raises ValueError, naming the leaf, where values are known and one is NaN or infinite."""
+    for path, leaf in jax.tree.leaves_with_path(params):
+        if is_concrete(leaf) and not bool(jnp.all(jnp.isfinite(leaf))):
+            raise ValueError(
+                f"{name}{jax.tree_util.keystr(path)} has entries that are NaN or infinite. Did training diverge?"
             )
 
 

@@ -86,6 +86,7 @@ def consolidate(
     _checks.check_same_structure("importance", importance, "consolidation.importance", consolidation.importance)
     _checks.check_importance("importance", importance)
 
+    _checks.check_finite("params", params)
     return _add(consolidation, params, importance, rule, decay, weight)
 
 
@@ -158,15 +159,17 @@ def normalize_importance(importance: Params, to: Literal["mean", "max"] = "mean"
       ValueError: if `to` is unknown, or, outside of jit, if an importance is NaN, infinite or negative.
 
     Example:
-      >>> normalize_importance({"w": jnp.array([0.0, 1.0, 5.0])})
-      {'w': Array([0. , 0.5, 2.5], dtype=float32)}
+      >>> normalize_importance({"w": jnp.array([0.0, 2.0, 4.0, 2.0])})
+      {'w': Array([0., 1., 2., 1.], dtype=float32)}
     """
     _checks.check_choice("to", to, ("mean", "max"))
     _checks.check_importance("importance", importance)
     importance = _widen(importance)
     largest = optax.tree.max(importance)
     # By the maximum first: a sum of large entries could overflow.
-    relative = jax.tree.map(lambda omega: omega / jnp.where(largest > 0, largest, 1).astype(omega.dtype), importance)
+    # And by its root twice: a division by a scalar may be a product with its reciprocal, which could underflow.
+    root = jnp.sqrt(jnp.where(largest > 0, largest, 1))
+    relative = jax.tree.map(lambda omega: omega / root.astype(omega.dtype) / root.astype(omega.dtype), importance)
     if to == "max":
         return relative
     mean = optax.tree.sum(relative) / optax.tree.size(relative)
@@ -181,6 +184,7 @@ def _add(
     decay: float | jax.Array,
     weight: float | jax.Array,
 ) -> Consolidation:
+    consolidation = Consolidation(*map(_widen, consolidation))
     earlier = jax.tree.map(lambda omega: jnp.asarray(decay, omega.dtype) * omega, consolidation.importance)
     incoming = jax.tree.map(lambda omega: jnp.asarray(weight, omega.dtype) * omega, _widen(importance))
     total = jax.tree.map(jnp.add, earlier, incoming)
@@ -196,4 +200,8 @@ def _add(
 
 def _widen(tree: Params) -> Params:
     # Kept in float32 at least: a sum over tasks, or a mean of anchors, loses too much in bfloat16.
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf, np.promote_types(leaf.dtype, np.float32)), tree)
+    def widen(leaf: jax.Array) -> jax.Array:
+        leaf = jnp.asarray(leaf)
+        return leaf.astype(np.promote_types(leaf.dtype, np.float32))
+
+    return jax.tree.map(widen, tree)

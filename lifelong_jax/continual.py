@@ -95,7 +95,8 @@ def learn_tasks(
       The parameters, the consolidation, the accuracy matrix and the times.
 
     Raises:
-      ValueError: if there are no tasks or epochs, or if `strength` is negative.
+      ValueError: if there are no tasks, epochs or examples per step, if tasks differ in shape, labels are out of range,
+        or `strength` is negative, or if the method's rule or decay is no such.
       FloatingPointError: if training diverged.
 
     Example:
@@ -109,8 +110,10 @@ def learn_tasks(
       >>> learned.accuracy_matrix.shape
       (3, 3)
     """
-    _check(tasks, num_epochs)
+    _check(apply_fn, params, tasks, num_epochs, batch_size)
     _checks.check_not_negative("strength", strength)
+    _checks.check_choice("method.rule", method.rule, ("separate", "latest"))
+    _checks.check_not_negative("method.decay", method.decay)
     strength = jnp.asarray(strength, jnp.float32)
     consolidation = init_consolidation(params)
     accuracy_matrix = np.full((len(tasks), len(tasks)), np.nan)
@@ -170,10 +173,11 @@ def learn_jointly(
       As `learn_tasks`; only the last row of the accuracy matrix is measured, and the consolidation is that of no tasks.
 
     Raises:
-      ValueError: if there are no tasks or epochs.
+      ValueError: if there are no tasks, epochs or examples per step, if tasks differ in shape, or labels are out of
+        range.
       FloatingPointError: if training diverged.
     """
-    _check(tasks, num_epochs)
+    _check(apply_fn, params, tasks, num_epochs, batch_size)
     none = init_consolidation(params)
     training_seconds = 0.0
     epochs = _train(
@@ -235,7 +239,8 @@ def _train(
     for epoch in range(num_epochs):
         (state, info), seconds = _timed(learn, state, consolidation, strength, examples, permutation)
         loss = float(info.loss.mean())
-        if not math.isfinite(loss):
+        # The last step's update comes after the last loss.
+        if not (math.isfinite(loss) and all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))):
             raise FloatingPointError(
                 f"training diverged in epoch {epoch + 1} at strength {strength:g}: lower it or the learning rate, "
                 "or use the proximal penalty"
@@ -307,7 +312,23 @@ def _timed(function: Callable, *args: object) -> tuple[object, float]:
     return result, time.perf_counter() - start
 
 
-def _check(tasks: Sequence[Task], num_epochs: int) -> None:
+def _check(apply_fn: OutputFn, params: Params, tasks: Sequence[Task], num_epochs: int, batch_size: int) -> None:
     if not tasks:
         raise ValueError("tasks is empty: there is nothing to learn.")
     _checks.check_positive_integer("num_epochs", num_epochs)
+    _checks.check_positive_integer("batch_size", batch_size)
+    x = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), tasks[0].train.inputs)
+    num_classes = jax.eval_shape(apply_fn, params, x).shape[-1]
+    for index, task in enumerate(tasks):
+        _checks.check_same_structure(f"tasks[{index}]", task, "tasks[0]", tasks[0])
+        if task.permutation is not None and task.permutation.shape != (math.prod(x.shape),):
+            raise ValueError(
+                f"tasks[{index}].permutation has shape {task.permutation.shape}, but an input has {math.prod(x.shape)} "
+                f"features."
+            )
+        for labels in (task.train.labels, task.test.labels):
+            if _checks.is_concrete(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
+                raise ValueError(
+                    f"tasks[{index}] has labels from {labels.min()} to {labels.max()}, but apply_fn returns "
+                    f"{num_classes} logits."
+                )

@@ -176,7 +176,7 @@ def _cache_file(name: str, folder: pathlib.Path) -> pathlib.Path:
         raise FileNotFoundError(
             f"no data set {name!r} prepared in array_record format in {folder.absolute()}. Either point --data-dir or "
             f"TFDS_DATA_DIR at a folder that has it, or prepare it there (this needs a network, and TensorFlow):\n"
-            f'  pip install "lifelong-jax[tensorflow]"\n'
+            f'  pip install -e ".[tensorflow]"\n'
             f'  python -c "import tensorflow_datasets as tfds; tfds.builder({name!r}, data_dir={str(folder)!r}, '
             f"file_format='array_record').download_and_prepare()\""
         )

@@ -185,6 +185,8 @@ def _lookup(equation: JaxprEqn, position: int) -> Lookup | str:
 
     def tokens(array: jax.Array) -> jax.Array:
         array = array.reshape(positions)
+        if array.dtype.itemsize < 4:  # `rows` may be more than it holds
+            array = array.astype(jnp.int32)
         if clips:
             return jnp.clip(array, 0, rows - 1)
         return jnp.where((array >= 0) & (array < rows), array, rows)

@@ -45,8 +45,8 @@ def empirical_fisher_diagonal(
       weights: `[num_examples]`, not negative; the mean divides by their sum. 0 marks padding, which must be finite all
         the same. None for ones.
       microbatch_size: how many examples are taken together; the result does not depend on it.
-      method: "structured", at about the cost of one gradient, or "reference", each example's gradient in full. Both are
-        exact.
+      method: "structured", at about the cost of an ordinary gradient per backward pass, or "reference",
+        each example's gradient in full. Both are exact.
 
     Returns:
       A tree like `params`, in its dtypes or float32, whichever is wider.
@@ -105,8 +105,8 @@ def fisher_diagonal(
       weights: `[num_examples]`, not negative; the mean divides by their sum. 0 marks padding, which must be finite all
         the same. None for ones.
       microbatch_size: how many examples are taken together; the result does not depend on it.
-      method: "structured", at about the cost of one gradient, or "reference", each example's gradient in full. Both are
-        exact.
+      method: "structured", at about the cost of an ordinary gradient per backward pass, or "reference",
+        each example's gradient in full. Both are exact.
 
     Returns:
       A tree like `params`, in its dtypes or float32, whichever is wider.
@@ -164,8 +164,8 @@ def mas_importance(
       weights: `[num_examples]`, not negative; the mean divides by their sum. 0 marks padding, which must be finite all
         the same. None for ones.
       microbatch_size: how many examples are taken together; the result does not depend on it.
-      method: "structured", at about the cost of one gradient, or "reference", each example's gradient in full. Both are
-        exact.
+      method: "structured", at about the cost of an ordinary gradient per backward pass, or "reference",
+        each example's gradient in full. Both are exact.
 
     Returns:
       A tree like `params`, in its dtypes or float32, whichever is wider.
@@ -203,7 +203,8 @@ def _mean_over_examples(
 ) -> Params:
     def keyed_cotangents(key: jax.Array | None, outputs: jax.Array, index: jax.Array) -> jax.Array:
         if not isinstance(outputs, jax.Array) or not jnp.issubdtype(outputs.dtype, jnp.floating):
-            raise ValueError(f"{output_fn.func} must return one floating-point array for one example, not {outputs}.")
+            found = jax.tree.map(lambda leaf: f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}", outputs)
+            raise ValueError(f"the function must return one floating-point array for one example, not {found}.")
         return cotangents_fn(outputs, None if key is None else jax.random.fold_in(key, index))
 
     total = _SUMS[method](

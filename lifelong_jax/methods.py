@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lifelong_jax import _checks
 from lifelong_jax.consolidation import Rule
 from lifelong_jax.importance import empirical_fisher_diagonal, fisher_diagonal, mas_importance
 from lifelong_jax.types import Batch, LogitsFn, Params
@@ -82,8 +83,7 @@ def ewc(
       >>> ewc(rule="latest", decay=0.9).name
       'ewc'
     """
-    if fisher not in _FISHERS:
-        raise ValueError(f"fisher must be one of {', '.join(_FISHERS)}, not {fisher!r}.")
+    _checks.check_choice("fisher", fisher, tuple(_FISHERS))
     return Method("ewc", _FISHERS[fisher], rule, decay)
 
 

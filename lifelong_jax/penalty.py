@@ -346,6 +346,8 @@ def _advance(state: ScheduleState | optax.EmptyState) -> ScheduleState | optax.E
 
 
 def _check_hyperparameter(name: str, value: optax.ScalarOrSchedule | Params) -> None:
+    if value is None:
+        raise ValueError(f"{name} must be a number, a schedule or a tree of numbers, not None.")
     if not callable(value):
         for leaf in jax.tree.leaves(value):
             _checks.check_not_negative(name, leaf)
@@ -361,6 +363,7 @@ def _check_arguments(
         )
     try:
         _check_trees("updates", updates, anchor, importance)
+        _checks.check_same_structure("importance", importance, "params", params, partial=True)
     except ValueError as error:
         nodes = jax.tree.leaves(updates, is_leaf=lambda node: isinstance(node, optax.MaskedNode))
         if any(isinstance(node, optax.MaskedNode) for node in nodes):

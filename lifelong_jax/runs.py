@@ -35,6 +35,14 @@ class Run:
         with (self.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(to_json(row)) + "\n")
 
+    def write_config(self, config: Any) -> None:
+        """Writes `config.json`.
+
+        Args:
+          config: a dataclass.
+        """
+        (self.folder / "config.json").write_text(json.dumps(to_json(dataclasses.asdict(config)), indent=2) + "\n")
+
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Writes `summary.json`.
 
@@ -64,8 +72,41 @@ def start_run(output_dir: str | pathlib.Path, experiment: str, config: Any) -> R
             start += datetime.timedelta(seconds=1)
         else:
             break
-    (folder / "config.json").write_text(json.dumps(to_json(dataclasses.asdict(config)), indent=2) + "\n")
-    return Run(folder)
+    run = Run(folder)
+    run.write_config(config)
+    return run
+
+
+def check_settings(
+    *,
+    positive: Mapping[str, Any] | None = None,
+    not_negative: Mapping[str, Any] | None = None,
+    distinct: Mapping[str, Sequence[Any]] | None = None,
+) -> None:
+    """Refuses settings that would fail, or mislead, only after others have run.
+
+    Args:
+      positive: names and numbers, or sequences of numbers, that must be above 0.
+      not_negative: the same, for what may be 0.
+      distinct: names and sequences that must have an entry, and none twice.
+
+    Raises:
+      ValueError: naming the setting.
+
+    Example:
+      >>> check_settings(positive={"num_epochs": 3}, distinct={"seeds": (0, 1)})
+    """
+    for settings, least, words in (
+        (positive or {}, np.nextafter(0, 1), "above 0"),
+        (not_negative or {}, 0, "at least 0"),
+    ):
+        for name, value in settings.items():
+            numbers = np.atleast_1d(np.asarray(value, np.float64))
+            if not (np.isfinite(numbers) & (numbers >= least)).all():
+                raise ValueError(f"{name} must be finite and {words}, not {value}.")
+    for name, value in (distinct or {}).items():
+        if not value or len(set(value)) < len(value):
+            raise ValueError(f"{name} must have at least one entry, and none twice, not {value}.")
 
 
 class Estimate(NamedTuple):

@@ -205,6 +205,8 @@ def _first_example(examples: Examples) -> Example:
 
 
 def _shape_and_dtype(leaf: Any) -> jax.ShapeDtypeStruct:
+    if not hasattr(leaf, "dtype"):  # a Python number
+        leaf = jnp.asarray(leaf)
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, weak_type=getattr(leaf, "weak_type", False))
 
 
@@ -314,7 +316,7 @@ def _tap_entries(
     def gradients(operand: jax.Array, cotangents: jax.Array) -> jax.Array:
         return jnp.einsum(
             "ngpr,ngpc->ngrc",
-            _grouped(tap, tap.factors.operand, operand),
+            _operand(tap, operand, cotangents.dtype),
             _grouped(tap, tap.factors.cotangents, cotangents),
             precision=tap.factors.precision,
             preferred_element_type=widen(cotangents).dtype,
@@ -342,7 +344,7 @@ def _finish_tap(tap: _Tap, operand: jax.Array, summed: jax.Array, weights: jax.A
     if isinstance(tap.factors, Lookup):
         table = jnp.zeros((tap.factors.rows, tap.factors.columns), weighted.dtype)
         return table.at[_tokens(tap, operand)].add(weighted, mode="drop")
-    shared = powers.shared(widen(_grouped(tap, tap.factors.operand, operand)[:, :, 0]))
+    shared = powers.shared(widen(_operand(tap, operand, weighted.dtype)[:, :, 0]))
     if shared.shape[1] == 1:  # one plain product: on a CPU, batched ones are slower, even with a batch of one
         return jnp.matmul(shared[:, 0].T, weighted[:, 0], precision=tap.factors.precision)[None]
     return jnp.einsum("ngr,ngc->grc", shared, weighted, precision=tap.factors.precision)
@@ -358,6 +360,11 @@ def _sum_equal_tokens(tokens: jax.Array, cotangents: jax.Array) -> jax.Array:
 def _tokens(tap: _Tap, operand: jax.Array) -> jax.Array:
     tokens = tapping.nested_vmap(tap.factors.operand, 1 + len(tap.use.lengths))(operand)
     return tokens.reshape(operand.shape[0], tap.positions)
+
+
+def _operand(tap: _Tap, operand: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    grouped = _grouped(tap, tap.factors.operand, operand)
+    return grouped if jnp.issubdtype(grouped.dtype, jnp.floating) else grouped.astype(dtype)  # integer inputs
 
 
 def _grouped(tap: _Tap, factor: Callable[[jax.Array], jax.Array], array: jax.Array) -> jax.Array:

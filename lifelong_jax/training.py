@@ -86,7 +86,8 @@ def learn_task(
 
     Raises:
       ValueError: if there are no examples, or leaves disagree on their number, or if `num_epochs` or `batch_size` is
-        not a positive integer.
+        not a positive integer, or if the loss is no scalar.
+      TypeError: if a leaf of the parameters is not floating-point.
 
     Example:
       >>> from lifelong_jax import init_consolidation
@@ -99,6 +100,8 @@ def learn_task(
     _checks.check_examples("examples", examples, weights)
     _checks.check_positive_integer("num_epochs", num_epochs)
     _checks.check_positive_integer("batch_size", batch_size)
+    _checks.check_params("state.params", state.params)
+    examples, weights = jax.tree.map(jnp.asarray, (examples, weights))
     optimizer = optax.with_extra_args_support(optimizer)
     num_examples = jax.tree.leaves(examples)[0].shape[0]
     batch_size = min(batch_size, num_examples)
@@ -108,6 +111,8 @@ def learn_task(
 
     def batch_loss(params: Params, batch: Examples, weights: jax.Array) -> jax.Array:
         losses = jax.vmap(loss_fn, in_axes=(None, 0))(params, batch)
+        if losses.ndim != 1:
+            raise ValueError(f"loss_fn must return a scalar for one example, not an array of shape {losses.shape[1:]}.")
         weights = weights.astype(losses.dtype)
         return jnp.sum(weights * losses) / jnp.maximum(jnp.sum(weights), jnp.finfo(losses.dtype).tiny)
 

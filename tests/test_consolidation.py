@@ -304,3 +304,19 @@ def test_unknown_rules_are_refused():
 def test_integer_leaves_are_refused_saying_what_to_put_in_their_place():
     with pytest.raises(TypeError, match=r"params\['steps'\] has dtype int32.*None in its place"):
         init_consolidation({"w": jnp.zeros(2), "steps": jnp.array(3)})
+
+
+def test_parameters_that_are_not_finite_are_refused():
+    with pytest.raises(ValueError, match=r"params\['w'\] has entries that are NaN or infinite"):
+        consolidate(init_consolidation({"w": jnp.ones(2)}), {"w": jnp.array([1.0, jnp.nan])}, {"w": jnp.ones(2)})
+
+
+def test_numbers_are_leaves_too():
+    first = consolidate(init_consolidation({"w": 0.0}), {"w": 1.0}, {"w": 3.0})
+    second = consolidate(first, {"w": np.float64(5.0)}, {"w": 1.0})
+    assert (float(second.anchor["w"]), float(second.importance["w"])) == (2.0, 4.0)
+
+
+def test_normalising_huge_importances():
+    normalised = normalize_importance(jnp.array([3e38, 3e38, 0.0]), to="max")
+    np.testing.assert_allclose(normalised, [1.0, 1.0, 0.0], rtol=1e-6)

@@ -255,6 +255,20 @@ def test_bad_input():
         learn(methods.ewc(), **{**arguments, "tasks": []})
     with pytest.raises(ValueError, match="strength must be finite and not negative, not -1"):
         learn(methods.ewc(), **{**arguments, "strength": -1.0})
+    with pytest.raises(ValueError, match=r"method.rule must be one of separate, latest"):
+        learn(methods.ewc(rule="newest"), **arguments)
+    with pytest.raises(ValueError, match=r"method.decay must be finite and not negative"):
+        learn(methods.ewc(decay=-1.0), **arguments)
+    with pytest.raises(ValueError, match="batch_size must be an integer of at least 1"):
+        learn(methods.ewc(), **arguments, batch_size=0)
+    tasks = make_tasks()
+    with pytest.raises(ValueError, match=r"tasks\[1\].test.inputs has shape \(8, 6\)"):
+        learn(methods.ewc(), **{**arguments, "tasks": [tasks[0], *make_tasks(num_test=8)[1:]]})
+    mislabelled = [task._replace(train=task.train._replace(labels=task.train.labels + 5)) for task in tasks]
+    with pytest.raises(ValueError, match=r"tasks\[0\] has labels from 5 to 7, but apply_fn returns 3 logits"):
+        learn(methods.ewc(), **{**arguments, "tasks": mislabelled})
+    with pytest.raises(ValueError, match=r"tasks\[0\].permutation has shape \(5,\), but an input has 6 features"):
+        learn(methods.ewc(), **{**arguments, "tasks": [tasks[0]._replace(permutation=jnp.arange(5))]})
     with pytest.raises(ValueError, match="num_epochs must be an integer of at least 1"):
         learn(methods.ewc(), **arguments, num_epochs=0)
     with pytest.raises(FloatingPointError, match=r"training diverged in epoch \d at strength 1e\+20"):

@@ -359,6 +359,41 @@ def test_flax_linen_and_nnx_parameters():
     chex.assert_trees_all_close(of_nnx["bias"][...], of_plain["b"], rtol=1e-5)
 
 
+@pytest.mark.parametrize(("dtype", "num_rows"), [(jnp.uint8, 256), (jnp.uint8, 300), (jnp.int8, 128), (jnp.uint16, 9)])
+def test_tokens_of_narrow_dtypes(dtype, num_rows):
+    table = jax.random.normal(jax.random.key(0), (num_rows, 2))
+    tokens = jnp.array([[0, 7, 7], [8, 0, 100 % num_rows]]).astype(dtype)
+
+    def logits_fn(params, x):
+        return jnp.take(params, x, axis=0).sum(axis=0) ** 2
+
+    structured, reference = (
+        mas_importance(logits_fn, table, tokens, method=way) for way in ("structured", "reference")
+    )
+    chex.assert_trees_all_close(structured, reference, rtol=1e-5)
+    assert structured[7].any()
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("shape", [(4, NUM_FEATURES), (4, 2, NUM_FEATURES)])
+def test_integer_inputs(shape):
+    inputs = jnp.arange(int(np.prod(shape))).reshape(shape) % 5
+    for output_norm in ("squared_l2", "jacobian"):
+        structured, reference = (
+            mas_importance(linear, make_linear(), inputs, output_norm=output_norm, method=way)
+            for way in ("structured", "reference")
+        )
+        chex.assert_trees_all_close(structured, reference, rtol=1e-5)
+
+
+def test_numbers_and_numpy_arrays_are_parameters_and_inputs():
+    inputs, _ = make_data()
+    params = {"w": np.asarray(make_linear()["w"]), "b": 0.5}
+    computed = fisher_diagonal(linear, params, np.asarray(inputs))
+    expected = fisher_diagonal(linear, {"w": make_linear()["w"], "b": jnp.array(0.5)}, inputs)
+    chex.assert_trees_all_close(computed, expected, rtol=1e-6)
+
+
 def test_unused_parameters_get_0():
     inputs, _ = make_data()
     computed = fisher_diagonal(linear, {**make_linear(), "unused": jnp.ones(2)}, inputs)
@@ -392,6 +427,7 @@ def test_same_function_is_traced_once():
         ({"inputs": {"x": jnp.zeros((2, 3)), "y": jnp.zeros((3, 3))}}, ValueError, r"inputs\['x'\]: 2"),
         ({"inputs": jnp.array(1.0)}, ValueError, "leading axis"),
         ({"weights": jnp.ones(3)}, ValueError, "weights: 3"),
+        ({"weights": [1.0] * 7}, ValueError, "weights must be an array"),
         ({"weights": jnp.ones((7, 1))}, ValueError, "weights has shape"),
         ({"weights": -jnp.ones(7)}, ValueError, "weights must be finite, not negative"),
         ({"weights": jnp.zeros(7)}, ValueError, "not all 0"),

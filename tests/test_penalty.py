@@ -798,3 +798,10 @@ def test_trees_that_differ_are_named_by_the_first_path(anchor, importance, messa
         transform.update(params, transform.init(params), params, **consolidation._asdict())
     with pytest.raises(ValueError, match=message):
         quadratic_penalty(params, consolidation, 1.0)
+
+
+@pytest.mark.parametrize("transform", [add_quadratic_penalty(1.0), proximal_quadratic_penalty(0.1, 1.0)])
+def test_params_that_differ_are_named(transform):
+    ones = jnp.ones(2)
+    with pytest.raises(ValueError, match=r"importance has shape \(2,\), but params has \(3, 2\)"):
+        transform.update(ones, transform.init(ones), jnp.ones((3, 2)), anchor=ones, importance=ones)

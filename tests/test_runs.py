@@ -44,6 +44,21 @@ def test_estimate():
     assert math.isnan(single.stderr)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"positive": {"num_epochs": 0}}, "num_epochs must be finite and above 0, not 0"),
+        ({"positive": {"hidden_sizes": (3, -1)}}, r"hidden_sizes must be finite and above 0, not \(3, -1\)"),
+        ({"not_negative": {"strength": math.nan}}, "strength must be finite and at least 0, not nan"),
+        ({"distinct": {"seeds": (0, 0)}}, r"seeds must have at least one entry, and none twice, not \(0, 0\)"),
+        ({"distinct": {"methods": ()}}, "methods must have at least one entry"),
+    ],
+)
+def test_bad_settings_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        runs.check_settings(**settings)
+
+
 def test_format_estimate():
     assert runs.format_estimate(runs.estimate([0.5, 0.7]), 100) == "60.0±10.0"
     assert runs.format_estimate(runs.estimate([0.5]), 1, 2) == "0.50"

@@ -149,6 +149,24 @@ def test_donating_the_state_leaves_the_anchor_alone():
     chex.assert_tree_all_finite(consolidation)
 
 
+def test_numpy_examples_and_weights():
+    examples, params, consolidation = make_problem()
+    optimizer = optax.sgd(0.05)
+    state = init_training(optimizer, params, jax.random.key(1))
+    learn = functools.partial(learn_task, loss_fn, optimizer, state, consolidation, num_epochs=1, batch_size=4)
+    ours, _ = learn(jax.tree.map(np.asarray, examples), weights=np.ones(NUM_EXAMPLES, np.float32))
+    chex.assert_trees_all_close(ours.params, learn(examples)[0].params)
+
+
+def test_a_loss_that_is_no_scalar():
+    examples, params, consolidation = make_problem()
+    state = init_training(optax.sgd(0.1), params, jax.random.key(0))
+    with pytest.raises(ValueError, match=r"loss_fn must return a scalar for one example, not an array of shape \(3,\)"):
+        learn_task(
+            lambda p, example: p["w"], optax.sgd(0.1), state, consolidation, examples, num_epochs=1, batch_size=2
+        )
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
