@@ -165,8 +165,13 @@ def make_batch(inputs: ArrayLike, labels: ArrayLike, num_classes: int) -> Batch:
         raise ValueError("inputs have entries that are NaN or infinite.")
     if labels.min() < 0 or labels.max() >= num_classes:
         raise ValueError(f"labels reach from {labels.min()} to {labels.max()}, but num_classes is {num_classes}.")
-    scale = 255 if inputs.dtype == np.uint8 else 1
-    return Batch(jnp.asarray(inputs).astype(jnp.float32) / scale, jnp.asarray(labels, jnp.int32), jnp.ones(len(labels)))
+    scaled = _scale_bytes(inputs) if inputs.dtype == np.uint8 else jnp.asarray(inputs, jnp.float32)
+    return Batch(scaled, jnp.asarray(labels, jnp.int32), jnp.ones(len(labels)))
+
+
+@jax.jit  # one pass over memory: a large part of the time that cached data take to load
+def _scale_bytes(inputs: jax.Array) -> jax.Array:
+    return inputs.astype(jnp.float32) / 255
 
 
 def _cache_file(name: str, folder: pathlib.Path) -> pathlib.Path:
