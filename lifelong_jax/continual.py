@@ -16,7 +16,7 @@ import optax
 
 from lifelong_jax import _checks
 from lifelong_jax.consolidation import consolidate, init_consolidation
-from lifelong_jax.methods import ImportanceFn, Method
+from lifelong_jax.methods import ImportanceFn, Method, cross_entropy
 from lifelong_jax.tasks import joint_examples, present
 from lifelong_jax.training import TrainingInfo, TrainingState, init_training, learn_task
 from lifelong_jax.types import Batch, Consolidation, Example, LogitsFn, OutputFn, Params, Task
@@ -260,14 +260,8 @@ def _learn_epoch(
     *,
     batch_size: int,
 ) -> tuple[TrainingState, TrainingInfo]:
-    logits_fn = _logits_fn(apply_fn, permutation)
-
-    def loss_fn(params: Params, example: Batch) -> jax.Array:
-        logits = logits_fn(params, example.inputs)
-        return optax.losses.softmax_cross_entropy_with_integer_labels(logits, example.labels)
-
     return learn_task(
-        loss_fn,
+        cross_entropy(_logits_fn(apply_fn, permutation)),
         optimizer_fn(strength),
         state,
         consolidation,

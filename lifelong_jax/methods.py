@@ -10,7 +10,7 @@ import optax
 from lifelong_jax import _checks
 from lifelong_jax.consolidation import Rule
 from lifelong_jax.importance import empirical_fisher_diagonal, fisher_diagonal, mas_importance
-from lifelong_jax.types import Batch, LogitsFn, Params
+from lifelong_jax.types import Batch, LogitsFn, LossFn, Params
 
 ImportanceFn: TypeAlias = Callable[[LogitsFn, Params, Batch, jax.Array], Params]
 """`importance_fn(logits_fn, params, batch, key) -> importance`, a tree like `params`."""
@@ -104,6 +104,30 @@ def mas(rule: Rule = "latest", decay: float = 1.0) -> Method:
     return Method("mas", _mas, rule, decay)
 
 
+def cross_entropy(logits_fn: LogitsFn) -> LossFn:
+    """Makes the loss of one labelled example: what is trained on, and what the empirical Fisher is of.
+
+        −log softmax(logits_fn(params, example.inputs))[example.labels]
+
+    Args:
+      logits_fn: `logits_fn(params, x) -> [num_classes]`, one example's logits, without batch axis.
+
+    Returns:
+      `loss_fn(params, example) -> scalar`, of a `Batch` without its example axis.
+
+    Example:
+      >>> example = Batch(jnp.zeros(2), jnp.array(1), jnp.array(1.0))
+      >>> cross_entropy(lambda params, x: params + x)(jnp.zeros(2), example)
+      Array(0.6931472, dtype=float32)
+    """
+
+    def loss_fn(params: Params, example: Batch) -> jax.Array:
+        logits = logits_fn(params, example.inputs)
+        return optax.losses.softmax_cross_entropy_with_integer_labels(logits, example.labels)
+
+    return loss_fn
+
+
 def _zeros(logits_fn: LogitsFn, params: Params, batch: Batch, key: jax.Array) -> Params:
     return jax.tree.map(jnp.zeros_like, params)
 
@@ -121,11 +145,7 @@ def _sampled_fisher(logits_fn: LogitsFn, params: Params, batch: Batch, key: jax.
 
 
 def _empirical_fisher(logits_fn: LogitsFn, params: Params, batch: Batch, key: jax.Array) -> Params:
-    def loss_fn(params: Params, example: Batch) -> jax.Array:
-        logits = logits_fn(params, example.inputs)
-        return optax.losses.softmax_cross_entropy_with_integer_labels(logits, example.labels)
-
-    return empirical_fisher_diagonal(loss_fn, params, batch, weights=batch.weights)
+    return empirical_fisher_diagonal(cross_entropy(logits_fn), params, batch, weights=batch.weights)
 
 
 def _mas(logits_fn: LogitsFn, params: Params, batch: Batch, key: jax.Array) -> Params:
