@@ -15,13 +15,20 @@ import optax
 import rich.console
 import tyro
 
-from lifelong_jax import learn_tasks, methods, normalize_importance, permuted_tasks, proximal_quadratic_penalty
+from lifelong_jax import (
+    TrainingState,
+    learn_tasks,
+    methods,
+    normalize_importance,
+    permuted_tasks,
+    proximal_quadratic_penalty,
+)
 from lifelong_jax.comparison import compare, summarize
 from lifelong_jax.datasets import load_dataset
 from lifelong_jax.methods import Method
 from lifelong_jax.models import MLP
 from lifelong_jax.runs import check_settings, markdown_table, print_table, start_run
-from lifelong_jax.types import Batch, LogitsFn, Params
+from lifelong_jax.types import Batch, OutputFn, Params
 
 DECADES = {"none": range(0, 11), "mean": range(-8, 3), "max": range(-2, 9)}
 """For each normalisation, the half decades of its grid of strengths."""
@@ -123,8 +130,8 @@ def main(config: Config) -> None:
 def normalized(method: Method, to: Literal["mean", "max"]) -> Method:
     """Makes the method whose importance of every task is normalised."""
 
-    def importance_fn(logits_fn: LogitsFn, params: Params, batch: Batch, key: jax.Array) -> Params:
-        return normalize_importance(method.importance_fn(logits_fn, params, batch, key), to)
+    def importance_fn(apply_fn: OutputFn, state: TrainingState, batch: Batch, key: jax.Array) -> Params:
+        return normalize_importance(method.importance_fn(apply_fn, state, batch, key), to)
 
     return method._replace(importance_fn=importance_fn)
 

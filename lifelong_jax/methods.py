@@ -1,7 +1,7 @@
 """A method is a name, an importance and a rule of consolidation."""
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +10,20 @@ import optax
 from lifelong_jax import _checks
 from lifelong_jax.consolidation import Rule
 from lifelong_jax.importance import empirical_fisher_diagonal, fisher_diagonal, mas_importance
-from lifelong_jax.types import Batch, LogitsFn, LossFn, Params
+from lifelong_jax.tasks import mask_logits, mask_outputs
+from lifelong_jax.training import TrainingState
+from lifelong_jax.types import Batch, LossFn, OutputFn, Params
 
-ImportanceFn: TypeAlias = Callable[[LogitsFn, Params, Batch, jax.Array], Params]
-"""`importance_fn(logits_fn, params, batch, key) -> importance`, a tree like `params`."""
+ImportanceFn: TypeAlias = Callable[[OutputFn, TrainingState, Batch, jax.Array], Params]
+"""`importance_fn(apply_fn, state, batch, key) -> importance`, a tree like `state.params`.
+
+`apply_fn(params, x) -> [num_classes]` gives one example's outputs, the inactive ones too; `state` is that in which the
+task's training ended; `batch` holds the task's training examples, with their class masks.
+"""
+
+
+def _unchanged(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    return optimizer
 
 
 class Method(NamedTuple):
@@ -24,12 +34,15 @@ class Method(NamedTuple):
       importance_fn: how much each parameter mattered for the task just learned.
       rule: how that joins the earlier tasks' importance; see `consolidate`.
       decay: γ, what the earlier tasks' importance is multiplied by.
+      wrap_optimizer: what a method that gathers importance while training does to the whole optimiser, the penalty
+        included; its state is then in `state.opt_state` of the importance function. By default, nothing.
     """
 
     name: str
     importance_fn: ImportanceFn
     rule: Rule
     decay: float
+    wrap_optimizer: Callable[[optax.GradientTransformation], optax.GradientTransformation] = _unchanged
 
 
 def finetune() -> Method:
@@ -104,13 +117,13 @@ def mas(rule: Rule = "latest", decay: float = 1.0) -> Method:
     return Method("mas", _mas, rule, decay)
 
 
-def cross_entropy(logits_fn: LogitsFn) -> LossFn:
+def cross_entropy(apply_fn: OutputFn) -> LossFn:
     """Makes the loss of one labelled example: what is trained on, and what the empirical Fisher is of.
 
-        −log softmax(logits_fn(params, example.inputs))[example.labels]
+        −log softmax(mask_logits(apply_fn(params, example.inputs), example.class_mask))[example.labels]
 
     Args:
-      logits_fn: `logits_fn(params, x) -> [num_classes]`, one example's logits, without batch axis.
+      apply_fn: `apply_fn(params, x) -> [num_classes]`, one example's outputs, without batch axis.
 
     Returns:
       `loss_fn(params, example) -> scalar`, of a `Batch` without its example axis.
@@ -122,34 +135,46 @@ def cross_entropy(logits_fn: LogitsFn) -> LossFn:
     """
 
     def loss_fn(params: Params, example: Batch) -> jax.Array:
-        logits = logits_fn(params, example.inputs)
+        logits = mask_logits(apply_fn(params, example.inputs), example.class_mask)
         return optax.losses.softmax_cross_entropy_with_integer_labels(logits, example.labels)
 
     return loss_fn
 
 
-def _zeros(logits_fn: LogitsFn, params: Params, batch: Batch, key: jax.Array) -> Params:
-    return jax.tree.map(jnp.zeros_like, params)
+def _zeros(apply_fn: OutputFn, state: TrainingState, batch: Batch, key: jax.Array) -> Params:
+    return jax.tree.map(jnp.zeros_like, state.params)
 
 
-def _ones(logits_fn: LogitsFn, params: Params, batch: Batch, key: jax.Array) -> Params:
-    return jax.tree.map(jnp.ones_like, params)
+def _ones(apply_fn: OutputFn, state: TrainingState, batch: Batch, key: jax.Array) -> Params:
+    return jax.tree.map(jnp.ones_like, state.params)
 
 
-def _exact_fisher(logits_fn: LogitsFn, params: Params, batch: Batch, key: jax.Array) -> Params:
-    return fisher_diagonal(logits_fn, params, batch.inputs, weights=batch.weights)
+def _exact_fisher(apply_fn: OutputFn, state: TrainingState, batch: Batch, key: jax.Array) -> Params:
+    return _fisher(apply_fn, state, batch)
 
 
-def _sampled_fisher(logits_fn: LogitsFn, params: Params, batch: Batch, key: jax.Array) -> Params:
-    return fisher_diagonal(logits_fn, params, batch.inputs, num_samples=1, key=key, weights=batch.weights)
+def _sampled_fisher(apply_fn: OutputFn, state: TrainingState, batch: Batch, key: jax.Array) -> Params:
+    return _fisher(apply_fn, state, batch, num_samples=1, key=key)
 
 
-def _empirical_fisher(logits_fn: LogitsFn, params: Params, batch: Batch, key: jax.Array) -> Params:
-    return empirical_fisher_diagonal(cross_entropy(logits_fn), params, batch, weights=batch.weights)
+def _fisher(apply_fn: OutputFn, state: TrainingState, batch: Batch, **options: Any) -> Params:
+    def logits_fn(params: Params, x: tuple[jax.Array, jax.Array | None]) -> jax.Array:
+        inputs, class_mask = x
+        return mask_logits(apply_fn(params, inputs), class_mask)
+
+    return fisher_diagonal(logits_fn, state.params, (batch.inputs, batch.class_mask), weights=batch.weights, **options)
 
 
-def _mas(logits_fn: LogitsFn, params: Params, batch: Batch, key: jax.Array) -> Params:
-    return mas_importance(logits_fn, params, batch.inputs, weights=batch.weights)
+def _empirical_fisher(apply_fn: OutputFn, state: TrainingState, batch: Batch, key: jax.Array) -> Params:
+    return empirical_fisher_diagonal(cross_entropy(apply_fn), state.params, batch, weights=batch.weights)
+
+
+def _mas(apply_fn: OutputFn, state: TrainingState, batch: Batch, key: jax.Array) -> Params:
+    def output_fn(params: Params, x: tuple[jax.Array, jax.Array | None]) -> jax.Array:
+        inputs, class_mask = x
+        return mask_outputs(apply_fn(params, inputs), class_mask)
+
+    return mas_importance(output_fn, state.params, (batch.inputs, batch.class_mask), weights=batch.weights)
 
 
 _FISHERS = {"exact": _exact_fisher, "sampled": _sampled_fisher, "empirical": _empirical_fisher}

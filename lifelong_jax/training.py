@@ -1,5 +1,6 @@
 """One task's training loop, pure: a host loop calls it an epoch at a time, and `scan` and `vmap` may run it whole."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -28,10 +29,12 @@ class TrainingInfo(NamedTuple):
     """What people look at.
 
     Attributes:
-      loss: `[num_epochs, num_steps]`, the mean loss of each step's batch, without the penalty.
+      loss: `[num_epochs, max_steps]`, the mean loss of each step's batch, without the penalty; 0 behind the last step.
+      num_steps: how many steps an epoch had: as many as it takes to see each example whose weight is not 0.
     """
 
     loss: jax.Array
+    num_steps: jax.Array
 
 
 def init_training(optimizer: optax.GradientTransformation, params: Params, key: jax.Array) -> TrainingState:
@@ -68,8 +71,9 @@ def learn_task(
     """Trains on one task's examples, reshuffled each epoch.
 
     A step's gradient is that of `Σ_n weights[n] · loss_fn(params, examples[n]) / Σ_n weights[n]` over its batch; the
-    optimiser adds the penalty. Each epoch sees each example once; its last batch may be smaller. Two calls of an epoch
-    each do what one call of two epochs does.
+    optimiser adds the penalty. Each epoch sees each example once; its last batch may be smaller. Padding takes no
+    steps: a short task that is padded to a long one's shape is learned in the steps that it has examples for. Two
+    calls of an epoch each do what one call of two epochs does.
 
     Args:
       loss_fn: `loss_fn(params, example) -> scalar`, the loss of one example, without batch axis.
@@ -105,8 +109,10 @@ def learn_task(
     optimizer = optax.with_extra_args_support(optimizer)
     num_examples = jax.tree.leaves(examples)[0].shape[0]
     batch_size = min(batch_size, num_examples)
-    num_steps = -(-num_examples // batch_size)
-    if weights is None:
+    max_steps = -(-num_examples // batch_size)
+    padded = weights is not None
+    num_steps = -(-jnp.sum(weights > 0) // batch_size) if padded else max_steps
+    if not padded:
         weights = jnp.ones(num_examples)
 
     def batch_loss(params: Params, batch: Examples, weights: jax.Array) -> jax.Array:
@@ -116,25 +122,34 @@ def learn_task(
         weights = weights.astype(losses.dtype)
         return jnp.sum(weights * losses) / jnp.maximum(jnp.sum(weights), jnp.finfo(losses.dtype).tiny)
 
+    one_batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype), (examples, weights))
+    loss_dtype = jax.eval_shape(batch_loss, state.params, *one_batch).dtype
+
     def step(
-        carry: tuple[Params, optax.OptState], indices: jax.Array
-    ) -> tuple[tuple[Params, optax.OptState], jax.Array]:
-        params, opt_state = carry
+        index: jax.Array, carry: tuple[Params, optax.OptState, jax.Array], order: jax.Array
+    ) -> tuple[Params, optax.OptState, jax.Array]:
+        params, opt_state, losses = carry
+        indices = order[index]
         present = jnp.where(indices < num_examples, weights[indices], 0)
         batch = jax.tree.map(lambda x: x[indices], examples)
         loss, grads = jax.value_and_grad(batch_loss)(params, batch, present)
         updates, opt_state = optimizer.update(grads, opt_state, params, **consolidation._asdict())
-        return (optax.apply_updates(params, updates), opt_state), loss
+        return optax.apply_updates(params, updates), opt_state, losses.at[index].set(loss)
 
     def epoch(state: TrainingState, _: None) -> tuple[TrainingState, jax.Array]:
         key, shuffle_key = jax.random.split(state.key)
         order = jax.random.permutation(shuffle_key, num_examples)
+        if padded:
+            order = order[jnp.argsort(weights[order] == 0, stable=True)]  # padding last, behind the last step
         # The last batch is filled up with an index past the end, which `step` gives weight 0.
-        order = jnp.pad(order, (0, num_steps * batch_size - num_examples), constant_values=num_examples)
-        (params, opt_state), losses = jax.lax.scan(
-            step, (state.params, state.opt_state), order.reshape(num_steps, batch_size)
+        order = jnp.pad(order, (0, max_steps * batch_size - num_examples), constant_values=num_examples)
+        params, opt_state, losses = jax.lax.fori_loop(
+            0,
+            num_steps,
+            functools.partial(step, order=order.reshape(max_steps, batch_size)),
+            (state.params, state.opt_state, jnp.zeros(max_steps, loss_dtype)),
         )
         return TrainingState(params, opt_state, key), losses
 
     state, losses = jax.lax.scan(epoch, state, length=num_epochs)
-    return state, TrainingInfo(losses)
+    return state, TrainingInfo(losses, jnp.asarray(num_steps))

@@ -31,11 +31,14 @@ class Batch(NamedTuple):
       inputs: `[num_examples, ...]`, floating.
       labels: `[num_examples]`, integers in `[0, num_classes)`.
       weights: `[num_examples]`, floating; 0 marks padding, 1 an example that counts once.
+      class_mask: `[num_examples, num_classes]`, bool: which outputs of the network are active for each example, or None
+        for all of them.
     """
 
     inputs: jax.Array
     labels: jax.Array
     weights: jax.Array
+    class_mask: jax.Array | None = None
 
 
 class Task(NamedTuple):
@@ -49,11 +52,15 @@ class Task(NamedTuple):
       permutation: `[num_features]`, integers: the order in which this task shows the features of an input, or None for
         the order in which they are. It is applied on the device, as the examples are used, so that tasks which differ
         in nothing else share their arrays.
+      class_mask: `[num_classes]`, bool: which of the network's outputs are this task's classes, or None where all tasks
+        have the same. Which outputs are active while it is learned and tested depends on the scenario: see
+        `active_classes`.
     """
 
     train: Batch
     test: Batch
     permutation: jax.Array | None = None
+    class_mask: jax.Array | None = None
 
 
 class Consolidation(NamedTuple):

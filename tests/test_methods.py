@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from lifelong_jax import Batch, empirical_fisher_diagonal, fisher_diagonal, mas_importance, methods
+from lifelong_jax import Batch, empirical_fisher_diagonal, fisher_diagonal, init_training, mas_importance, methods
 
 
 def logits_fn(params, x):
@@ -20,7 +20,8 @@ def make_batch():
 
 def importance_of(method):
     params = jax.random.normal(jax.random.key(1), (3, 2))
-    return method.importance_fn(logits_fn, params, make_batch(), jax.random.key(2))
+    state = init_training(optax.identity(), params, jax.random.key(3))
+    return method.importance_fn(logits_fn, state, make_batch(), jax.random.key(2))
 
 
 def test_importances():
@@ -51,7 +52,7 @@ def test_names_and_rules():
         "ewc",
         "mas",
     ]
-    assert methods.ewc(rule="latest", decay=0.5)[2:] == ("latest", 0.5)
+    assert methods.ewc(rule="latest", decay=0.5)[2:4] == ("latest", 0.5)
 
 
 def test_unknown_fisher():

@@ -42,7 +42,7 @@ def test_present_moves_the_features():
 def test_joint_examples_shows_each_task_its_own_way():
     train = make_batch(5)
     tasks = permuted_tasks(train, train, 3, jax.random.key(0))
-    joint = joint_examples(tasks)
+    joint = joint_examples(tasks, "domain")
     assert joint.inputs.shape == (15, 2, 3)
     for index, task in enumerate(tasks):
         np.testing.assert_array_equal(joint.inputs[5 * index + 2], present(train.inputs[2], task.permutation))
