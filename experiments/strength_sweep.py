@@ -107,7 +107,7 @@ def main(config: Config) -> None:
     outcomes = compare(
         learners,
         lambda key: permuted_tasks(dataset.train, dataset.test, config.num_tasks, key),
-        lambda key: model.init(key, dataset.train.inputs[0]),
+        model.init,
         config.seeds,
         config.num_epochs,
         run.log,

@@ -9,17 +9,17 @@ import jax
 import numpy as np
 import rich.console
 
+from lifelong_jax import metrics
 from lifelong_jax.continual import LearnedSequence, Progress
-from lifelong_jax.metrics import average_accuracy, backward_transfer, forgetting
 from lifelong_jax.plotting import plot_accuracy_curves, plot_accuracy_matrices
 from lifelong_jax.runs import Estimate, Run, estimate, format_estimate, markdown_table, print_table, progress_bar
-from lifelong_jax.types import Params, Task
+from lifelong_jax.types import Example, Params, Task
 
 Learner: TypeAlias = Callable[..., LearnedSequence]
 """`learner(params, tasks, key, num_epochs=, report=)`: `learn_tasks` or `learn_jointly`, all else filled in."""
 
 
-_MEASURED = ("accuracy_matrix", "training_seconds", "importance_seconds")  # of a LearnedSequence
+_MEASURED = ("accuracy_matrix", "initial_accuracies", "training_seconds", "importance_seconds")  # of LearnedSequence
 
 
 class Outcome(NamedTuple):
@@ -27,6 +27,7 @@ class Outcome(NamedTuple):
 
     Attributes:
       accuracy_matrix: `[num_seeds, num_tasks, num_tasks]`, fractions; NaN where not measured.
+      initial_accuracies: `[num_seeds, num_tasks]`, fractions, before any task was learned; NaN where not measured.
       curves: `[num_seeds, num_epochs, num_tasks]`, the test accuracy after each epoch of the whole sequence; NaN before
         a task's turn.
       training_seconds: `[num_seeds]`.
@@ -34,27 +35,27 @@ class Outcome(NamedTuple):
     """
 
     accuracy_matrix: np.ndarray
+    initial_accuracies: np.ndarray
     curves: np.ndarray
     training_seconds: np.ndarray
     importance_seconds: np.ndarray
 
 
-_COLUMNS = {
-    "average accuracy": ("average_accuracy", 100, 1),
-    "forgetting": ("forgetting", 100, 1),
-    "backward transfer": ("backward_transfer", 100, 1),
-    "first task": ("first_task_accuracy", 100, 1),
-    "last task": ("last_task_accuracy", 100, 1),
-    "training seconds": ("training_seconds", 1, 1),
-    "importance seconds": ("importance_seconds", 1, 1),
-}
+_METRICS = (
+    "average_accuracy",
+    "average_incremental_accuracy",
+    "forgetting",
+    "backward_transfer",
+    "forward_transfer",
+    "intransigence",
+)
 _BASELINES = ("finetune", "l2")
 
 
 def compare(
     learners: Mapping[str, Learner],
     make_tasks: Callable[[jax.Array], Sequence[Task]],
-    init_params: Callable[[jax.Array], Params],
+    init_params: Callable[[jax.Array, Example], Params],
     seeds: Sequence[int],
     num_epochs: int,
     log: Callable[..., None],
@@ -68,7 +69,7 @@ def compare(
     Args:
       learners: by name.
       make_tasks: `make_tasks(key) -> tasks`.
-      init_params: `init_params(key) -> params`.
+      init_params: `init_params(key, x) -> params`, x one example's input; a flax model's `init`, say.
       seeds: integers.
       num_epochs: passes over each task's training examples.
       log: called with a row of names and values after each epoch and each sequence; `Run.log`, say.
@@ -91,13 +92,15 @@ def compare(
                 bar.update(line, total=len(learners) * len(seeds) * len(curve), description=name)
                 log_of_run = functools.partial(log, method=name, seed=seed)
                 report = functools.partial(_report, curve, log_of_run, functools.partial(bar.update, line), done)
+                params = init_params(params_key, tasks[0].train.inputs[0])
                 try:
-                    result = learner(init_params(params_key), tasks, learning_key, num_epochs=num_epochs, report=report)
+                    result = learner(params, tasks, learning_key, num_epochs=num_epochs, report=report)
                     measured = {field: getattr(result, field) for field in _MEASURED}
                 except FloatingPointError as error:  # one strength too many must not cost all the others
                     console.print(f"{name}, seed {seed}: {error}", highlight=False)
                     nowhere = np.full((len(tasks), len(tasks)), np.nan)
-                    measured = dict.fromkeys(_MEASURED, np.nan) | {"accuracy_matrix": nowhere}
+                    accuracies = {"accuracy_matrix": nowhere, "initial_accuracies": nowhere[0]}
+                    measured = dict.fromkeys(_MEASURED, np.nan) | accuracies
                 log_of_run(event="sequence", **measured)
                 bar.update(line, completed=done + len(curve))
                 learned.append(measured)
@@ -126,8 +129,11 @@ class Summary(NamedTuple):
 
     Attributes:
       average_accuracy: over all tasks, after the last.
-      forgetting: see `metrics.forgetting`.
-      backward_transfer: see `metrics.backward_transfer`.
+      average_incremental_accuracy: see `metrics`, as for the next four.
+      forgetting: since a task's best.
+      backward_transfer: of later tasks on earlier ones.
+      forward_transfer: of earlier tasks on later ones.
+      intransigence: against the learner named "joint"; NaN where there is none.
       first_task_accuracy: after the last task.
       last_task_accuracy: after the last task.
       training_seconds: compilation left out.
@@ -137,8 +143,11 @@ class Summary(NamedTuple):
     """
 
     average_accuracy: Estimate
+    average_incremental_accuracy: Estimate
     forgetting: Estimate
     backward_transfer: Estimate
+    forward_transfer: Estimate
+    intransigence: Estimate
     first_task_accuracy: Estimate
     last_task_accuracy: Estimate
     training_seconds: Estimate
@@ -157,17 +166,27 @@ def summarize(outcomes: Mapping[str, Outcome]) -> dict[str, Summary]:
       A summary for each learner.
     """
     averages = {
-        name: np.array([average_accuracy(matrix) for matrix in outcome.accuracy_matrix])
+        name: np.array([metrics.average_accuracy(matrix) for matrix in outcome.accuracy_matrix])
         for name, outcome in outcomes.items()
     }
+    some = next(iter(outcomes.values()))
+    no_joint = np.full_like(some.initial_accuracies, np.nan)
+    joint_accuracies = outcomes["joint"].accuracy_matrix[:, -1] if "joint" in outcomes else no_joint
+
+    def over_seeds(metric: Callable[..., float], *arrays: np.ndarray) -> Estimate:
+        return estimate([metric(*of_seed) for of_seed in zip(*arrays, strict=True)])
+
     summaries = {}
     for name, outcome in outcomes.items():
         matrices = outcome.accuracy_matrix
         baselines = [baseline for baseline in _BASELINES if baseline in outcomes and name not in _BASELINES]
         summaries[name] = Summary(
             average_accuracy=estimate(averages[name]),
-            forgetting=estimate([forgetting(matrix) for matrix in matrices]),
-            backward_transfer=estimate([backward_transfer(matrix) for matrix in matrices]),
+            average_incremental_accuracy=over_seeds(metrics.average_incremental_accuracy, matrices),
+            forgetting=over_seeds(metrics.forgetting, matrices),
+            backward_transfer=over_seeds(metrics.backward_transfer, matrices),
+            forward_transfer=over_seeds(metrics.forward_transfer, matrices, outcome.initial_accuracies),
+            intransigence=over_seeds(metrics.intransigence, matrices, joint_accuracies),
             first_task_accuracy=estimate(matrices[:, -1, 0]),
             last_task_accuracy=estimate(matrices[:, -1, -1]),
             training_seconds=estimate(outcome.training_seconds),
@@ -179,51 +198,69 @@ def summarize(outcomes: Mapping[str, Outcome]) -> dict[str, Summary]:
 
 
 def report_comparison(
-    outcomes: Mapping[str, Outcome], title: str, num_epochs: int, run: Run, console: rich.console.Console
+    outcomes: Mapping[str, Outcome],
+    title: str,
+    task_names: Sequence[str],
+    num_epochs: int,
+    run: Run,
+    console: rich.console.Console,
 ) -> None:
     """Prints the table; writes `summary.json`, `table.md`, `accuracy.png` and `accuracy_matrices.png`.
 
     Args:
       outcomes: from `compare`.
       title: what was learned.
+      task_names: the tasks' names, short.
       num_epochs: passes over each task's training examples.
       run: where the files go.
       console: where the table is printed.
     """
     summary = summarize(outcomes)
     run.write_summary({"methods": summary})
-    header = ["method", *_COLUMNS]
-    rows = [
-        [name, *(format_estimate(getattr(metrics, key), scale, digits) for key, scale, digits in _COLUMNS.values())]
-        for name, metrics in summary.items()
-    ]
     num_seeds = len(next(iter(outcomes.values())).training_seconds)
     spread = f", mean±standard error over {num_seeds} seeds" if num_seeds > 1 else ""
-    print_table(console, f"{title}: percent{spread}", header, rows)
-    markdown = markdown_table(header, rows)
     baselines = [baseline for baseline in _BASELINES if baseline in summary]
-    if baselines:
-        header = ["average accuracy of", *(f"above {baseline}" for baseline in baselines)]
-        rows = [
-            [name, *(format_estimate(margin, 100) for margin in metrics.margin_over.values())]
-            for name, metrics in summary.items()
-            if metrics.margin_over
-        ]
-        print_table(console, f"Differences, seed by seed: percentage points{spread}", header, rows)
-        markdown += "\n" + markdown_table(header, rows)
+    tables = {f"{title}: percent{spread}": _metrics_table(summary)}
+    tables |= {f"Differences in average accuracy, and times{spread}": _margins_table(summary, baselines)}
+    for caption, (header, *rows) in tables.items():
+        print_table(console, caption, header, rows)
+    markdown = "\n".join(markdown_table(header, rows) for header, *rows in tables.values())
     (run.folder / "table.md").write_text(markdown)
     finding = ", ".join(
-        f"{name} {format_estimate(metrics.average_accuracy, 100, 0)}" for name, metrics in summary.items()
+        f"{name} {format_estimate(of_method.average_accuracy, 100, 0)}" for name, of_method in summary.items()
     )
     plot_accuracy_curves(
         {name: outcome.curves for name, outcome in outcomes.items()},
+        task_names,
         num_epochs,
         f"{title}: average accuracy at the end, percent: {finding}",
         run.folder / "accuracy.png",
     )
     plot_accuracy_matrices(
-        {name: metrics.accuracy_matrix for name, metrics in summary.items()},
+        {name: of_method.accuracy_matrix for name, of_method in summary.items()},
+        task_names,
         f"{title}: test accuracy in percent, by the task learned last",
         run.folder / "accuracy_matrices.png",
     )
     console.print(f"results in {run.folder}", highlight=False, soft_wrap=True)
+
+
+def _metrics_table(summary: Mapping[str, Summary]) -> list[list[str]]:
+    header = ["method", *(key.replace("_", " ") for key in _METRICS)]
+    return [header] + [
+        [name, *(format_estimate(getattr(of_method, key), 100) for key in _METRICS)]
+        for name, of_method in summary.items()
+    ]
+
+
+def _margins_table(summary: Mapping[str, Summary], baselines: Sequence[str]) -> list[list[str]]:
+    none = estimate([np.nan])
+    header = ["method", *(f"above {baseline}" for baseline in baselines), "training seconds", "importance seconds"]
+    return [header] + [
+        [
+            name,
+            *(format_estimate(of_method.margin_over.get(baseline, none), 100) for baseline in baselines),
+            *(format_estimate(seconds) for seconds in (of_method.training_seconds, of_method.importance_seconds)),
+        ]
+        for name, of_method in summary.items()
+    ]

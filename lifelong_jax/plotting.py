@@ -13,7 +13,11 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 
 
 def plot_accuracy_curves(
-    curves: Mapping[str, np.ndarray], epochs_per_task: int, title: str, file: str | pathlib.Path
+    curves: Mapping[str, np.ndarray],
+    task_names: Sequence[str],
+    epochs_per_task: int,
+    title: str,
+    file: str | pathlib.Path,
 ) -> None:
     """Draws each task's test accuracy as the sequence is learned, methods side by side.
 
@@ -22,37 +26,40 @@ def plot_accuracy_curves(
     Args:
       curves: for each method, `[num_seeds, num_epochs, num_tasks]`: fractions after each epoch of the whole sequence;
         NaN before a task's turn.
+      task_names: the tasks' names, in their order.
       epochs_per_task: how many epochs each task is learned for.
       title: above the picture.
       file: where the PNG goes.
     """
-    num_tasks = next(iter(curves.values())).shape[-1]
     figure = _figure(2.0 * len(curves) + 0.6, 2.7)
     axes = figure.subplots(1, len(curves), sharex=True, sharey=True, squeeze=False)[0]
     for axis, (method, accuracy) in zip(axes, curves.items(), strict=True):
-        for task in range(num_tasks):
-            _draw_band(axis, accuracy[:, :, task], COLORS[task % len(COLORS)], f"task {task + 1}")
-        for boundary in range(1, num_tasks):
+        for task, name in enumerate(task_names):
+            _draw_band(axis, accuracy[:, :, task], COLORS[task % len(COLORS)], name)
+        for boundary in range(1, len(task_names)):
             axis.axvline(boundary * epochs_per_task, color="0.85", linewidth=0.8, zorder=0)
         axis.set_title(method)
         axis.set_xlabel("epochs, all tasks")
         axis.set_ylim(0, 1.02)
     axes[0].set_ylabel("test accuracy")
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(num_tasks, 7), frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(task_names), 7), frameon=False)
     figure.suptitle(title, fontsize=11)
     figure.savefig(file)
 
 
-def plot_accuracy_matrices(matrices: Mapping[str, np.ndarray], title: str, file: str | pathlib.Path) -> None:
+def plot_accuracy_matrices(
+    matrices: Mapping[str, np.ndarray], task_names: Sequence[str], title: str, file: str | pathlib.Path
+) -> None:
     """Draws each method's accuracy matrix: a row for each task learned, a column for each task tested.
 
     Args:
       matrices: for each method, `[num_tasks, num_tasks]`, fractions, means over seeds; NaN where not measured.
+      task_names: the tasks' names, in their order.
       title: above the picture.
       file: where the PNG goes.
     """
-    num_tasks = len(next(iter(matrices.values())))
+    num_tasks = len(task_names)
     figure = _figure(2.0 * len(matrices) + 0.9, 2.7)
     axes = figure.subplots(1, len(matrices), sharex=True, sharey=True, squeeze=False)[0]
     ticks = range(0, num_tasks, 1 + num_tasks // 11)
@@ -66,8 +73,8 @@ def plot_accuracy_matrices(matrices: Mapping[str, np.ndarray], title: str, file:
                     axis.text(column + 1, row + 1, text, ha="center", va="center", color=shade, fontsize=8)
         axis.set_title(method)
         axis.set_xlabel("tested on task")
-        axis.set_xticks([tick + 1 for tick in ticks])
-        axis.set_yticks([tick + 1 for tick in ticks])
+        axis.set_xticks([tick + 1 for tick in ticks], [task_names[tick].removeprefix("task ") for tick in ticks])
+        axis.set_yticks([tick + 1 for tick in ticks], [task_names[tick].removeprefix("task ") for tick in ticks])
     axes[0].set_ylabel("after learning task")
     figure.colorbar(image, ax=list(axes), label="test accuracy", shrink=0.8)
     figure.suptitle(title, fontsize=11)

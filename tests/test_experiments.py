@@ -46,6 +46,11 @@ def test_permuted(tmp_path, capsys):
         np.testing.assert_allclose(estimate["mean"], np.mean(values))
         np.testing.assert_allclose(estimate["stderr"], np.std(values, ddof=1) / np.sqrt(2))
     assert summary["joint"]["forgetting"]["mean"] is None
+    joint_accuracy = np.array(sequences[8]["accuracy_matrix"][-1])
+    learned = np.diag(sequences[4]["accuracy_matrix"])
+    np.testing.assert_allclose(summary["ewc"]["intransigence"]["values"][0], np.mean(joint_accuracy - learned))
+    gain = sequences[4]["accuracy_matrix"][0][1] - sequences[4]["initial_accuracies"][1]
+    np.testing.assert_allclose(summary["ewc"]["forward_transfer"]["values"][0], gain)
     margin = summary["ewc"]["margin_over"]["finetune"]["values"]
     ewc, finetune = (summary[name]["average_accuracy"]["values"] for name in ("ewc", "finetune"))
     np.testing.assert_allclose(margin, np.subtract(ewc, finetune))
@@ -61,7 +66,7 @@ def test_permuted(tmp_path, capsys):
 
 
 def test_permuted_chooses_strengths_on_validation_data(tmp_path, capsys):
-    arguments = ["--tune", "--methods", "finetune", "ewc", "--tune-grid", "0.1", "100", "1e30", "--tune-seeds", "7"]
+    arguments = ["--tune", "--penalty", "coupled", "--methods", "finetune", "ewc", "--tune-grid", "0.1", "100", "1e30", "--tune-seeds", "7"]
     folder = run_permuted(tmp_path, *arguments)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     tuning = [row for row in rows if row.get("split") == "validation"]

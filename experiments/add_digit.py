@@ -1,0 +1,72 @@
+"""A network that has learned to add 1 to a digit, and then learns to add 2, can no longer add 1.
+
+The input is a real image of a digit, and which number to add; the class is the sum. The number to add is an input, so
+that one network can learn both: what it lacks after the second task is not the information but the memory.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import tyro
+
+from lifelong_jax import Batch, Task
+from lifelong_jax.datasets import Dataset
+from lifelong_jax.experiment import Experiment, Settings, Strength, load_or_exit, make_network, run_experiment
+from lifelong_jax.runs import check_settings
+
+STRENGTH = Strength(l2=0.01, ewc=10.0, mas=0.1)  # chosen by --tune
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(Settings):
+    """Learn to add 1 to a digit, then to add 2: can the network still add 1?"""
+
+    dataset: str = "digits"
+    """digits (bundled), or the name of a data set of images of digits, such as mnist."""
+
+    addends: tuple[int, ...] = (1, 2)
+    """What is added to the digit, one number for each task."""
+
+    strength: Strength = STRENGTH
+
+    def __post_init__(self) -> None:
+        """Refuses what would fail only after much has run."""
+        super().__post_init__()
+        check_settings(not_negative={"addends": self.addends}, distinct={"addends": self.addends})
+
+
+def main(config: Config) -> None:
+    """Runs the comparison.
+
+    Args:
+      config: the whole configuration.
+    """
+    dataset = load_or_exit(config.dataset, config.data_dir)
+    network = make_network(config, dataset.num_classes + max(config.addends))
+    experiment = Experiment(
+        name="add_digit",
+        title=f"Adding {', then '.join(map(str, config.addends))} to {config.dataset}",
+        datasets=[dataset],
+        make_tasks=lambda datasets, key: [make_task(datasets[0], config.addends, addend) for addend in config.addends],
+        task_names=[f"+{addend}" for addend in config.addends],
+        scenario="domain",
+        apply_fn=network.apply,
+        init_params=network.init,
+    )
+    run_experiment(config, experiment)
+
+
+def make_task(dataset: Dataset, addends: Sequence[int], addend: int) -> Task:
+    """Makes the task of adding one number: an image's pixels and the number, one-hot, as input; the sum as class."""
+
+    def add(batch: Batch) -> Batch:
+        pixels = batch.inputs.reshape(len(batch.labels), -1)
+        shown = jnp.tile(jnp.float32([addend == other for other in addends]), (len(pixels), 1))
+        return batch._replace(inputs=jnp.concatenate([pixels, shown], axis=1), labels=batch.labels + addend)
+
+    return Task(add(dataset.train), add(dataset.test))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, prog="python -m experiments.add_digit"))

@@ -1,0 +1,91 @@
+"""Learns disjoint groups of classes one after the other, in one of three scenarios.
+
+- task: the task is known at test time, and only its own classes are asked for.
+- domain: all tasks share their outputs: is it the first or the second class of its group?
+- class: the task is not known, and every class seen so far may be the answer.
+
+Parameter importance alone does not solve the class-incremental scenario: the penalty keeps what the old classes'
+outputs were, but nothing ever compares an old class with a new one, and the network answers with the newest classes.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+import jax
+import numpy as np
+import tyro
+
+from lifelong_jax import Task
+from lifelong_jax.datasets import Dataset
+from lifelong_jax.experiment import Experiment, Settings, Strength, load_or_exit, make_network, run_experiment
+from lifelong_jax.runs import check_settings
+from lifelong_jax.tasks import split_tasks
+
+STRENGTH = Strength(l2=0.1, ewc=100.0, mas=1.0)  # chosen by --tune
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(Settings):
+    """Learn disjoint groups of classes one after the other, in the task-, domain- or class-incremental scenario."""
+
+    scenario: Literal["task", "domain", "class"] = "task"
+    """Whether the task is known at test time (task), all tasks share their outputs (domain), or every class seen so far
+    may be the answer (class), which parameter importance alone does not solve."""
+
+    dataset: str = "digits"
+    """digits (bundled), or the name of an image-classification data set: see the README."""
+
+    classes_per_task: int = 2
+    """How many classes each task has; the last one may have fewer."""
+
+    class_order: Literal["random", "sorted"] = "random"
+    """Whether the classes come in another order for each seed, or by their number."""
+
+    strength: Strength = STRENGTH
+
+    def __post_init__(self) -> None:
+        """Refuses what would fail only after much has run."""
+        super().__post_init__()
+        check_settings(positive={"classes_per_task": self.classes_per_task})
+
+
+def main(config: Config) -> None:
+    """Runs the comparison.
+
+    Args:
+      config: the whole configuration.
+    """
+    dataset = load_or_exit(config.dataset, config.data_dir)
+    shared_outputs = config.scenario == "domain"
+    network = make_network(config, config.classes_per_task if shared_outputs else dataset.num_classes)
+
+    def make_tasks(datasets: Sequence[Dataset], key: jax.Array) -> list[Task]:
+        train, test, num_classes = datasets[0]
+        groups = class_groups(config, num_classes, key)
+        return split_tasks(train, test, groups, num_classes, shared_outputs=shared_outputs)
+
+    experiment = Experiment(
+        name="split",
+        title=f"Split {config.dataset}, {config.scenario}-incremental",
+        datasets=[dataset],
+        make_tasks=make_tasks,
+        task_names=[f"task {task + 1}" for task in range(-(-dataset.num_classes // config.classes_per_task))],
+        scenario=config.scenario,
+        apply_fn=network.apply,
+        init_params=network.init,
+    )
+    run_experiment(config, experiment)
+
+
+def class_groups(config: Config, num_classes: int, key: jax.Array) -> list[list[int]]:
+    """Puts the classes into groups, one for each task."""
+    order = np.arange(num_classes)
+    if config.class_order == "random":
+        order = np.asarray(jax.random.permutation(key, num_classes))
+    starts = range(0, num_classes, config.classes_per_task)
+    return [order[start : start + config.classes_per_task].tolist() for start in starts]
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, prog="python -m experiments.split"))

@@ -1,0 +1,273 @@
+"""What the scripts that compare methods on a sequence of tasks share: settings, learners, the choice of strengths."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import numpy as np
+import optax
+import rich.console
+
+from lifelong_jax import methods
+from lifelong_jax.comparison import Learner, compare, report_comparison, summarize
+from lifelong_jax.continual import OptimizerFn, learn_jointly, learn_tasks
+from lifelong_jax.datasets import Dataset, hold_out_validation, load_dataset
+from lifelong_jax.models import MLP
+from lifelong_jax.penalty import add_quadratic_penalty, proximal_adam, proximal_quadratic_penalty
+from lifelong_jax.runs import Run, check_settings, format_estimate, markdown_table, print_table, start_run
+from lifelong_jax.tasks import Scenario
+from lifelong_jax.types import Example, OutputFn, Params, Task
+
+MOMENTUM = 0.9
+
+
+@dataclasses.dataclass(frozen=True)
+class Strength:
+    """The strength of the penalty, λ, for each method that has one. `--tune` chooses them anew."""
+
+    l2: float
+    """λ of l2."""
+
+    ewc: float
+    """λ of ewc."""
+
+    mas: float
+    """λ of mas."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The settings that all comparisons have; a script's own dataclass adds to them."""
+
+    methods: tuple[Literal["finetune", "l2", "ewc", "mas", "joint"], ...] = ("finetune", "l2", "ewc", "mas", "joint")
+    """What to compare: finetune (no penalty), l2 (every parameter equally important), ewc (Fisher diagonal), mas
+    (output sensitivity), joint (all tasks' data at once: the upper bound)."""
+
+    hidden_sizes: tuple[int, ...] = (256, 256)
+    """Widths of the network's hidden layers."""
+
+    num_epochs: int = 20
+    """Passes over each task's training data."""
+
+    batch_size: int = 32
+    """Examples per step."""
+
+    optimizer: Literal["adam", "sgd", "momentum"] = "momentum"
+    """Adam, plain SGD, or SGD with momentum 0.9; its state is fresh for each task."""
+
+    learning_rate: float = 0.01
+    """The optimiser's step size."""
+
+    penalty: Literal["proximal", "coupled"] = "proximal"
+    """Whether the penalty is a closed-form step after the optimiser's own, stable at any strength, or a part of the
+    loss's gradient."""
+
+    strength: Strength
+
+    fisher: Literal["exact", "sampled", "empirical"] = "exact"
+    """For ewc: labels in expectation over the model's classes, one sampled from the model, or the true ones."""
+
+    consolidation: Literal["separate", "latest"] = "separate"
+    """One penalty per task, each around its own anchor, or a single one around the latest parameters."""
+
+    decay: float = 1.0
+    """What the earlier tasks' importance is multiplied by at each new task."""
+
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    """One sequence of tasks, one initialisation and one order of examples for each."""
+
+    tune: bool = False
+    """First choose each method's strength, on a fifth of the training data, which is then given back."""
+
+    tune_grid: tuple[float, ...] = tuple(float(f"{10 ** (half_decade / 2):.3g}") for half_decade in range(-8, 13))
+    """The strengths tried by --tune, for every method alike."""
+
+    tune_seeds: tuple[int, ...] = (100, 101)
+    """The seeds of --tune; other ones than the reported."""
+
+    data_dir: str | None = None
+    """Where TFDS keeps prepared data sets; by default TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+
+    output_dir: str = "results"
+    """Results go to a new folder in <output-dir>/<name of the experiment>/."""
+
+    def __post_init__(self) -> None:
+        """Refuses what would fail only after much has run."""
+        names = ("hidden_sizes", "num_epochs", "batch_size", "learning_rate")
+        strengths = {f"strength.{name}": value for name, value in dataclasses.asdict(self.strength).items()}
+        check_settings(
+            positive={name: getattr(self, name) for name in names},
+            not_negative={**strengths, "tune_grid": self.tune_grid, "decay": self.decay},
+            distinct={name: getattr(self, name) for name in ("methods", "seeds", "tune_grid", "tune_seeds")},
+        )
+
+
+class Experiment(NamedTuple):
+    """A sequence of tasks and a network to learn it.
+
+    Attributes:
+      name: of the script, and of its folder of results.
+      title: what is learned, for tables and pictures.
+      datasets: what the tasks are made of. Validation data are taken from their training data.
+      make_tasks: `make_tasks(datasets, key) -> tasks`.
+      task_names: short, for tables and pictures.
+      scenario: "task", "domain" or "class".
+      apply_fn: `apply_fn(params, x) -> [num_classes]`, one example's outputs; a flax model's `apply`.
+      init_params: `init_params(key, x) -> params`; a flax model's `init`.
+    """
+
+    name: str
+    title: str
+    datasets: Sequence[Dataset]
+    make_tasks: Callable[[Sequence[Dataset], jax.Array], Sequence[Task]]
+    task_names: Sequence[str]
+    scenario: Scenario
+    apply_fn: OutputFn
+    init_params: Callable[[jax.Array, Example], Params]
+
+
+def run_experiment(settings: Settings, experiment: Experiment) -> None:
+    """Lets each method learn the tasks, once per seed, choosing strengths first if asked to; reports and draws.
+
+    Args:
+      settings: a script's whole configuration.
+      experiment: what it makes of them.
+    """
+    console = rich.console.Console()
+    run = start_run(settings.output_dir, experiment.name, settings)
+    learn = functools.partial(make_learner, settings, experiment, make_optimizer_fn(settings))
+    if settings.tune:
+        settings = dataclasses.replace(settings, strength=tune(settings, experiment, learn, run, console))
+        run.write_config(settings)
+    learners = {name: learn(name, getattr(settings.strength, name, 0.0)) for name in settings.methods}
+    make_tasks = functools.partial(experiment.make_tasks, experiment.datasets)
+    outcomes = compare(
+        learners, make_tasks, experiment.init_params, settings.seeds, settings.num_epochs, run.log, console
+    )
+    report_comparison(outcomes, experiment.title, experiment.task_names, settings.num_epochs, run, console)
+
+
+def load_or_exit(name: str, data_dir: str | None, **options: object) -> Dataset:
+    """Loads a data set; where it is not to be had, ends the program with a message instead of a traceback.
+
+    Args:
+      name: see `load_dataset`.
+      data_dir: where TFDS keeps prepared data sets.
+      **options: of `load_dataset`.
+
+    Returns:
+      The data set.
+    """
+    try:
+        return load_dataset(name, data_dir, **options)
+    except (FileNotFoundError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+def make_network(settings: Settings, num_outputs: int) -> nn.Module:
+    """Makes the network that the settings name.
+
+    Args:
+      settings: they have the widths of its layers.
+      num_outputs: one for each class.
+
+    Returns:
+      A flax module of one example.
+    """
+    return MLP(settings.hidden_sizes, num_outputs)
+
+
+def make_optimizer_fn(settings: Settings) -> OptimizerFn:
+    """Makes the pipeline: the optimiser, and the penalty in its place.
+
+    Args:
+      settings: they have the optimiser, its step size, and the penalty's place.
+
+    Returns:
+      `optimizer_fn(strength) -> optimizer`. One object serves all learners: compiled functions are kept by it.
+    """
+    rate = settings.learning_rate
+    base, step_size = {
+        "adam": (optax.adam(rate), None),
+        "sgd": (optax.sgd(rate), rate),
+        "momentum": (optax.sgd(rate, momentum=MOMENTUM), rate / (1 - MOMENTUM)),
+    }[settings.optimizer]
+    if settings.penalty == "coupled":
+        return lambda strength: optax.chain(add_quadratic_penalty(strength), base)
+    if settings.optimizer == "adam":
+        return functools.partial(proximal_adam, rate)
+    return lambda strength: optax.chain(base, proximal_quadratic_penalty(step_size, strength))
+
+
+def make_learner(
+    settings: Settings, experiment: Experiment, optimizer_fn: OptimizerFn, name: str, strength: float
+) -> Learner:
+    """Makes the learner that a method's name stands for.
+
+    Args:
+      settings: they have the batch size, and the methods' own settings.
+      experiment: it has the network and the scenario.
+      optimizer_fn: from `make_optimizer_fn`.
+      name: one of those that `settings.methods` may hold.
+      strength: λ.
+
+    Returns:
+      `learn_tasks` or `learn_jointly`, all filled in but what differs from seed to seed.
+    """
+    options = {"scenario": experiment.scenario, "batch_size": settings.batch_size}
+    if name == "joint":
+        return functools.partial(learn_jointly, experiment.apply_fn, optimizer_fn, **options)
+    method = {
+        "finetune": methods.finetune(),
+        "l2": methods.l2(settings.consolidation, settings.decay),
+        "ewc": methods.ewc(settings.fisher, settings.consolidation, settings.decay),
+        "mas": methods.mas(settings.consolidation, settings.decay),
+    }[name]
+    return functools.partial(learn_tasks, method, experiment.apply_fn, optimizer_fn, strength=strength, **options)
+
+
+def tune(
+    settings: Settings,
+    experiment: Experiment,
+    learn: Callable[[str, float], Learner],
+    run: Run,
+    console: rich.console.Console,
+) -> Strength:
+    """Chooses each method's strength by its average accuracy on validation data, taken from the training data.
+
+    Args:
+      settings: they have the grid and the seeds.
+      experiment: what is learned.
+      learn: `learn(name, strength) -> learner`.
+      run: where the log and `tuning.md` go.
+      console: where the table is printed.
+
+    Returns:
+      The strengths, the best of the grid for the methods that are compared.
+    """
+    names = [field.name for field in dataclasses.fields(Strength) if field.name in settings.methods]
+    learners = {f"{name} {strength:.3g}": learn(name, strength) for name in names for strength in settings.tune_grid}
+    datasets = [hold_out_validation(dataset, 0.2, jax.random.key(0)) for dataset in experiment.datasets]
+    make_tasks = functools.partial(experiment.make_tasks, datasets)
+    log = functools.partial(run.log, split="validation")
+    outcomes = compare(
+        learners, make_tasks, experiment.init_params, settings.tune_seeds, settings.num_epochs, log, console
+    )
+    accuracy = {name: of_learner.average_accuracy for name, of_learner in summarize(outcomes).items()}
+    header = ["strength", *names]
+    rows = [
+        [f"{strength:.3g}", *(format_estimate(accuracy[f"{name} {strength:.3g}"], 100) for name in names)]
+        for strength in settings.tune_grid
+    ]
+    print_table(console, "Average accuracy on validation data, percent", header, rows)
+    (run.folder / "tuning.md").write_text(markdown_table(header, rows))
+
+    def validation_accuracy(strength: float, name: str) -> float:
+        return np.nan_to_num(accuracy[f"{name} {strength:.3g}"].mean)
+
+    best = {name: max(settings.tune_grid, key=functools.partial(validation_accuracy, name=name)) for name in names}
+    console.print("chosen: " + ", ".join(f"--strength.{name} {strength:.3g}" for name, strength in best.items()))
+    return dataclasses.replace(settings.strength, **best)
