@@ -4,7 +4,16 @@ from lifelong_jax.consolidation import consolidate, init_consolidation, merge, n
 from lifelong_jax.continual import LearnedSequence, Progress, evaluate, learn_jointly, learn_tasks
 from lifelong_jax.importance import empirical_fisher_diagonal, fisher_diagonal, mas_importance
 from lifelong_jax.methods import Method, ewc, finetune, l2, mas
-from lifelong_jax.metrics import average_accuracy, backward_transfer, forgetting
+from lifelong_jax.metrics import (
+    average_accuracy,
+    average_incremental_accuracy,
+    backward_transfer,
+    forgetting,
+    forgetting_ratio,
+    forgetting_since_learned,
+    forward_transfer,
+    intransigence,
+)
 from lifelong_jax.penalty import (
     add_quadratic_penalty,
     proximal_adam,
@@ -12,7 +21,18 @@ from lifelong_jax.penalty import (
     quadratic_penalty,
 )
 from lifelong_jax.structured import explain
-from lifelong_jax.tasks import joint_examples, permuted_tasks, present
+from lifelong_jax.tasks import (
+    active_classes,
+    dataset_tasks,
+    joint_examples,
+    mask_logits,
+    mask_outputs,
+    permuted_tasks,
+    present,
+    rotated_tasks,
+    split_tasks,
+    with_class_mask,
+)
 from lifelong_jax.training import TrainingInfo, TrainingState, init_training, learn_task
 from lifelong_jax.types import Batch, Consolidation, Task
 
@@ -27,10 +47,13 @@ __all__ = [
     "Task",
     "TrainingInfo",
     "TrainingState",
+    "active_classes",
     "add_quadratic_penalty",
     "average_accuracy",
+    "average_incremental_accuracy",
     "backward_transfer",
     "consolidate",
+    "dataset_tasks",
     "empirical_fisher_diagonal",
     "evaluate",
     "ewc",
@@ -38,8 +61,12 @@ __all__ = [
     "finetune",
     "fisher_diagonal",
     "forgetting",
+    "forgetting_ratio",
+    "forgetting_since_learned",
+    "forward_transfer",
     "init_consolidation",
     "init_training",
+    "intransigence",
     "joint_examples",
     "l2",
     "learn_jointly",
@@ -47,6 +74,8 @@ __all__ = [
     "learn_tasks",
     "mas",
     "mas_importance",
+    "mask_logits",
+    "mask_outputs",
     "merge",
     "normalize_importance",
     "permuted_tasks",
@@ -54,4 +83,7 @@ __all__ = [
     "proximal_adam",
     "proximal_quadratic_penalty",
     "quadratic_penalty",
+    "rotated_tasks",
+    "split_tasks",
+    "with_class_mask",
 ]

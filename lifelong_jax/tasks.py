@@ -304,7 +304,8 @@ def with_class_mask(batch: Batch, class_mask: jax.Array | None) -> Batch:
 def _rotate(images: jax.Array, angle: jax.Array) -> jax.Array:
     height, width = images.shape[1:3]
     middle_row, middle_column = (height - 1) / 2, (width - 1) / 2
-    rows, columns = jnp.meshgrid(jnp.arange(height) - middle_row, jnp.arange(width) - middle_column, indexing="ij")
+    rows = jnp.arange(height, dtype=angle.dtype)[:, None] - middle_row
+    columns = jnp.arange(width, dtype=angle.dtype) - middle_column
     sine, cosine = jnp.sin(jnp.deg2rad(angle)), jnp.cos(jnp.deg2rad(angle))
     # Where each pixel comes from: rows run downwards.
     sources = [rows * cosine + columns * sine + middle_row, columns * cosine - rows * sine + middle_column]

@@ -66,8 +66,8 @@ def test_permuted(tmp_path, capsys):
 
 
 def test_permuted_chooses_strengths_on_validation_data(tmp_path, capsys):
-    arguments = ["--tune", "--penalty", "coupled", "--methods", "finetune", "ewc", "--tune-grid", "0.1", "100", "1e30", "--tune-seeds", "7"]
-    folder = run_permuted(tmp_path, *arguments)
+    arguments = ["--methods", "finetune", "ewc", "--tune", "--tune-grid", "0.1", "100", "1e30", "--tune-seeds", "7"]
+    folder = run_permuted(tmp_path, "--penalty", "coupled", *arguments)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     tuning = [row for row in rows if row.get("split") == "validation"]
     assert {row["method"] for row in tuning} == {"ewc 0.1", "ewc 100", "ewc 1e+30"}

@@ -5,7 +5,16 @@ import math
 import numpy as np
 import pytest
 
-from lifelong_jax import average_accuracy, backward_transfer, forgetting
+from lifelong_jax import (
+    average_accuracy,
+    average_incremental_accuracy,
+    backward_transfer,
+    forgetting,
+    forgetting_ratio,
+    forgetting_since_learned,
+    forward_transfer,
+    intransigence,
+)
 
 MATRIX = [
     [0.9, 0.1, 0.2],
@@ -27,6 +36,33 @@ def test_forgetting_is_from_the_best_that_ever_was():
     assert forgetting([[0.6, 0.0, 0.0], [0.9, 0.7, 0.0], [0.5, 0.7, 0.8]]) == pytest.approx(0.4 / 2)
 
 
+def test_average_incremental_accuracy():
+    assert average_incremental_accuracy(MATRIX) == pytest.approx((0.9 + (0.7 + 0.8) / 2 + 2.0 / 3) / 3)
+
+
+def test_what_was_measured_before_a_task_was_learned_does_not_count_as_its_best():
+    unknown = np.array(MATRIX)
+    unknown[np.triu_indices(3, 1)] = np.nan
+    assert forgetting(unknown) == pytest.approx(forgetting(MATRIX))
+
+
+def test_forgetting_since_learned():
+    assert forgetting_since_learned(MATRIX) == pytest.approx(((0.9 - 0.4) + (0.8 - 0.6)) / 2)
+
+
+def test_forgetting_ratio():
+    expected = (0.3 / 0.9 + 0.4 / 0.6 + 0.9 / 0.8) / 3 - 1
+    assert forgetting_ratio(MATRIX, [0.1, 0.2, 0.1], [1.0, 0.8, 0.9]) == pytest.approx(expected)
+
+
+def test_forward_transfer():
+    assert forward_transfer(MATRIX, [0.5, 0.2, 0.1]) == pytest.approx(((0.1 - 0.2) + (0.3 - 0.1)) / 2)
+
+
+def test_intransigence():
+    assert intransigence(MATRIX, [1.0, 0.9, 0.8]) == pytest.approx((0.1 + 0.1 - 0.2) / 3)
+
+
 def test_backward_transfer():
     assert backward_transfer(MATRIX) == pytest.approx(((0.4 - 0.9) + (0.6 - 0.8)) / 2)
 
@@ -39,6 +75,7 @@ def test_a_single_task_can_neither_be_forgotten_nor_gain():
     assert average_accuracy([[0.5]]) == 0.5
     assert math.isnan(forgetting([[0.5]]))
     assert math.isnan(backward_transfer([[0.5]]))
+    assert math.isnan(forward_transfer([[0.5]], [0.1]))
 
 
 def test_what_was_not_measured_is_nan():
@@ -49,8 +86,16 @@ def test_what_was_not_measured_is_nan():
     assert math.isnan(backward_transfer(only_last_row))
 
 
-@pytest.mark.parametrize("metric", [average_accuracy, forgetting, backward_transfer])
+@pytest.mark.parametrize("metric", [average_accuracy, average_incremental_accuracy, forgetting, backward_transfer])
 @pytest.mark.parametrize("matrix", [[0.5, 0.5], [[0.5, 0.5]], np.zeros((0, 0))])
 def test_bad_input(metric, matrix):
     with pytest.raises(ValueError, match=r"accuracy_matrix must be \[num_tasks, num_tasks\]"):
         metric(matrix)
+
+
+@pytest.mark.parametrize("metric", [forward_transfer, intransigence])
+def test_sizes_must_match(metric):
+    with pytest.raises(
+        ValueError, match=r"(initial|joint)_accuracy must be \[num_tasks\] = \(3,\), not of shape \(2,\)"
+    ):
+        metric(MATRIX, [0.5, 0.5])

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lifelong_jax import Batch, joint_examples, permuted_tasks, present
+from lifelong_jax import Batch, dataset_tasks, joint_examples, permuted_tasks, present, rotated_tasks, split_tasks
 
 
 def make_batch(num_examples, shape=(2, 3)):
@@ -49,8 +49,61 @@ def test_joint_examples_shows_each_task_its_own_way():
         np.testing.assert_array_equal(joint.labels[5 * index : 5 * index + 5], train.labels)
 
 
+def test_rotated_tasks_turn_counter_clockwise():
+    train, test = make_batch(5, (3, 3, 2)), make_batch(4, (3, 3, 2))
+    tasks = rotated_tasks(train, test, [0, 90, -180, 45])
+    for task, turns in zip(tasks, (0, 1, 2), strict=False):
+        np.testing.assert_allclose(task.train.inputs, np.rot90(train.inputs, turns, axes=(1, 2)), atol=1e-4)
+        np.testing.assert_allclose(task.test.inputs, np.rot90(test.inputs, turns, axes=(1, 2)), atol=1e-4)
+        np.testing.assert_array_equal(task.train.labels, train.labels)
+    # A corner comes from outside of the image; the middle stays.
+    np.testing.assert_allclose(tasks[3].train.inputs[:, 1, 1], train.inputs[:, 1, 1], atol=1e-4)
+    assert (tasks[3].train.inputs[:, 0, 0] != train.inputs[:, 0, 0]).any()
+
+
+def test_split_tasks_take_any_groups_and_pad_the_smaller_ones():
+    labels = jnp.array([0, 1, 2, 3, 3, 1, 0, 2, 2])
+    train = Batch(jnp.arange(9.0)[:, None], labels, jnp.ones(9))
+    tasks = split_tasks(train, train, [[3, 1], [2, 0]], num_classes=5)
+    assert {task.train.inputs.shape for task in tasks} == {(5, 1)}
+    np.testing.assert_array_equal(tasks[0].train.weights, [1, 1, 1, 1, 0])
+    np.testing.assert_array_equal(tasks[0].train.inputs[:4, 0], [1, 3, 4, 5])
+    np.testing.assert_array_equal(tasks[1].train.labels, [0, 2, 0, 2, 2])
+    np.testing.assert_array_equal(tasks[0].class_mask, [False, True, False, True, False])
+    assert tasks[0].class_mask[tasks[0].train.labels].all()  # padding too
+
+    shared = split_tasks(train, train, [[3, 1], [2, 0]], num_classes=5, shared_outputs=True)
+    np.testing.assert_array_equal(shared[0].train.labels[:4], [1, 0, 0, 1])
+    np.testing.assert_array_equal(shared[1].train.labels, [1, 0, 1, 0, 0])
+    assert shared[0].class_mask is None
+
+
+def test_dataset_tasks_give_each_data_set_outputs_of_its_own():
+    small, large = make_batch(3), make_batch(5)
+    tasks = dataset_tasks([(small, large, 2), (large, small, 4)])
+    np.testing.assert_array_equal(tasks[1].train.labels, large.labels + 2)
+    np.testing.assert_array_equal(tasks[0].train.weights, [1, 1, 1, 0, 0])
+    np.testing.assert_array_equal(tasks[1].test.weights, [1, 1, 1, 0, 0])
+    np.testing.assert_array_equal(
+        np.stack([task.class_mask for task in tasks]), [[1, 1, 0, 0, 0, 0], [0, 0, 1, 1, 1, 1]]
+    )
+
+
 def test_bad_input():
     with pytest.raises(ValueError, match="num_tasks must be an integer of at least 1"):
         permuted_tasks(make_batch(5), make_batch(4), 0, jax.random.key(0))
     with pytest.raises(ValueError, match="test inputs have shape"):
         permuted_tasks(make_batch(5), make_batch(4, (3, 3)), 2, jax.random.key(0))
+    with pytest.raises(ValueError, match="angles is empty"):
+        rotated_tasks(make_batch(5, (3, 3, 1)), make_batch(5, (3, 3, 1)), [])
+    with pytest.raises(ValueError, match=r"test.inputs has shape \(5, 2, 3\), but images"):
+        rotated_tasks(make_batch(5, (3, 3, 1)), make_batch(5), [0.0])
+    for groups in ([[0, 1], [1]], [[0, 2]], [[0], []], []):
+        with pytest.raises(ValueError, match="class_groups must hold classes from 0 to 1"):
+            split_tasks(make_batch(5), make_batch(5), groups, num_classes=2)
+    with pytest.raises(ValueError, match=r"test has no examples of the classes \[1\]"):
+        split_tasks(make_batch(5), make_batch(1), [[0, 1]], num_classes=2)
+    with pytest.raises(ValueError, match="datasets is empty"):
+        dataset_tasks([])
+    with pytest.raises(ValueError, match="inputs must have one shape per example"):
+        dataset_tasks([(make_batch(5), make_batch(5, (3, 3)), 2)])
