@@ -28,6 +28,9 @@ class Config(Settings):
     addends: tuple[int, ...] = (1, 2)
     """What is added to the digit, one number for each task."""
 
+    num_epochs: int = 10
+    """Passes over each task's training data."""
+
     strength: Strength = STRENGTH
 
     def __post_init__(self) -> None:
@@ -58,11 +61,15 @@ def main(config: Config) -> None:
 
 
 def make_task(dataset: Dataset, addends: Sequence[int], addend: int) -> Task:
-    """Makes the task of adding one number: an image's pixels and the number, one-hot, as input; the sum as class."""
+    """Makes the task of adding one number: an image's pixels and the number, one-hot, as input; the sum as class.
+
+    The number is as large an input as an average image, so that it does not drown among the pixels.
+    """
+    size = jnp.sqrt(jnp.mean(jnp.sum(dataset.train.inputs**2, axis=(1, 2, 3))))
 
     def add(batch: Batch) -> Batch:
         pixels = batch.inputs.reshape(len(batch.labels), -1)
-        shown = jnp.tile(jnp.float32([addend == other for other in addends]), (len(pixels), 1))
+        shown = jnp.tile(jnp.where(jnp.array(addends) == addend, size, 0), (len(pixels), 1))
         return batch._replace(inputs=jnp.concatenate([pixels, shown], axis=1), labels=batch.labels + addend)
 
     return Task(add(dataset.train), add(dataset.test))
