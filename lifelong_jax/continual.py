@@ -153,7 +153,7 @@ def learn_tasks(
         importance, seconds = _timed(measure, state, examples, task.permutation, importance_key)
         importance_seconds += seconds
         consolidation = consolidate(consolidation, params, importance, rule=method.rule, decay=method.decay)
-        measured = evaluate(apply_fn, params, tasks, scenario, index) if known_ahead else accuracies
+        measured = evaluate(apply_fn, params, tasks, scenario) if known_ahead else accuracies
         accuracy_matrix[index, : len(measured)] = measured
     return LearnedSequence(
         params, consolidation, accuracy_matrix, initial_accuracies, training_seconds, importance_seconds
@@ -220,21 +220,14 @@ def learn_jointly(
     return LearnedSequence(state.params, none, accuracy_matrix, unmeasured, training_seconds, 0.0)
 
 
-def evaluate(
-    apply_fn: OutputFn,
-    params: Params,
-    tasks: Sequence[Task],
-    scenario: Scenario = "domain",
-    latest: int | None = None,
-) -> list[float]:
+def evaluate(apply_fn: OutputFn, params: Params, tasks: Sequence[Task], scenario: Scenario = "domain") -> list[float]:
     """Measures the accuracy on each task's test set.
 
     Args:
       apply_fn: `apply_fn(params, x) -> [num_classes]`, one example's logits, without batch axis.
       params: the parameters.
-      tasks: the tasks.
+      tasks: the tasks; in "class", those learned so far.
       scenario: which outputs are active; see `active_classes`.
-      latest: which task was learned last; by default the last of `tasks`.
 
     Returns:
       A fraction for each task.
@@ -244,8 +237,7 @@ def evaluate(
       >>> evaluate(lambda params, x: params * x, jnp.array(1.0), [Task(batch, batch)])
       [0.5]
     """
-    latest = len(tasks) - 1 if latest is None else latest
-    class_masks = [active_classes(tasks, scenario, index, latest) for index in range(len(tasks))]
+    class_masks = [active_classes(tasks, scenario, index, len(tasks) - 1) for index in range(len(tasks))]
     accuracies = [
         _accuracy(apply_fn, params, task.test, task.permutation, class_mask)
         for task, class_mask in zip(tasks, class_masks, strict=True)
