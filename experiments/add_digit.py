@@ -6,6 +6,7 @@ that one network can learn both: what it lacks after the second task is not the 
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Literal
 
 import jax.numpy as jnp
 import tyro
@@ -27,6 +28,9 @@ class Config(Settings):
 
     addends: tuple[int, ...] = (1, 2)
     """What is added to the digit, one number for each task."""
+
+    network: Literal["mlp"] = "mlp"
+    """A multilayer perceptron: an image and a number are no image."""
 
     num_epochs: int = 10
     """Passes over each task's training data."""

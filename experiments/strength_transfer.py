@@ -25,7 +25,7 @@ from lifelong_jax import (
     proximal_quadratic_penalty,
 )
 from lifelong_jax.comparison import compare, summarize
-from lifelong_jax.datasets import hold_out_validation, load_digits
+from lifelong_jax.datasets import hold_out_validation, load_dataset
 from lifelong_jax.methods import Method
 from lifelong_jax.models import MLP
 from lifelong_jax.runs import check_settings, markdown_table, print_table, start_run
@@ -78,7 +78,7 @@ def main(config: Config) -> None:
       config: the whole configuration.
     """
     console = rich.console.Console()
-    dataset = hold_out_validation(load_digits(), 0.2, jax.random.key(0))
+    dataset = hold_out_validation(load_dataset("digits"), 0.2, jax.random.key(0))
     run = start_run(config.output_dir, "strength_transfer", config)
     base = {"ewc": methods.ewc(), "mas": methods.mas("separate")}[config.method]
     best, cost = {}, {}

@@ -15,7 +15,7 @@ from lifelong_jax import methods
 from lifelong_jax.comparison import Learner, compare, report_comparison, summarize
 from lifelong_jax.continual import OptimizerFn, learn_jointly, learn_tasks
 from lifelong_jax.datasets import Dataset, hold_out_validation, load_dataset
-from lifelong_jax.models import MLP
+from lifelong_jax.models import CNN, MLP
 from lifelong_jax.penalty import add_quadratic_penalty, proximal_adam, proximal_quadratic_penalty
 from lifelong_jax.runs import Run, check_settings, format_estimate, markdown_table, print_table, start_run
 from lifelong_jax.tasks import Scenario
@@ -46,8 +46,11 @@ class Settings:
     """What to compare: finetune (no penalty), l2 (every parameter equally important), ewc (Fisher diagonal), mas
     (output sensitivity), joint (all tasks' data at once: the upper bound)."""
 
+    network: Literal["mlp", "cnn"] = "mlp"
+    """A multilayer perceptron, or a small convolutional network, for images."""
+
     hidden_sizes: tuple[int, ...] = (256, 256)
-    """Widths of the network's hidden layers."""
+    """Widths of the multilayer perceptron's hidden layers."""
 
     num_epochs: int = 20
     """Passes over each task's training data."""
@@ -177,7 +180,7 @@ def make_network(settings: Settings, num_outputs: int) -> nn.Module:
     Returns:
       A flax module of one example.
     """
-    return MLP(settings.hidden_sizes, num_outputs)
+    return CNN(num_outputs) if settings.network == "cnn" else MLP(settings.hidden_sizes, num_outputs)
 
 
 def make_optimizer_fn(settings: Settings) -> OptimizerFn:

@@ -5,21 +5,27 @@ import json
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 import tyro
 from PIL import Image
 
-from experiments import permuted, strength_sweep, strength_transfer
+from experiments import add_digit, dataset_sequence, permuted, rotated, split, strength_sweep, strength_transfer
+from lifelong_jax.datasets import load_dataset
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
-def run_permuted(output_dir, *arguments):
-    small = ["--num-tasks", "2", "--hidden-sizes", "16", "--num-epochs", "2", "--seeds", "0", "1"]
-    permuted.main(tyro.cli(permuted.Config, args=[*small, "--output-dir", str(output_dir), *arguments]))
-    (folder,) = (output_dir / "permuted").iterdir()
+def run(script, output_dir, *arguments):
+    small = ["--hidden-sizes", "16", "--num-epochs", "2", "--seeds", "0", "1"]
+    script.main(tyro.cli(script.Config, args=[*small, "--output-dir", str(output_dir), *arguments]))
+    (folder,) = (output_dir / script.__name__.split(".")[-1]).iterdir()
     return folder
+
+
+def run_permuted(output_dir, *arguments):
+    return run(permuted, output_dir, "--num-tasks", "2", *arguments)
 
 
 def test_permuted(tmp_path, capsys):
@@ -85,6 +91,77 @@ def test_permuted_chooses_strengths_on_validation_data(tmp_path, capsys):
 def test_permuted_options(tmp_path, option):
     folder = run_permuted(tmp_path, "--methods", "ewc", *option.split())
     assert list(json.loads((folder / "summary.json").read_text())["methods"]) == ["ewc"]
+
+
+def summary_of(folder):
+    assert {path.name for path in folder.iterdir()} >= {"accuracy.png", "accuracy_matrices.png", "table.md"}
+    return json.loads((folder / "summary.json").read_text())["methods"]
+
+
+def test_rotated(tmp_path):
+    arguments = ["--num-tasks", "3", "--max-angle", "20", "--methods", "mas", "--num-epochs", "10", "--seeds", "0"]
+    summary = summary_of(run(rotated, tmp_path, *arguments, "--hidden-sizes", "64"))
+    assert summary["mas"]["forward_transfer"]["mean"] > 0.3  # ten degrees are nearly the same task
+    assert summary["mas"]["average_accuracy"]["mean"] > 0.6
+
+
+@pytest.mark.parametrize("scenario", ["task", "domain", "class"])
+def test_split(tmp_path, scenario):
+    arguments = ["--scenario", scenario, "--classes-per-task", "4", "--methods", "ewc", "joint", "--seeds", "0"]
+    summary = summary_of(run(split, tmp_path, *arguments))
+    assert np.array(summary["ewc"]["accuracy_matrix"]).shape == (3, 3)  # 4 + 4 + 2 classes
+    assert (summary["ewc"]["forward_transfer"]["mean"] is None) == (scenario == "class")
+    chance = {"task": 1 / 3, "domain": 1 / 3, "class": 0.1}[scenario]
+    assert summary["joint"]["average_accuracy"]["mean"] > 1.5 * chance
+
+
+def test_split_takes_classes_in_any_order():
+    config = split.Config(classes_per_task=3)
+    groups = [split.class_groups(config, 10, jax.random.key(seed)) for seed in range(2)]
+    assert groups[0] != groups[1]
+    assert [len(group) for group in groups[0]] == [3, 3, 3, 1]
+    assert sorted(label for group in groups[0] for label in group) == list(range(10))
+    by_number = split.class_groups(dataclasses.replace(config, class_order="sorted"), 10, jax.random.key(0))
+    assert by_number == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9]]
+
+
+def test_add_digit(tmp_path):
+    dataset = load_dataset("digits")
+    first, second = (add_digit.make_task(dataset, (1, 2), addend) for addend in (1, 2))
+    np.testing.assert_array_equal(second.train.labels, first.train.labels + 1)
+    np.testing.assert_array_equal(first.train.inputs[:, :64], second.train.inputs[:, :64])
+    norms = np.linalg.norm(first.train.inputs[:, :64], axis=1)
+    np.testing.assert_allclose(first.train.inputs[:, 64], np.sqrt(np.mean(norms**2)), rtol=1e-5)
+    np.testing.assert_array_equal(first.train.inputs[:, 65], 0)
+
+    summary = summary_of(run(add_digit, tmp_path, "--methods", "finetune", "--num-epochs", "10", "--seeds", "0"))
+    assert summary["finetune"]["last_task_accuracy"]["mean"] > 0.8
+    assert summary["finetune"]["first_task_accuracy"]["mean"] < 0.5
+
+
+def test_dataset_sequence(tmp_path):
+    arguments = ["--methods", "finetune", "mas", "--network", "cnn", "--image-size", "10", "--seeds", "0"]
+    summary = summary_of(run(dataset_sequence, tmp_path, *arguments))
+    assert summary["mas"]["last_task_accuracy"]["mean"] > 0.2  # of 26 letters
+    with pytest.raises(ValueError, match="pretrained parameters are for network alexnet, not mlp"):
+        dataset_sequence.Config(pretrained="alexnet.safetensors")
+
+
+def test_dataset_sequence_of_scenes_and_birds(tmp_path):
+    # In MIT scenes' own layout, and the birds' from TFDS, mocked.
+    rng = np.random.default_rng(0)
+    names = [f"{scene}/{index}.jpg" for scene in ("bakery", "library") for index in range(4)]
+    for name in names:
+        (tmp_path / "Images" / name).parent.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (20, 30, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "Images" / name)
+    (tmp_path / "TrainImages.txt").write_text("\n".join(names[::2]))
+    (tmp_path / "TestImages.txt").write_text("\n".join(names[1::2]))
+    scenes = f"mit_scenes:{tmp_path}"
+    arguments = ["--datasets", scenes, "caltech_birds2011", "--image-size", "8", "--channels", "3", "--seeds", "0"]
+    with mock_birds(tmp_path):
+        summary = summary_of(run(dataset_sequence, tmp_path, *arguments, "--methods", "ewc"))
+    assert np.array(summary["ewc"]["accuracy_matrix"]).shape == (2, 2)
 
 
 def test_permuted_help():

@@ -1,0 +1,90 @@
+"""Learns one data set after another: a shared trunk, and a head for each, as memory-aware synapses were first tested.
+
+The task is known at test time. Runs anywhere on digits and letters; the published sequence begins with MIT indoor
+scenes and Caltech-UCSD birds:
+
+    python -m experiments.dataset_sequence --datasets mit_scenes:PATH caltech_birds2011 --image-size 224 --channels 3 \
+        --network alexnet --pretrained alexnet.safetensors --num-epochs 10 --learning-rate 1e-3
+"""
+
+import dataclasses
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import tyro
+
+from lifelong_jax.experiment import Experiment, Settings, Strength, load_or_exit, make_network, run_experiment
+from lifelong_jax.models import AlexNet, load_pretrained
+from lifelong_jax.runs import check_settings
+from lifelong_jax.tasks import dataset_tasks
+from lifelong_jax.types import Example, Params
+
+STRENGTH = Strength(l2=0.01, ewc=100.0, mas=0.1)  # chosen by --tune
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(Settings):
+    """Learn one data set after another with a shared trunk and a head for each."""
+
+    datasets: tuple[str, ...] = ("digits", "letters")
+    """digits, letters (both bundled), mit_scenes:PATH, folder:PATH, or names of data sets that TFDS has prepared."""
+
+    image_size: int = 8
+    """Height and width in pixels that all images are resized to."""
+
+    channels: Literal[1, 3] = 1
+    """1 for grey, 3 for colour."""
+
+    network: Literal["mlp", "cnn", "alexnet"] = "mlp"
+    """The shared trunk; alexnet needs images of at least 63 pixels."""
+
+    pretrained: str | None = None
+    """A safetensors file with torchvision's parameters of AlexNet."""
+
+    strength: Strength = STRENGTH
+
+    def __post_init__(self) -> None:
+        """Refuses what would fail only after much has run."""
+        super().__post_init__()
+        check_settings(positive={"image_size": self.image_size}, distinct={"datasets": self.datasets})
+        if self.pretrained is not None and self.network != "alexnet":
+            raise ValueError(f"pretrained parameters are for network alexnet, not {self.network}.")
+
+
+def main(config: Config) -> None:
+    """Runs the comparison.
+
+    Args:
+      config: the whole configuration.
+    """
+    datasets = [
+        load_or_exit(name, config.data_dir, image_size=config.image_size, channels=config.channels)
+        for name in config.datasets
+    ]
+    network = make_trunk_and_heads(config, sum(dataset.num_classes for dataset in datasets))
+
+    def init_params(key: jax.Array, x: Example) -> Params:
+        params = network.init(key, x)
+        return params if config.pretrained is None else load_pretrained(params, config.pretrained)
+
+    experiment = Experiment(
+        name="dataset_sequence",
+        title=f"{' → '.join(config.datasets)}, task-incremental",
+        datasets=datasets,
+        make_tasks=lambda datasets, key: dataset_tasks(datasets),
+        task_names=[name.partition(":")[0] for name in config.datasets],
+        scenario="task",
+        apply_fn=network.apply,
+        init_params=init_params,
+    )
+    run_experiment(config, experiment)
+
+
+def make_trunk_and_heads(config: Config, num_outputs: int) -> nn.Module:
+    """Makes the network: one output layer holds the heads of all data sets."""
+    return AlexNet(num_outputs) if config.network == "alexnet" else make_network(config, num_outputs)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, prog="python -m experiments.dataset_sequence"))
