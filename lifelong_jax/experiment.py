@@ -52,6 +52,9 @@ class Settings:
     hidden_sizes: tuple[int, ...] = (256, 256)
     """Widths of the multilayer perceptron's hidden layers."""
 
+    features: tuple[int, ...] = (16, 32)
+    """Channels of the convolutional network's layers."""
+
     num_epochs: int = 20
     """Passes over each task's training data."""
 
@@ -99,7 +102,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Refuses what would fail only after much has run."""
-        names = ("hidden_sizes", "num_epochs", "batch_size", "learning_rate")
+        names = ("hidden_sizes", "features", "num_epochs", "batch_size", "learning_rate")
         strengths = {f"strength.{name}": value for name, value in dataclasses.asdict(self.strength).items()}
         check_settings(
             positive={name: getattr(self, name) for name in names},
@@ -180,7 +183,7 @@ def make_network(settings: Settings, num_outputs: int) -> nn.Module:
     Returns:
       A flax module of one example.
     """
-    return CNN(num_outputs) if settings.network == "cnn" else MLP(settings.hidden_sizes, num_outputs)
+    return CNN(settings.features, num_outputs) if settings.network == "cnn" else MLP(settings.hidden_sizes, num_outputs)
 
 
 def make_optimizer_fn(settings: Settings) -> OptimizerFn:
