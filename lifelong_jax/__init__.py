@@ -2,8 +2,8 @@
 
 from lifelong_jax.consolidation import consolidate, init_consolidation, merge, normalize_importance
 from lifelong_jax.continual import LearnedSequence, Progress, evaluate, learn_jointly, learn_tasks
-from lifelong_jax.importance import empirical_fisher_diagonal, fisher_diagonal, mas_importance
-from lifelong_jax.methods import Method, ewc, finetune, l2, mas, rwalk, si
+from lifelong_jax.importance import empirical_fisher_diagonal, fisher_diagonal, local_mas_importance, mas_importance
+from lifelong_jax.methods import Method, ewc, finetune, l2, local_mas, mas, rwalk, si
 from lifelong_jax.metrics import (
     average_accuracy,
     average_incremental_accuracy,
@@ -23,6 +23,7 @@ from lifelong_jax.penalty import (
 )
 from lifelong_jax.riemannian_walk import continue_walk, riemannian_walk, rwalk_importance
 from lifelong_jax.structured import explain
+from lifelong_jax.tapping import layer_output
 from lifelong_jax.tasks import (
     active_classes,
     dataset_tasks,
@@ -72,9 +73,12 @@ __all__ = [
     "intransigence",
     "joint_examples",
     "l2",
+    "layer_output",
     "learn_jointly",
     "learn_task",
     "learn_tasks",
+    "local_mas",
+    "local_mas_importance",
     "mas",
     "mas_importance",
     "mask_logits",

@@ -10,7 +10,7 @@ import optax
 
 from lifelong_jax import _checks
 from lifelong_jax.consolidation import Rule
-from lifelong_jax.importance import empirical_fisher_diagonal, fisher_diagonal, mas_importance
+from lifelong_jax.importance import empirical_fisher_diagonal, fisher_diagonal, local_mas_importance, mas_importance
 from lifelong_jax.path_integral import path_integral, si_importance
 from lifelong_jax.riemannian_walk import continue_walk, riemannian_walk, rwalk_importance
 from lifelong_jax.tasks import mask_logits, mask_outputs
@@ -127,6 +127,25 @@ def mas(rule: Rule = "latest", decay: float = 1.0) -> Method:
     return Method("mas", _mas, rule, decay)
 
 
+def local_mas(rule: Rule = "latest", decay: float = 1.0) -> Method:
+    """Makes local memory-aware synapses: the sensitivity of the squared norm of each layer's output, by Hebb's rule.
+
+    The network marks the ends of its layers by `layer_output`, as those in `models.py` do.
+
+    Args:
+      rule: "latest" or "separate".
+      decay: γ.
+
+    Returns:
+      The method.
+
+    Example:
+      >>> local_mas().name
+      'local_mas'
+    """
+    return Method("local_mas", _local_mas, rule, decay)
+
+
 def si(damping: float = 0.1, decay: float = 1.0) -> Method:
     """Makes Synaptic Intelligence: each parameter's share in the fall of the loss, gathered while training.
 
@@ -224,11 +243,21 @@ def _empirical_fisher(apply_fn: OutputFn, state: TrainingState, batch: Batch, ke
 
 
 def _mas(apply_fn: OutputFn, state: TrainingState, batch: Batch, key: jax.Array) -> Params:
+    return _mean_sensitivity(mas_importance, apply_fn, state, batch)
+
+
+def _local_mas(apply_fn: OutputFn, state: TrainingState, batch: Batch, key: jax.Array) -> Params:
+    return _mean_sensitivity(local_mas_importance, apply_fn, state, batch)
+
+
+def _mean_sensitivity(
+    importance_fn: Callable[..., Params], apply_fn: OutputFn, state: TrainingState, batch: Batch
+) -> Params:
     def output_fn(params: Params, x: tuple[jax.Array, jax.Array | None]) -> jax.Array:
         inputs, class_mask = x
         return mask_outputs(apply_fn(params, inputs), class_mask)
 
-    return mas_importance(output_fn, state.params, (batch.inputs, batch.class_mask), weights=batch.weights)
+    return importance_fn(output_fn, state.params, (batch.inputs, batch.class_mask), weights=batch.weights)
 
 
 # One function object per setting, so that jit compiles once per setting.

@@ -1,7 +1,12 @@
-"""Small flax networks. Nothing in the library depends on them: any function of parameters and an example will do."""
+"""Small flax networks. Nothing in the library depends on them: any function of parameters and an example will do.
+
+They mark the ends of their layers, for `local_mas_importance`.
+"""
 
 import flax.linen as nn
 import jax
+
+from lifelong_jax.tapping import layer_output
 
 
 class MLP(nn.Module):
@@ -26,5 +31,5 @@ class MLP(nn.Module):
         """Computes the outputs `[num_outputs]` of one example `x` of any shape, which is flattened."""
         x = x.reshape(-1)
         for size in self.hidden_sizes:
-            x = nn.relu(nn.Dense(size)(x))
+            x = layer_output(nn.relu(nn.Dense(size)(x)))
         return nn.Dense(self.num_outputs)(x)
