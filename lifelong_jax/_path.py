@@ -62,11 +62,17 @@ def watch(fidelity: Fidelity, params: Params, origin: Params, moved: Params, nex
     updates changes the first, so that this is looked at until parameters have moved once, and costs nothing after.
     """
 
-    def look() -> Fidelity:
-        distance, step = _distance(moved, next_origin), _distance(moved, params)
-        return Fidelity(distance, step, _discrepancy(fidelity, params, origin))
+    unknown = jnp.isnan(fidelity.discrepancy)
+    return jax.lax.cond(unknown, _look, _look_away, fidelity, params, origin, moved, next_origin)
 
-    return jax.lax.cond(jnp.isnan(fidelity.discrepancy), look, lambda: fidelity)
+
+def _look(fidelity: Fidelity, params: Params, origin: Params, moved: Params, next_origin: Params) -> Fidelity:
+    distance, step = _distance(moved, next_origin), _distance(moved, params)
+    return Fidelity(distance, step, _discrepancy(fidelity, params, origin))
+
+
+def _look_away(fidelity: Fidelity, *trees: Params) -> Fidelity:
+    return fidelity
 
 
 def _discrepancy(fidelity: Fidelity, params: Params, origin: Params) -> jax.Array:

@@ -146,12 +146,13 @@ def local_mas(rule: Rule = "latest", decay: float = 1.0) -> Method:
     return Method("local_mas", _local_mas, rule, decay)
 
 
-def si(damping: float = 0.1, decay: float = 1.0) -> Method:
+def si(rule: Rule = "latest", decay: float = 1.0, damping: float = 0.1) -> Method:
     """Makes Synaptic Intelligence: each parameter's share in the fall of the loss, gathered while training.
 
     Args:
-      damping: ξ, above 0; see `si_importance`.
+      rule: "latest" (Zenke et al. 2017) or "separate".
       decay: γ.
+      damping: ξ, above 0; see `si_importance`.
 
     Returns:
       The method.
@@ -164,7 +165,7 @@ def si(damping: float = 0.1, decay: float = 1.0) -> Method:
       'latest'
     """
     _checks.check_positive("damping", damping)
-    return Method("si", _si(damping), "latest", decay, path_integral)
+    return Method("si", _si(damping), rule, decay, path_integral)
 
 
 def rwalk(interval: int = 10, alpha: float = 0.2, damping: float = 1e-3) -> Method:

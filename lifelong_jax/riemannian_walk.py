@@ -13,12 +13,12 @@ RWalk's importance is that for all tasks so far, so a task's state takes over fr
     state = continue_walk(optimizer.init(params), state)
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.tree_util import Partial
 
 from lifelong_jax import _checks, _path
 from lifelong_jax.consolidation import normalize_importance
@@ -142,21 +142,22 @@ def riemannian_walk(
                 "riemannian_walk needs the loss and the batch: call optimizer.update(grads, state, params, "
                 "loss_fn=loss_fn, examples=batch, **consolidation._asdict())."
             )
-        average = functools.partial(_average_fisher, alpha, params, loss_fn, examples, weights)
-        fisher, started = jax.lax.cond(state.count == 0, average, _keep, state.fisher, state.started)
-
         grads = updates
+        fisher, started = jax.lax.cond(
+            state.count == 0,
+            _average_fisher,
+            _keep_fisher,
+            *(state.fisher, state.started, jnp.asarray(alpha), params, Partial(loss_fn), examples, weights),
+        )
         extra_args |= {"loss_fn": loss_fn, "examples": examples, "weights": weights}
         updates, inner_state = optimizer.update(grads, state.inner_state, params, **extra_args)
         moved = _path.apply(params, updates)
         path = _path.add_contribution(state.path, grads, params, moved)
 
-        def end_interval(path: Params, score: Params, checkpoint: Params) -> tuple[Params, Params, Params]:
-            here = state._replace(path=path, score=score, checkpoint=checkpoint, fisher=fisher)
-            return jax.tree.map(jnp.zeros_like, path), _score_at(here, moved), moved
-
         count = (state.count + 1) % interval
-        path, score, checkpoint = jax.lax.cond(count == 0, end_interval, _keep, path, state.score, state.checkpoint)
+        path, score, checkpoint = jax.lax.cond(
+            count == 0, _end_interval, _go_on, state._replace(path=path, fisher=fisher, inner_state=()), moved
+        )
         fidelity = _path.watch(state.fidelity, params, state.checkpoint, moved, checkpoint)
         return updates, state._replace(
             count=count,
@@ -256,23 +257,35 @@ def continue_walk(opt_state: optax.OptState, previous: optax.OptState) -> optax.
 
 
 def _average_fisher(
-    alpha: float,
+    fisher: Params,
+    started: jax.Array,
+    alpha: jax.Array,
     params: Params,
     loss_fn: LossFn,
     examples: Examples,
     weights: jax.Array | None,
-    fisher: Params,
-    started: jax.Array,
 ) -> tuple[Params, jax.Array]:
     if weights is None:
         weights = jnp.ones(jax.tree.leaves(examples)[0].shape[:1])
     any_present = jnp.any(weights > 0)
-    batch_fisher = empirical_fisher_diagonal(
-        loss_fn, params, examples, weights=jnp.where(any_present, weights, jnp.ones_like(weights))
-    )
-    rate = jnp.where(any_present, jnp.where(started, alpha, 1.0), 0.0)  # a batch of padding alone does not count
+    weights = jnp.where(any_present, weights, jnp.ones_like(weights))
+    batch_fisher = empirical_fisher_diagonal(loss_fn, params, examples, weights=weights)
+    # A batch of padding alone does not count.
+    rate = jnp.where(any_present, jnp.where(started, alpha, jnp.ones_like(alpha)), jnp.zeros_like(alpha))
     averaged = jax.tree.map(lambda old, new: old + rate.astype(old.dtype) * (new - old), fisher, batch_fisher)
     return averaged, started | any_present
+
+
+def _keep_fisher(fisher: Params, started: jax.Array, *others: Any) -> tuple[Params, jax.Array]:
+    return fisher, started
+
+
+def _end_interval(state: RiemannianWalkState, moved: Params) -> tuple[Params, Params, Params]:
+    return jax.tree.map(jnp.zeros_like, state.path), _score_at(state, moved), moved
+
+
+def _go_on(state: RiemannianWalkState, moved: Params) -> tuple[Params, Params, Params]:
+    return state.path, state.score, state.checkpoint
 
 
 def _score_at(state: RiemannianWalkState, params: Params) -> Params:
@@ -286,7 +299,3 @@ def _score_at(state: RiemannianWalkState, params: Params) -> Params:
         return score + state.share.astype(score.dtype) * ratio
 
     return jax.tree.map(of_leaf, state.score, state.path, state.fisher, state.checkpoint, params)
-
-
-def _keep(*values: Any) -> tuple[Any, ...]:
-    return values
