@@ -279,6 +279,15 @@ def test_it_is_none_of_the_known_mistakes():
         assert np.linalg.norm(omega - second) > 0.02 * np.linalg.norm(second)
 
 
+def test_a_share_in_a_rise_of_the_loss_is_no_importance():
+    params = jnp.array([1.0, 1.0])
+    state = path_integral(optax.sgd(0.1)).init(params)._replace(path=jnp.array([-3.0, 2.0]))
+    np.testing.assert_allclose(si_importance(state, params + 1, damping=1.0), [0.0, 1.0])
+    state = riemannian_walk(optax.sgd(0.1), damping=1.0).init(params)
+    state = state._replace(path=jnp.array([-3.0, 2.0]), score=jnp.array([0.25, 0.0]), fisher=jnp.array([4.0, 2.0]))
+    np.testing.assert_allclose(rwalk_importance(state, params + 1), [1 + 0.25, 0.5 + 1])
+
+
 def test_the_online_fisher_is_of_single_examples():
     examples = jnp.array([1.0, -1.0])  # whose mean gradient is 0
     optimizer = riemannian_walk(optax.sgd(0.1))
