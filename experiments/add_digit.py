@@ -16,7 +16,7 @@ from lifelong_jax.datasets import Dataset
 from lifelong_jax.experiment import Experiment, Settings, Strength, load_or_exit, make_network, run_experiment
 from lifelong_jax.runs import check_settings
 
-STRENGTH = Strength(l2=0.1, ewc=3.16e4, mas=3.16)  # chosen by --tune
+STRENGTH = Strength(l2=0.1, ewc=3.16e4, mas=3.16, local_mas=1.0, si=1.0, rwalk=1.0)  # chosen by --tune
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

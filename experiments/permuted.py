@@ -12,7 +12,7 @@ from lifelong_jax.experiment import Experiment, Settings, Strength, load_or_exit
 from lifelong_jax.runs import check_settings
 from lifelong_jax.tasks import permuted_tasks
 
-STRENGTH = Strength(l2=0.00316, ewc=100.0, mas=0.0316)  # chosen by --tune
+STRENGTH = Strength(l2=0.00316, ewc=100.0, mas=0.0316, local_mas=1.0, si=1.0, rwalk=1.0)  # chosen by --tune
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,9 @@ from lifelong_jax.experiment import Experiment, Settings, Strength, load_or_exit
 from lifelong_jax.runs import check_settings
 from lifelong_jax.tasks import split_tasks
 
-STRENGTH = Strength(l2=0.0316, ewc=1e3, mas=10.0)  # by --tune: for the task- and the domain-incremental scenario
+STRENGTH = Strength(
+    l2=0.0316, ewc=1e3, mas=10.0, local_mas=1.0, si=1.0, rwalk=1.0
+)  # by --tune: for the task- and the domain-incremental scenario
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

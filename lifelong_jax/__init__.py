@@ -2,8 +2,8 @@
 
 from lifelong_jax.consolidation import consolidate, init_consolidation, merge, normalize_importance
 from lifelong_jax.continual import LearnedSequence, Progress, evaluate, learn_jointly, learn_tasks
-from lifelong_jax.importance import empirical_fisher_diagonal, fisher_diagonal, mas_importance
-from lifelong_jax.methods import Method, ewc, finetune, l2, mas
+from lifelong_jax.importance import empirical_fisher_diagonal, fisher_diagonal, local_mas_importance, mas_importance
+from lifelong_jax.methods import Method, ewc, finetune, l2, local_mas, mas, rwalk, si
 from lifelong_jax.metrics import (
     average_accuracy,
     average_incremental_accuracy,
@@ -14,13 +14,16 @@ from lifelong_jax.metrics import (
     forward_transfer,
     intransigence,
 )
+from lifelong_jax.path_integral import path_integral, si_importance
 from lifelong_jax.penalty import (
     add_quadratic_penalty,
     proximal_adam,
     proximal_quadratic_penalty,
     quadratic_penalty,
 )
+from lifelong_jax.riemannian_walk import continue_walk, riemannian_walk, rwalk_importance
 from lifelong_jax.structured import explain
+from lifelong_jax.tapping import layer_output
 from lifelong_jax.tasks import (
     active_classes,
     dataset_tasks,
@@ -53,6 +56,7 @@ __all__ = [
     "average_incremental_accuracy",
     "backward_transfer",
     "consolidate",
+    "continue_walk",
     "dataset_tasks",
     "empirical_fisher_diagonal",
     "evaluate",
@@ -69,21 +73,30 @@ __all__ = [
     "intransigence",
     "joint_examples",
     "l2",
+    "layer_output",
     "learn_jointly",
     "learn_task",
     "learn_tasks",
+    "local_mas",
+    "local_mas_importance",
     "mas",
     "mas_importance",
     "mask_logits",
     "mask_outputs",
     "merge",
     "normalize_importance",
+    "path_integral",
     "permuted_tasks",
     "present",
     "proximal_adam",
     "proximal_quadratic_penalty",
     "quadratic_penalty",
+    "riemannian_walk",
     "rotated_tasks",
+    "rwalk",
+    "rwalk_importance",
+    "si",
+    "si_importance",
     "split_tasks",
     "with_class_mask",
 ]

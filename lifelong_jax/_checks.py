@@ -63,6 +63,13 @@ def check_not_negative(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be finite and not negative, not {value}.")
 
 
+def check_positive(name: str, value: Any, at_most: float | None = None) -> None:
+    """Raises ValueError where the value of a scalar is known and is not finite, not above 0, or above `at_most`."""
+    if is_concrete(value) and not (np.isfinite(value) and 0 < value <= (np.inf if at_most is None else at_most)):
+        bound = "" if at_most is None else f" and at most {at_most}"
+        raise ValueError(f"{name} must be finite, above 0{bound}, not {value}.")
+
+
 def check_same_structure(name: str, tree: Any, reference_name: str, reference: Any, partial: bool = False) -> None:
     """Raises ValueError, naming the first path that differs, unless two trees agree in structure and shapes.
 

@@ -80,7 +80,7 @@ def learn_tasks(
 
     For each task: train with the penalty that `optimizer_fn` adds; compute the method's importance on the task's
     training examples; consolidate; measure the accuracy on every task. Each task's training starts with a fresh
-    optimiser state.
+    optimiser state, but for what the method carries over.
 
     Args:
       method: from `methods.py`.
@@ -128,14 +128,16 @@ def learn_tasks(
     initial_accuracies = np.array(evaluate(apply_fn, params, tasks, scenario)) if known_ahead else unlearned
     accuracy_matrix = np.tile(unlearned, (len(tasks), 1))
     training_seconds = importance_seconds = 0.0
+    state = None
     for index, task in enumerate(tasks):
         train_key, importance_key = jax.random.split(jax.random.fold_in(key, index))
         examples = with_class_mask(task.train, active_classes(tasks, scenario, index, index))
         epochs = _train(
             apply_fn,
             optimizer_fn,
-            method.wrap_optimizer,
+            method,
             params,
+            None if state is None else state.opt_state,
             consolidation,
             strength,
             examples,
@@ -200,8 +202,9 @@ def learn_jointly(
     epochs = _train(
         apply_fn,
         optimizer_fn,
-        methods.finetune().wrap_optimizer,
+        methods.finetune(),
         params,
+        None,
         none,
         jnp.zeros(()),
         joint_examples(tasks, scenario),
@@ -248,8 +251,9 @@ def evaluate(apply_fn: OutputFn, params: Params, tasks: Sequence[Task], scenario
 def _train(
     apply_fn: OutputFn,
     optimizer_fn: OptimizerFn,
-    wrap_optimizer: Callable[[optax.GradientTransformation], optax.GradientTransformation],
+    method: Method,
     params: Params,
+    previous: optax.OptState | None,
     consolidation: Consolidation,
     strength: jax.Array,
     examples: Batch,
@@ -260,8 +264,10 @@ def _train(
     batch_size: int,
 ) -> Iterator[tuple[TrainingState, float, float]]:
     """Yields after each epoch the state, the mean loss and the seconds. The next epoch frees this state's arrays."""
-    state = init_training(wrap_optimizer(optimizer_fn(strength)), params, key)
-    learn = functools.partial(_learn_epoch, apply_fn, optimizer_fn, wrap_optimizer, batch_size=batch_size)
+    state = init_training(method.wrap_optimizer(optimizer_fn(strength)), params, key)
+    if previous is not None:
+        state = state._replace(opt_state=method.carry(state.opt_state, previous))
+    learn = functools.partial(_learn_epoch, apply_fn, optimizer_fn, method.wrap_optimizer, batch_size=batch_size)
     for epoch in range(num_epochs):
         (state, info), seconds = _timed(learn, state, consolidation, strength, examples, permutation)
         loss = float(info.loss.sum()) / int(info.num_steps)

@@ -37,14 +37,30 @@ class Strength:
     mas: float
     """λ of mas."""
 
+    local_mas: float
+    """λ of local_mas."""
+
+    si: float
+    """λ of si."""
+
+    rwalk: float
+    """λ of rwalk."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
     """The settings that all comparisons have; a script's own dataclass adds to them."""
 
-    methods: tuple[Literal["finetune", "l2", "ewc", "mas", "joint"], ...] = ("finetune", "l2", "ewc", "mas", "joint")
+    methods: tuple[Literal["finetune", "l2", "ewc", "mas", "local_mas", "si", "rwalk", "joint"], ...] = (
+        "finetune",
+        "l2",
+        "ewc",
+        "mas",
+        "joint",
+    )
     """What to compare: finetune (no penalty), l2 (every parameter equally important), ewc (Fisher diagonal), mas
-    (output sensitivity), joint (all tasks' data at once: the upper bound)."""
+    (output sensitivity), local_mas (the same, layer by layer), si (Synaptic Intelligence: shares in the fall of the
+    loss), rwalk (an online Fisher diagonal, and such shares), joint (all tasks' data at once: the upper bound)."""
 
     network: Literal["mlp", "cnn"] = "mlp"
     """A multilayer perceptron, or a small convolutional network, for images."""
@@ -77,10 +93,11 @@ class Settings:
     """For ewc: labels in expectation over the model's classes, one sampled from the model, or the true ones."""
 
     consolidation: Literal["separate", "latest"] = "separate"
-    """One penalty per task, each around its own anchor, or a single one around the latest parameters."""
+    """One penalty per task, each around its own anchor, or a single one around the latest parameters; for rwalk always
+    the latter."""
 
     decay: float = 1.0
-    """What the earlier tasks' importance is multiplied by at each new task."""
+    """What the earlier tasks' importance is multiplied by at each new task; rwalk has averages instead."""
 
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """One sequence of tasks, one initialisation and one order of examples for each."""
@@ -231,6 +248,9 @@ def make_learner(
         "l2": methods.l2(settings.consolidation, settings.decay),
         "ewc": methods.ewc(settings.fisher, settings.consolidation, settings.decay),
         "mas": methods.mas(settings.consolidation, settings.decay),
+        "local_mas": methods.local_mas(settings.consolidation, settings.decay),
+        "si": methods.si(settings.consolidation, settings.decay),
+        "rwalk": methods.rwalk(),
     }[name]
     return functools.partial(learn_tasks, method, experiment.apply_fn, optimizer_fn, strength=strength, **options)
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from lifelong_jax import _checks, per_example, structured
+from lifelong_jax import _checks, per_example, structured, tapping
 from lifelong_jax.per_example import Reduction, widen
 from lifelong_jax.types import Examples, LogitsFn, LossFn, OutputFn, Params
 
@@ -187,6 +187,57 @@ def mas_importance(
     return _mean_over_examples(
         _as_tree(output_fn), cotangents_fn, params, inputs, None, weights, "norm", microbatch_size, method
     )
+
+
+def local_mas_importance(
+    output_fn: OutputFn,
+    params: Params,
+    inputs: Examples,
+    *,
+    weights: jax.Array | None = None,
+    microbatch_size: int | None = None,
+    method: Method = "structured",
+) -> Params:
+    """Computes memory-aware synapses layer by layer: how sensitive each layer's output is to its own parameters.
+
+        importance = mean_n |∂ ‖output of the layer, for inputs[n]‖² / ∂params|,    the layer's input held fixed
+
+    For a dense layer y = relu(x @ w + b) that is 2 · mean_n y_j |x_i| for w_ij, and 2 · mean_n y_j for b_j: Hebb's
+    rule, where inputs are not negative. The paper leaves the 2 out. In the last layer it is `mas_importance`, and so it
+    is in every layer after which nothing changes the norm.
+
+    Args:
+      output_fn: `output_fn(params, x) -> array` of any shape, for one x without batch axis, which marks the ends of its
+        layers by `layer_output`. Outputs outside a head are masked here: `jnp.where(mask, outputs, 0)`. It must be the
+        same function object from call to call, or it is compiled anew.
+      params: a tree of floating-point arrays.
+      inputs: a tree of arrays `[num_examples, ...]`; no labels.
+      weights: `[num_examples]`, not negative; the mean divides by their sum. 0 marks padding, which must be finite all
+        the same. None for ones.
+      microbatch_size: how many examples are taken together; the result does not depend on it.
+      method: "structured", at about the cost of an ordinary gradient per backward pass, or "reference",
+        each example's gradient in full. Both are exact.
+
+    Returns:
+      A tree like `params`, in its dtypes or float32, whichever is wider.
+
+    Raises:
+      TypeError: if a leaf of `params` is not floating-point.
+      ValueError: if `output_fn` marks no layer, or the last, or one inside of a loop or a branch; if there are no
+        inputs, or leaves disagree on their number, if weights are negative or all 0, or if `method` is unknown.
+
+    Example:
+      >>> from lifelong_jax import layer_output
+      >>> network = lambda params, x: layer_output(jax.nn.relu(x @ params[0])) @ params[1]
+      >>> params = [jnp.array([[1.0, -1.0]]), jnp.array([[2.0], [3.0]])]
+      >>> first, _ = local_mas_importance(network, params, jnp.array([[1.0], [3.0]]))
+      >>> first  # twice the mean of 1 · 1 and 3 · 3; the second unit is silent
+      Array([[10.,  0.]], dtype=float32)
+
+    Aljundi et al. 2018, arXiv 1711.09601, §4.3.
+    """
+    layers_fn = Partial(tapping.layer_outputs, _as_tree(output_fn))
+    return mas_importance(layers_fn, params, inputs, weights=weights, microbatch_size=microbatch_size, method=method)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 6, 7, 8))

@@ -1,5 +1,6 @@
 """A method is a name, an importance and a rule of consolidation."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -9,7 +10,9 @@ import optax
 
 from lifelong_jax import _checks
 from lifelong_jax.consolidation import Rule
-from lifelong_jax.importance import empirical_fisher_diagonal, fisher_diagonal, mas_importance
+from lifelong_jax.importance import empirical_fisher_diagonal, fisher_diagonal, local_mas_importance, mas_importance
+from lifelong_jax.path_integral import path_integral, si_importance
+from lifelong_jax.riemannian_walk import continue_walk, riemannian_walk, rwalk_importance
 from lifelong_jax.tasks import mask_logits, mask_outputs
 from lifelong_jax.training import TrainingState
 from lifelong_jax.types import Batch, LossFn, OutputFn, Params
@@ -26,6 +29,10 @@ def _unchanged(optimizer: optax.GradientTransformation) -> optax.GradientTransfo
     return optimizer
 
 
+def _fresh(opt_state: optax.OptState, previous: optax.OptState) -> optax.OptState:
+    return opt_state
+
+
 class Method(NamedTuple):
     """A way to remember.
 
@@ -36,6 +43,8 @@ class Method(NamedTuple):
       decay: γ, what the earlier tasks' importance is multiplied by.
       wrap_optimizer: what a method that gathers importance while training does to the whole optimiser, the penalty
         included; its state is then in `state.opt_state` of the importance function. By default, nothing.
+      carry: `carry(opt_state, previous) -> opt_state`: what a task's fresh optimiser state takes over from the one in
+        which the last task ended. By default, nothing.
     """
 
     name: str
@@ -43,6 +52,7 @@ class Method(NamedTuple):
     rule: Rule
     decay: float
     wrap_optimizer: Callable[[optax.GradientTransformation], optax.GradientTransformation] = _unchanged
+    carry: Callable[[optax.OptState, optax.OptState], optax.OptState] = _fresh
 
 
 def finetune() -> Method:
@@ -117,6 +127,70 @@ def mas(rule: Rule = "latest", decay: float = 1.0) -> Method:
     return Method("mas", _mas, rule, decay)
 
 
+def local_mas(rule: Rule = "latest", decay: float = 1.0) -> Method:
+    """Makes local memory-aware synapses: the sensitivity of the squared norm of each layer's output, by Hebb's rule.
+
+    The network marks the ends of its layers by `layer_output`, as those in `models.py` do.
+
+    Args:
+      rule: "latest" or "separate".
+      decay: γ.
+
+    Returns:
+      The method.
+
+    Example:
+      >>> local_mas().name
+      'local_mas'
+    """
+    return Method("local_mas", _local_mas, rule, decay)
+
+
+def si(rule: Rule = "latest", decay: float = 1.0, damping: float = 0.1) -> Method:
+    """Makes Synaptic Intelligence: each parameter's share in the fall of the loss, gathered while training.
+
+    Args:
+      rule: "latest" (Zenke et al. 2017) or "separate".
+      decay: γ.
+      damping: ξ, above 0; see `si_importance`.
+
+    Returns:
+      The method.
+
+    Raises:
+      ValueError: if `damping` is not above 0.
+
+    Example:
+      >>> si().rule
+      'latest'
+    """
+    _checks.check_positive("damping", damping)
+    return Method("si", _si(damping), rule, decay, path_integral)
+
+
+def rwalk(interval: int = 10, alpha: float = 0.2, damping: float = 1e-3) -> Method:
+    """Makes RWalk: an online Fisher information and a score of the path, gathered while training.
+
+    Its importance is that for all tasks so far, so there is no decay to choose.
+
+    Args:
+      interval: Δt, in steps; see `riemannian_walk` for all three.
+      alpha: α, of the moving average.
+      damping: ε.
+
+    Returns:
+      The method.
+
+    Raises:
+      ValueError: if `interval` is not a positive integer, or `alpha` or `damping` is out of bounds.
+
+    Example:
+      >>> rwalk().decay
+      0.0
+    """
+    return Method("rwalk", _rwalk, "latest", 0.0, _walk(interval, alpha, damping), continue_walk)
+
+
 def cross_entropy(apply_fn: OutputFn) -> LossFn:
     """Makes the loss of one labelled example: what is trained on, and what the empirical Fisher is of.
 
@@ -170,11 +244,44 @@ def _empirical_fisher(apply_fn: OutputFn, state: TrainingState, batch: Batch, ke
 
 
 def _mas(apply_fn: OutputFn, state: TrainingState, batch: Batch, key: jax.Array) -> Params:
+    return _mean_sensitivity(mas_importance, apply_fn, state, batch)
+
+
+def _local_mas(apply_fn: OutputFn, state: TrainingState, batch: Batch, key: jax.Array) -> Params:
+    return _mean_sensitivity(local_mas_importance, apply_fn, state, batch)
+
+
+def _mean_sensitivity(
+    importance_fn: Callable[..., Params], apply_fn: OutputFn, state: TrainingState, batch: Batch
+) -> Params:
     def output_fn(params: Params, x: tuple[jax.Array, jax.Array | None]) -> jax.Array:
         inputs, class_mask = x
         return mask_outputs(apply_fn(params, inputs), class_mask)
 
-    return mas_importance(output_fn, state.params, (batch.inputs, batch.class_mask), weights=batch.weights)
+    return importance_fn(output_fn, state.params, (batch.inputs, batch.class_mask), weights=batch.weights)
+
+
+# One function object per setting, so that jit compiles once per setting.
+
+
+@functools.cache
+def _si(damping: float) -> ImportanceFn:
+    def importance_fn(apply_fn: OutputFn, state: TrainingState, batch: Batch, key: jax.Array) -> Params:
+        return si_importance(state.opt_state, state.params, damping=damping)
+
+    return importance_fn
+
+
+@functools.cache
+def _walk(
+    interval: int, alpha: float, damping: float
+) -> Callable[[optax.GradientTransformation], optax.GradientTransformation]:
+    riemannian_walk(optax.identity(), interval=interval, alpha=alpha, damping=damping)  # refuses bad settings at once
+    return functools.partial(riemannian_walk, interval=interval, alpha=alpha, damping=damping)
+
+
+def _rwalk(apply_fn: OutputFn, state: TrainingState, batch: Batch, key: jax.Array) -> Params:
+    return rwalk_importance(state.opt_state, state.params)
 
 
 _FISHERS = {"exact": _exact_fisher, "sampled": _sampled_fisher, "empirical": _empirical_fisher}

@@ -1,6 +1,7 @@
 """Small flax networks, and AlexNet with pretrained weights. Each takes one example, without batch axis.
 
-Nothing in the library depends on them: any function of parameters and an example will do.
+Nothing in the library depends on them: any function of parameters and an example will do. They mark the ends of their
+layers, for `local_mas_importance`.
 """
 
 import functools
@@ -14,6 +15,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from lifelong_jax.tapping import layer_output
 from lifelong_jax.types import Params
 
 
@@ -39,7 +41,7 @@ class MLP(nn.Module):
         """Computes the outputs `[num_outputs]` of one example `x` of any shape, which is flattened."""
         x = x.reshape(-1)
         for size in self.hidden_sizes:
-            x = nn.relu(nn.Dense(size)(x))
+            x = layer_output(nn.relu(nn.Dense(size)(x)))
         return nn.Dense(self.num_outputs)(x)
 
 
@@ -70,7 +72,7 @@ class CNN(nn.Module):
                 f"{smallest} pixels, not {x.shape}: have fewer features, or a larger image_size."
             )
         for size in self.features:
-            x = nn.relu(Conv(size, window=3, padding=1)(x))
+            x = layer_output(nn.relu(Conv(size, window=3, padding=1)(x)))
             x = nn.avg_pool(x, (2, 2), strides=(2, 2))
         return nn.Dense(self.num_outputs)(x.reshape(-1))
 
@@ -212,16 +214,16 @@ class AlexNet(nn.Module):
         mean, deviation = (jnp.asarray(values, x.dtype) for values in (_IMAGENET_MEAN, _IMAGENET_DEVIATION))
         x = (x - mean) / deviation
         sizes = self.features
-        x = nn.relu(Conv(sizes[0], window=11, stride=4, padding=2, name="conv1")(x))
+        x = layer_output(nn.relu(Conv(sizes[0], window=11, stride=4, padding=2, name="conv1")(x)))
         x = nn.max_pool(x, (3, 3), strides=(2, 2))
-        x = nn.relu(Conv(sizes[1], window=5, padding=2, name="conv2")(x))
+        x = layer_output(nn.relu(Conv(sizes[1], window=5, padding=2, name="conv2")(x)))
         x = nn.max_pool(x, (3, 3), strides=(2, 2))
         for number in (3, 4, 5):
-            x = nn.relu(Conv(sizes[number - 1], window=3, padding=1, name=f"conv{number}")(x))
+            x = layer_output(nn.relu(Conv(sizes[number - 1], window=3, padding=1, name=f"conv{number}")(x)))
         x = nn.max_pool(x, (3, 3), strides=(2, 2))
         x = _average_to(x, 6).reshape(-1)
         for number, size in zip((6, 7), self.hidden_sizes, strict=True):
-            x = nn.relu(nn.Dense(size, name=f"fc{number}")(x))
+            x = layer_output(nn.relu(nn.Dense(size, name=f"fc{number}")(x)))
         return nn.Dense(self.num_outputs, name=_HEAD)(x)
 
 

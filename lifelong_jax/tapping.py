@@ -6,6 +6,8 @@ A leaf with such a use is *tapped*: `evaluate` adds a given array of zeros to th
 differentiating by the zeros gives the cotangent there, and hands out the equation's other operand. A product of those
 two is the leaf's gradient; which product, `factors.py` says.
 
+A function may also mark where its layers end, `layer_output`; `layer_outputs` evaluates each layer by itself.
+
 A jaxpr may be shared by several call sites, so a use is named by its path of equation numbers and never by a variable.
 """
 
@@ -15,10 +17,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, DebugInfo, Jaxpr, JaxprEqn, Literal, Var
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core import ClosedJaxpr, DebugInfo, Jaxpr, JaxprEqn, Literal, Var, jaxprs_in_params
 
 from lifelong_jax.types import Example, Params
 
+_LAYER_OUTPUT = "layer_output"
 _JIT = frozenset({"jit", "pjit", "closed_call"})
 _REMAT = frozenset({"remat2", "remat", "checkpoint"})
 _CASTS = frozenset({"convert_element_type", "copy", "name"})
@@ -225,6 +230,102 @@ def _constants_and_carry(scan: JaxprEqn) -> tuple[int, int]:
     scanned = sum(len(o.aval.shape) > len(i.aval.shape) for o, i in zip(scan.invars, body.invars, strict=True))
     carried = sum(len(o.aval.shape) == len(i.aval.shape) for o, i in zip(scan.outvars, body.outvars, strict=True))
     return len(scan.invars) - carried - scanned, carried
+
+
+def layer_output(output: jax.Array) -> jax.Array:
+    """Marks where a layer ends, for `local_mas_importance`. It is the identity.
+
+        def output_fn(params, x):
+            for layer in params[:-1]:
+                x = layer_output(jax.nn.relu(x @ layer["w"] + layer["b"]))
+            return x @ params[-1]["w"] + params[-1]["b"]
+
+    The last layer ends with the function.
+
+    Args:
+      output: the output of any layer but the last, activation included, for one example.
+
+    Returns:
+      The same.
+
+    Example:
+      >>> layer_output(jnp.ones(2))
+      Array([1., 1.], dtype=float32)
+    """
+    return checkpoint_name(output, _LAYER_OUTPUT)
+
+
+def layer_outputs(output_fn: Callable[[Params, Example], jax.Array], params: Params, example: Example) -> jax.Array:
+    """Evaluates all layers, whose ends `layer_output` marks, each with its own input held fixed.
+
+    Args:
+      output_fn: `output_fn(params, example) -> outputs`, an array.
+      params: a tree of arrays.
+      example: one example.
+
+    Returns:
+      The layers' outputs, one after the other, as one vector. Their gradients by the parameters stop at the marks.
+
+    Raises:
+      ValueError: if there are no marks, or one is in a loop or a branch, or at the end, or if the outputs are not one
+        array.
+    """
+    jaxpr, structure = trace(output_fn, params, example)
+    if structure.num_leaves != 1:
+        raise ValueError(f"output_fn must return one floating-point array for one example, not {structure}.")
+    marked: list[jax.Array] = []
+    arguments = [(leaf, True) for leaf in jax.tree.leaves(params)] + [(x, False) for x in jax.tree.leaves(example)]
+    ((outputs, learned),) = _evaluate_layers(jaxpr.jaxpr, jaxpr.consts, arguments, marked)
+    if not marked:
+        raise ValueError(
+            "output_fn marks no layer: pass the output of each layer but the last through layer_output. For the "
+            "network as a whole there is mas_importance."
+        )
+    if not learned:
+        raise ValueError(
+            "output_fn returns an output that it has passed through layer_output, or makes no use of parameters after "
+            "it: mark all layers but the last, which ends with the function."
+        )
+    dtype = np.result_type(np.float32, *(output.dtype for output in (*marked, outputs)))
+    return jnp.concatenate([output.ravel().astype(dtype) for output in (*marked, outputs)])
+
+
+def _evaluate_layers(
+    jaxpr: Jaxpr, constants: Sequence[Any], arguments: Sequence[tuple[Any, bool]], marked: list[jax.Array]
+) -> list[tuple[Any, bool]]:
+    """Evaluates, with each value, whether it depends on parameters of the layer that it belongs to."""
+    values = dict(zip(jaxpr.constvars, ((constant, False) for constant in constants), strict=True))
+    values |= dict(zip(jaxpr.invars, arguments, strict=True))
+
+    def read(variable: Var | Literal) -> tuple[Any, bool]:
+        return (variable.val, False) if isinstance(variable, Literal) else values[variable]
+
+    for equation in jaxpr.eqns:
+        inputs = [read(variable) for variable in equation.invars]
+        name = equation.primitive.name
+        if _is_mark(equation):
+            marked.append(inputs[0][0])
+            outputs = [(jax.lax.stop_gradient(inputs[0][0]), False)]
+        elif not _has_marks(equation):
+            learned = any(of_layer for _, of_layer in inputs)
+            outputs = [(output, learned) for output in _bind(equation, [value for value, _ in inputs])]
+        elif name in _JIT | _REMAT:
+            inner = equation.params["jaxpr"]
+            outputs = _evaluate_layers(_open(inner), getattr(inner, "consts", ()), inputs, marked)
+        else:
+            raise ValueError(f"layer_output cannot be used inside of a {name}: mark layers outside of it.")
+        values.update(zip(equation.outvars, outputs, strict=True))
+    return [read(variable) for variable in jaxpr.outvars]
+
+
+def _is_mark(equation: JaxprEqn) -> bool:
+    return equation.primitive.name == "name" and equation.params["name"] == _LAYER_OUTPUT
+
+
+def _has_marks(equation: JaxprEqn) -> bool:
+    return _is_mark(equation) or any(
+        _has_marks(inner) for jaxpr in jaxprs_in_params(equation.params) for inner in jaxpr.eqns
+    )
 
 
 def nested_vmap(function: Callable, depth: int) -> Callable:

@@ -77,7 +77,8 @@ def learn_task(
 
     Args:
       loss_fn: `loss_fn(params, example) -> scalar`, the loss of one example, without batch axis.
-      optimizer: any optax transform; it is called with `anchor` and `importance`, and may hold `add_quadratic_penalty`.
+      optimizer: any optax transform. It is called with `anchor` and `importance`, and may hold `add_quadratic_penalty`;
+        and with the batch, `loss_fn`, `examples` and `weights`, for `riemannian_walk`.
       state: from `init_training`, or from an earlier call.
       consolidation: what is kept of earlier tasks.
       examples: a tree of arrays `[num_examples, ...]`: this task's training data.
@@ -133,7 +134,8 @@ def learn_task(
         present = jnp.where(indices < num_examples, weights[indices], 0)
         batch = jax.tree.map(lambda x: x[indices], examples)
         loss, grads = jax.value_and_grad(batch_loss)(params, batch, present)
-        updates, opt_state = optimizer.update(grads, opt_state, params, **consolidation._asdict())
+        extra_args = {**consolidation._asdict(), "loss_fn": loss_fn, "examples": batch, "weights": present}
+        updates, opt_state = optimizer.update(grads, opt_state, params, **extra_args)
         return optax.apply_updates(params, updates), opt_state, losses.at[index].set(loss)
 
     def epoch(state: TrainingState, _: None) -> tuple[TrainingState, jax.Array]:
