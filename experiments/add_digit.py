@@ -8,11 +8,11 @@ import dataclasses
 from collections.abc import Sequence
 
 import jax.numpy as jnp
-import tyro
 
 from lifelong_jax import Batch, Task
 from lifelong_jax.datasets import Dataset
 from lifelong_jax.experiment import Experiment, Settings, Strength, load_or_exit, make_network, run_experiment
+from lifelong_jax.resuming import parse_settings
 from lifelong_jax.runs import check_settings
 
 STRENGTH = Strength(l2=0.01, ewc=10.0, mas=0.1)  # chosen by --tune
@@ -76,4 +76,4 @@ def make_task(dataset: Dataset, addends: Sequence[int], addend: int) -> Task:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, prog="python -m experiments.add_digit"))
+    main(parse_settings(Config, "add_digit"))
