@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from typing import Literal
 
 import jax.numpy as jnp
-import tyro
 
 from lifelong_jax import Batch, Task
 from lifelong_jax.datasets import Dataset
 from lifelong_jax.experiment import Experiment, Settings, Strength, load_or_exit, make_network, run_experiment
+from lifelong_jax.resuming import parse_settings
 from lifelong_jax.runs import check_settings
 
 STRENGTH = Strength(l2=0.1, ewc=3.16e4, mas=3.16, local_mas=1.0, si=1.0, rwalk=1.0)  # chosen by --tune
@@ -80,4 +80,4 @@ def make_task(dataset: Dataset, addends: Sequence[int], addend: int) -> Task:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, prog="python -m experiments.add_digit"))
+    main(parse_settings(Config, "add_digit"))

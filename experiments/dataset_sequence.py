@@ -12,10 +12,10 @@ from typing import Literal
 
 import flax.linen as nn
 import jax
-import tyro
 
 from lifelong_jax.experiment import Experiment, Settings, Strength, load_or_exit, make_network, run_experiment
 from lifelong_jax.models import AlexNet, load_pretrained
+from lifelong_jax.resuming import parse_settings
 from lifelong_jax.runs import check_settings
 from lifelong_jax.tasks import dataset_tasks
 from lifelong_jax.types import Example, Params
@@ -87,4 +87,4 @@ def make_trunk_and_heads(config: Config, num_outputs: int) -> nn.Module:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, prog="python -m experiments.dataset_sequence"))
+    main(parse_settings(Config, "dataset_sequence"))

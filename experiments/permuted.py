@@ -6,9 +6,8 @@ after the other, and tested on all of them after each.
 
 import dataclasses
 
-import tyro
-
 from lifelong_jax.experiment import Experiment, Settings, Strength, load_or_exit, make_network, run_experiment
+from lifelong_jax.resuming import parse_settings
 from lifelong_jax.runs import check_settings
 from lifelong_jax.tasks import permuted_tasks
 
@@ -55,4 +54,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, prog="python -m experiments.permuted"))
+    main(parse_settings(Config, "permuted"))

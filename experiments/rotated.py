@@ -7,9 +7,9 @@ earlier tasks do for one that is yet to be learned, and backward transfer, what 
 import dataclasses
 
 import numpy as np
-import tyro
 
 from lifelong_jax.experiment import Experiment, Settings, Strength, load_or_exit, make_network, run_experiment
+from lifelong_jax.resuming import parse_settings
 from lifelong_jax.runs import check_settings
 from lifelong_jax.tasks import rotated_tasks
 
@@ -60,4 +60,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, prog="python -m experiments.rotated"))
+    main(parse_settings(Config, "rotated"))

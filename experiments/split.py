@@ -14,11 +14,11 @@ from typing import Literal
 
 import jax
 import numpy as np
-import tyro
 
 from lifelong_jax import Task
 from lifelong_jax.datasets import Dataset
 from lifelong_jax.experiment import Experiment, Settings, Strength, load_or_exit, make_network, run_experiment
+from lifelong_jax.resuming import parse_settings
 from lifelong_jax.runs import check_settings
 from lifelong_jax.tasks import split_tasks
 
@@ -93,4 +93,4 @@ def class_groups(config: Config, num_classes: int, key: jax.Array) -> list[list[
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, prog="python -m experiments.split"))
+    main(parse_settings(Config, "split"))

@@ -13,7 +13,6 @@ import jax
 import numpy as np
 import optax
 import rich.console
-import tyro
 
 from lifelong_jax import (
     add_quadratic_penalty,
@@ -29,11 +28,12 @@ from lifelong_jax.datasets import hold_out_validation
 from lifelong_jax.experiment import load_or_exit
 from lifelong_jax.models import MLP
 from lifelong_jax.plotting import plot_strength_sweep
-from lifelong_jax.runs import Estimate, Run, check_settings, format_estimate, markdown_table, print_table, start_run
+from lifelong_jax.resuming import open_run, parse_settings
+from lifelong_jax.runs import Estimate, Run, RunSettings, check_settings, format_estimate, markdown_table, print_table
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(RunSettings):
     """Learn permuted tasks at strengths over twelve decades, with the penalty in each place of a pipeline."""
 
     dataset: str = "digits"
@@ -72,9 +72,6 @@ class Config:
     seeds: tuple[int, ...] = (0, 1, 2)
     """One sequence of tasks, one initialisation and one order of examples for each."""
 
-    output_dir: str = "results"
-    """Results go to a new folder in <output-dir>/strength_sweep/."""
-
     def __post_init__(self) -> None:
         """Refuses what would fail only after much has run."""
         names = ("num_tasks", "hidden_sizes", "num_epochs", "batch_size", "sgd_learning_rate", "adam_learning_rate")
@@ -94,7 +91,6 @@ def main(config: Config) -> None:
     console = rich.console.Console()
     dataset = load_or_exit(config.dataset, config.data_dir)
     dataset = hold_out_validation(dataset, 0.2, jax.random.key(0))  # what is chosen from it is not chosen on test data
-    run = start_run(config.output_dir, "strength_sweep", config)
     model = MLP(config.hidden_sizes, dataset.num_classes)
     method = {"l2": methods.l2(), "ewc": methods.ewc(), "mas": methods.mas()}[config.method]
     pipelines = make_pipelines(config)
@@ -106,16 +102,17 @@ def main(config: Config) -> None:
         for place, optimizer_fn in pipelines[optimizer].items()
         for strength in config.strengths
     }
-    outcomes = compare(
-        learners,
-        lambda key: permuted_tasks(dataset.train, dataset.test, config.num_tasks, key),
-        model.init,
-        config.seeds,
-        config.num_epochs,
-        run.log,
-        console,
-    )
-    report(config, {name: list(pipelines[name]) for name in config.optimizers}, summarize(outcomes), run, console)
+    with open_run(config, "strength_sweep", console) as run:
+        outcomes = compare(
+            learners,
+            lambda key: permuted_tasks(dataset.train, dataset.test, config.num_tasks, key),
+            model.init,
+            config.seeds,
+            config.num_epochs,
+            run,
+            console,
+        )
+        report(config, {name: list(pipelines[name]) for name in config.optimizers}, summarize(outcomes), run, console)
 
 
 def make_pipelines(config: Config) -> dict[str, dict[str, OptimizerFn]]:
@@ -180,4 +177,4 @@ def finding(accuracy: dict[str, dict[str, list[Estimate]]], strengths: tuple[flo
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, prog="python -m experiments.strength_sweep"))
+    main(parse_settings(Config, "strength_sweep"))

@@ -14,7 +14,6 @@ import jax
 import numpy as np
 import optax
 import rich.console
-import tyro
 
 from lifelong_jax import (
     TrainingState,
@@ -28,7 +27,8 @@ from lifelong_jax.comparison import compare, summarize
 from lifelong_jax.datasets import hold_out_validation, load_dataset
 from lifelong_jax.methods import Method
 from lifelong_jax.models import MLP
-from lifelong_jax.runs import check_settings, markdown_table, print_table, start_run
+from lifelong_jax.resuming import open_run, parse_settings
+from lifelong_jax.runs import Run, RunSettings, check_settings, markdown_table, print_table
 from lifelong_jax.types import Batch, OutputFn, Params
 
 DECADES = {"none": range(0, 11), "mean": range(-8, 3), "max": range(-2, 9)}
@@ -36,7 +36,7 @@ DECADES = {"none": range(0, 11), "mean": range(-8, 3), "max": range(-2, 9)}
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(RunSettings):
     """Ask whether the best strength for one network suits another, with importances as they are and normalised."""
 
     method: Literal["ewc", "mas"] = "ewc"
@@ -60,9 +60,6 @@ class Config:
     seeds: tuple[int, ...] = (0, 1)
     """One sequence of tasks, one initialisation and one order of examples for each."""
 
-    output_dir: str = "results"
-    """Results go to a new folder in <output-dir>/strength_transfer/."""
-
     def __post_init__(self) -> None:
         """Refuses what would fail only after much has run."""
         check_settings(
@@ -78,8 +75,16 @@ def main(config: Config) -> None:
       config: the whole configuration.
     """
     console = rich.console.Console()
+    with open_run(config, "strength_transfer", console) as run:
+        best, cost = measure(config, run, console)
+        report(config, best, cost, run, console)
+
+
+def measure(
+    config: Config, run: Run, console: rich.console.Console
+) -> tuple[dict[str, list[float]], dict[str, np.ndarray]]:
+    """Finds each network's best strength, and what the others' best costs it, for each normalisation."""
     dataset = hold_out_validation(load_dataset("digits"), 0.2, jax.random.key(0))
-    run = start_run(config.output_dir, "strength_transfer", config)
     base = {"ewc": methods.ewc(), "mas": methods.mas("separate")}[config.method]
     best, cost = {}, {}
     for normalization, half_decades in DECADES.items():
@@ -105,7 +110,7 @@ def main(config: Config) -> None:
                 model.init,
                 config.seeds,
                 config.num_epochs,
-                run.log,
+                run,
                 console,
             )
             row[:] = [metrics.average_accuracy.mean for metrics in summarize(outcomes).values()]
@@ -113,6 +118,13 @@ def main(config: Config) -> None:
         # The network's best accuracy, less its accuracy at the strength that is best, on average, for the rest.
         for_others = [np.delete(accuracy, index, axis=0).mean(axis=0).argmax() for index in range(len(accuracy))]
         cost[normalization] = accuracy.max(axis=1) - accuracy[range(len(accuracy)), for_others]
+    return best, cost
+
+
+def report(
+    config: Config, best: dict[str, list[float]], cost: dict[str, np.ndarray], run: Run, console: rich.console.Console
+) -> None:
+    """Prints the table; writes `summary.json` and `table.md`."""
     header = ["hidden layers", *(f"best, {name}" for name in DECADES), *(f"cost, {name}" for name in DECADES)]
     rows = [
         [
@@ -138,4 +150,4 @@ def normalized(method: Method, to: Literal["mean", "max"]) -> Method:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, prog="python -m experiments.strength_transfer"))
+    main(parse_settings(Config, "strength_transfer"))

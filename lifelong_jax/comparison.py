@@ -12,11 +12,13 @@ import rich.console
 from lifelong_jax import metrics
 from lifelong_jax.continual import LearnedSequence, Progress
 from lifelong_jax.plotting import plot_accuracy_curves, plot_accuracy_matrices
+from lifelong_jax.resuming import ResumableSequence
 from lifelong_jax.runs import Estimate, Run, estimate, format_estimate, markdown_table, print_table, progress_bar
 from lifelong_jax.types import Example, Params, Task
 
 Learner: TypeAlias = Callable[..., LearnedSequence]
-"""`learner(params, tasks, key, num_epochs=, report=)`: `learn_tasks` or `learn_jointly`, all else filled in."""
+"""`learner(params, tasks, key, num_epochs=, report=, checkpoints=)`: `learn_tasks` or `learn_jointly`, all else filled
+in."""
 
 
 _MEASURED = ("accuracy_matrix", "initial_accuracies", "training_seconds", "importance_seconds")  # of LearnedSequence
@@ -58,13 +60,16 @@ def compare(
     init_params: Callable[[jax.Array, Example], Params],
     seeds: Sequence[int],
     num_epochs: int,
-    log: Callable[..., None],
+    run: Run,
     console: rich.console.Console,
+    *,
+    split: str | None = None,
+    keep_tasks: bool = False,
 ) -> dict[str, Outcome]:
     """Lets each learner learn the same sequences of tasks, one for each seed, with a progress bar.
 
     A seed sets the tasks, the initial parameters and the shuffling, for every learner alike, so that their differences
-    can be taken seed by seed.
+    can be taken seed by seed. In a run that is resumed, what is in its log is not computed again.
 
     Args:
       learners: by name.
@@ -72,8 +77,10 @@ def compare(
       init_params: `init_params(key, x) -> params`, x one example's input; a flax model's `init`, say.
       seeds: integers.
       num_epochs: passes over each task's training examples.
-      log: called with a row of names and values after each epoch and each sequence; `Run.log`, say.
+      run: where each epoch and each sequence is logged, and checkpoints are.
       console: where the progress bar is shown.
+      split: what the log calls it; "validation" where strengths are chosen.
+      keep_tasks: whether each task's own parameters and importance are kept; see `ResumableSequence.task_file`.
 
     Returns:
       For each learner, what it did.
@@ -90,18 +97,15 @@ def compare(
                 curve = np.full((len(tasks) * num_epochs, len(tasks)), np.nan)
                 done = (len(outcomes) * len(seeds) + count) * len(curve)
                 bar.update(line, total=len(learners) * len(seeds) * len(curve), description=name)
-                log_of_run = functools.partial(log, method=name, seed=seed)
-                report = functools.partial(_report, curve, log_of_run, functools.partial(bar.update, line), done)
-                params = init_params(params_key, tasks[0].train.inputs[0])
-                try:
-                    result = learner(params, tasks, learning_key, num_epochs=num_epochs, report=report)
-                    measured = {field: getattr(result, field) for field in _MEASURED}
-                except FloatingPointError as error:  # one strength too many must not cost all the others
-                    console.print(f"{name}, seed {seed}: {error}", highlight=False)
-                    nowhere = np.full((len(tasks), len(tasks)), np.nan)
-                    accuracies = {"accuracy_matrix": nowhere, "initial_accuracies": nowhere[0]}
-                    measured = dict.fromkeys(_MEASURED, np.nan) | accuracies
-                log_of_run(event="sequence", **measured)
+                sequence = ResumableSequence(run, method=name, seed=seed, split=split, keep_tasks=keep_tasks)
+                measured = sequence.result()
+                if measured is None:
+                    show = functools.partial(_show, curve, functools.partial(bar.update, line), done)
+                    learn = functools.partial(learner, num_epochs=num_epochs, checkpoints=sequence)
+                    params = init_params(params_key, tasks[0].train.inputs[0])
+                    measured = _measure(learn, params, tasks, learning_key, sequence, show, console)
+                for progress in sequence.earlier_epochs():
+                    curve[progress.epochs - 1, : len(progress.accuracies)] = progress.accuracies
                 bar.update(line, completed=done + len(curve))
                 learned.append(measured)
                 curves.append(curve)
@@ -114,11 +118,33 @@ def compare(
     return outcomes
 
 
-def _report(
-    curve: np.ndarray, log: Callable[..., None], update_bar: Callable[..., None], done: int, progress: Progress
-) -> None:
+def _measure(
+    learn: Learner,
+    params: Params,
+    tasks: Sequence[Task],
+    key: jax.Array,
+    sequence: ResumableSequence,
+    show: Callable[[Progress], None],
+    console: rich.console.Console,
+) -> dict[str, np.ndarray]:
+    def report(progress: Progress) -> None:
+        sequence.log_epoch(progress)
+        show(progress)
+
+    try:
+        result = learn(params, tasks, key, report=report)
+        measured = {field: getattr(result, field) for field in _MEASURED}
+    except FloatingPointError as error:  # one strength too many must not cost all the others
+        console.print(f"{sequence.name}: {error}", highlight=False)
+        nowhere = np.full((len(tasks), len(tasks)), np.nan)
+        accuracies = {"accuracy_matrix": nowhere, "initial_accuracies": nowhere[0]}
+        measured = dict.fromkeys(_MEASURED, np.nan) | accuracies
+    sequence.finish(**measured)
+    return measured
+
+
+def _show(curve: np.ndarray, update_bar: Callable[..., None], done: int, progress: Progress) -> None:
     curve[progress.epochs - 1, : len(progress.accuracies)] = progress.accuracies
-    log(event="epoch", **progress._asdict())
     where = "all tasks" if progress.task is None else f"task {progress.task + 1}"
     status = f"{where}, loss {progress.loss:.3f}, accuracy {progress.accuracies[-1]:.3f}"
     update_bar(completed=done + progress.epochs, status=status)

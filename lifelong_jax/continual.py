@@ -6,8 +6,8 @@ The trainer is handed one task's training examples and nothing else; only the ev
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +62,56 @@ class LearnedSequence(NamedTuple):
     importance_seconds: float
 
 
+class SequenceState(NamedTuple):
+    """Where a sequence stands after an epoch: what the next one needs, and what has been measured.
+
+    Attributes:
+      training: the state of the task's training; after its last epoch, that in which it ended.
+      consolidation: what is kept of the tasks learned.
+      accuracy_matrix: as in `LearnedSequence`, NaN in the rows that are to come.
+      initial_accuracies: as in `LearnedSequence`.
+      training_seconds: so far.
+      importance_seconds: so far.
+    """
+
+    training: TrainingState
+    consolidation: Consolidation
+    accuracy_matrix: np.ndarray
+    initial_accuracies: np.ndarray
+    training_seconds: float
+    importance_seconds: float
+
+
+class Checkpoints(Protocol):
+    """Where a sequence's state is kept, for it to go on from there should it be stopped: `resuming.Sequence`, say."""
+
+    def restore(self, start: SequenceState) -> tuple[int, SequenceState]:
+        """Says how many epochs have been learned, and gives the state after them; 0 and `start` where none is kept."""
+
+    def save(self, epochs: int, state: SequenceState) -> None:
+        """Is told the state after each epoch. It must copy what it keeps: the next epoch frees the arrays."""
+
+    def keep_task(self, task: int, kept: Consolidation, estimator: str, num_examples: int) -> None:
+        """Is told a learned task's own parameters and importance, by which method and from how many examples."""
+
+
+class NoCheckpoints:
+    """Keeps nothing: a sequence that is stopped begins anew."""
+
+    def restore(self, start: SequenceState) -> tuple[int, SequenceState]:
+        """Starts."""
+        return 0, start
+
+    def save(self, epochs: int, state: SequenceState) -> None:
+        """Does nothing."""
+
+    def keep_task(self, task: int, kept: Consolidation, estimator: str, num_examples: int) -> None:
+        """Does nothing."""
+
+
+NO_CHECKPOINTS = NoCheckpoints()
+
+
 def learn_tasks(
     method: Method,
     apply_fn: OutputFn,
@@ -75,6 +125,7 @@ def learn_tasks(
     num_epochs: int,
     batch_size: int,
     report: Callable[[Progress], None] = lambda progress: None,
+    checkpoints: Checkpoints = NO_CHECKPOINTS,
 ) -> LearnedSequence:
     """Learns one task after the other with one network, by a method that remembers.
 
@@ -96,6 +147,8 @@ def learn_tasks(
       num_epochs: passes over each task's training examples.
       batch_size: examples per step.
       report: called after every epoch.
+      checkpoints: where the state is kept, to go on from: with it, the numbers are those of a sequence that was never
+        stopped, to the bit on one machine, wherever the checkpoints fell. By default nowhere.
 
     Returns:
       The parameters, the consolidation, the accuracies and the times.
@@ -122,44 +175,33 @@ def learn_tasks(
     _checks.check_choice("method.rule", method.rule, ("separate", "latest"))
     _checks.check_not_negative("method.decay", method.decay)
     strength = jnp.asarray(strength, jnp.float32)
-    consolidation = init_consolidation(params)
-    unlearned = np.full(len(tasks), np.nan)
+    optimizer = method.wrap_optimizer(optimizer_fn(strength))
+    learn = functools.partial(_learn_epoch, apply_fn, optimizer_fn, method.wrap_optimizer, batch_size=batch_size)
     known_ahead = scenario != "class"
-    initial_accuracies = np.array(evaluate(apply_fn, params, tasks, scenario)) if known_ahead else unlearned
-    accuracy_matrix = np.tile(unlearned, (len(tasks), 1))
-    training_seconds = importance_seconds = 0.0
-    state = None
-    for index, task in enumerate(tasks):
+    initial_accuracies = evaluate(apply_fn, params, tasks, scenario) if known_ahead else [math.nan] * len(tasks)
+    epochs, state = checkpoints.restore(_start(optimizer, params, key, initial_accuracies))
+    for index in range(epochs // num_epochs, len(tasks)):
         train_key, importance_key = jax.random.split(jax.random.fold_in(key, index))
-        examples = with_class_mask(task.train, active_classes(tasks, scenario, index, index))
-        epochs = _train(
-            apply_fn,
-            optimizer_fn,
-            method,
-            params,
-            None if state is None else state.opt_state,
-            consolidation,
-            strength,
-            examples,
-            task.permutation,
-            train_key,
-            num_epochs=num_epochs,
-            batch_size=batch_size,
-        )
-        for epoch, (state, loss, seconds) in enumerate(epochs):
-            training_seconds += seconds
-            accuracies = evaluate(apply_fn, state.params, tasks[: index + 1], scenario)
-            report(Progress(index, index * num_epochs + epoch + 1, loss, accuracies))
-        params = state.params
-        measure = functools.partial(_importance, apply_fn, method.importance_fn)
-        importance, seconds = _timed(measure, state, examples, task.permutation, importance_key)
-        importance_seconds += seconds
-        consolidation = consolidate(consolidation, params, importance, rule=method.rule, decay=method.decay)
-        measured = evaluate(apply_fn, params, tasks, scenario) if known_ahead else accuracies
-        accuracy_matrix[index, : len(measured)] = measured
-    return LearnedSequence(
-        params, consolidation, accuracy_matrix, initial_accuracies, training_seconds, importance_seconds
-    )
+        examples = with_class_mask(tasks[index].train, active_classes(tasks, scenario, index, index))
+        shown = (examples, tasks[index].permutation)
+        if epochs == index * num_epochs:
+            training = init_training(optimizer, state.training.params, train_key)
+            if index > 0:
+                training = training._replace(opt_state=method.carry(training.opt_state, state.training.opt_state))
+            state = state._replace(training=training)
+        while epochs < (index + 1) * num_epochs:
+            state, loss = _train_epoch(learn, state, strength, shown, epochs - index * num_epochs)
+            epochs += 1
+            accuracies = evaluate(apply_fn, state.training.params, tasks[: index + 1], scenario)
+            report(Progress(index, epochs, loss, accuracies))
+            if epochs == (index + 1) * num_epochs:
+                state, kept = _consolidate_task(method, apply_fn, state, shown, importance_key)
+                checkpoints.keep_task(index, kept, method.name, int(jnp.sum(examples.weights > 0)))
+                if known_ahead:
+                    accuracies = evaluate(apply_fn, kept.anchor, tasks, scenario)
+                state = state._replace(accuracy_matrix=_with_row(state.accuracy_matrix, index, accuracies))
+            checkpoints.save(epochs, state)
+    return _learned(state)
 
 
 def learn_jointly(
@@ -173,6 +215,7 @@ def learn_jointly(
     num_epochs: int,
     batch_size: int,
     report: Callable[[Progress], None] = lambda progress: None,
+    checkpoints: Checkpoints = NO_CHECKPOINTS,
 ) -> LearnedSequence:
     """Learns all tasks at once, from all their data: the upper bound that continual learning is compared with.
 
@@ -188,6 +231,7 @@ def learn_jointly(
       num_epochs: passes over the training examples of all tasks.
       batch_size: examples per step.
       report: called after every epoch.
+      checkpoints: as for `learn_tasks`.
 
     Returns:
       As `learn_tasks`; only the last row of the accuracy matrix is measured, and the consolidation is that of no tasks.
@@ -197,30 +241,20 @@ def learn_jointly(
       FloatingPointError: if training diverged.
     """
     _check(apply_fn, params, tasks, scenario, num_epochs, batch_size)
-    none = init_consolidation(params)
-    training_seconds = 0.0
-    epochs = _train(
-        apply_fn,
-        optimizer_fn,
-        methods.finetune(),
-        params,
-        None,
-        none,
-        jnp.zeros(()),
-        joint_examples(tasks, scenario),
-        None,
-        key,
-        num_epochs=num_epochs,
-        batch_size=batch_size,
-    )
-    for epoch, (state, loss, seconds) in enumerate(epochs):
-        training_seconds += seconds
-        accuracies = evaluate(apply_fn, state.params, tasks, scenario)
+    wrap_optimizer = methods.finetune().wrap_optimizer
+    none = jnp.zeros(())
+    learn = functools.partial(_learn_epoch, apply_fn, optimizer_fn, wrap_optimizer, batch_size=batch_size)
+    shown = (joint_examples(tasks, scenario), None)
+    start = _start(wrap_optimizer(optimizer_fn(none)), params, key, [math.nan] * len(tasks))
+    epochs, state = checkpoints.restore(start)
+    for epoch in range(epochs // len(tasks), num_epochs):
+        state, loss = _train_epoch(learn, state, none, shown, epoch)
+        accuracies = evaluate(apply_fn, state.training.params, tasks, scenario)
         report(Progress(None, (epoch + 1) * len(tasks), loss, accuracies))
-    unmeasured = np.full(len(tasks), np.nan)
-    accuracy_matrix = np.tile(unmeasured, (len(tasks), 1))
-    accuracy_matrix[-1] = accuracies
-    return LearnedSequence(state.params, none, accuracy_matrix, unmeasured, training_seconds, 0.0)
+        if epoch + 1 == num_epochs:
+            state = state._replace(accuracy_matrix=_with_row(state.accuracy_matrix, len(tasks) - 1, accuracies))
+        checkpoints.save((epoch + 1) * len(tasks), state)
+    return _learned(state)
 
 
 def evaluate(apply_fn: OutputFn, params: Params, tasks: Sequence[Task], scenario: Scenario = "domain") -> list[float]:
@@ -248,36 +282,64 @@ def evaluate(apply_fn: OutputFn, params: Params, tasks: Sequence[Task], scenario
     return [float(accuracy) for accuracy in accuracies]
 
 
-def _train(
-    apply_fn: OutputFn,
-    optimizer_fn: OptimizerFn,
-    method: Method,
-    params: Params,
-    previous: optax.OptState | None,
-    consolidation: Consolidation,
+def _start(
+    optimizer: optax.GradientTransformation, params: Params, key: jax.Array, initial_accuracies: list[float]
+) -> SequenceState:
+    num_tasks = len(initial_accuracies)
+    return SequenceState(
+        training=init_training(optimizer, params, key),
+        consolidation=init_consolidation(params),
+        accuracy_matrix=np.full((num_tasks, num_tasks), np.nan),
+        initial_accuracies=np.array(initial_accuracies),
+        training_seconds=0.0,
+        importance_seconds=0.0,
+    )
+
+
+def _train_epoch(
+    learn: Callable,
+    state: SequenceState,
     strength: jax.Array,
-    examples: Batch,
-    permutation: jax.Array | None,
+    shown: tuple[Batch, jax.Array | None],
+    epoch: int,
+) -> tuple[SequenceState, float]:
+    """Returns the state and the mean loss. The arrays of the former state are freed."""
+    (training, info), seconds = _timed(learn, state.training, state.consolidation, strength, *shown)
+    loss = float(info.loss.sum()) / int(info.num_steps)
+    # The last step's update comes after the last loss.
+    if not (math.isfinite(loss) and all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(training.params))):
+        raise FloatingPointError(
+            f"training diverged in epoch {epoch + 1} at strength {strength:g}: lower it or the learning rate, or use "
+            "the proximal penalty"
+        )
+    return state._replace(training=training, training_seconds=state.training_seconds + seconds), loss
+
+
+def _consolidate_task(
+    method: Method,
+    apply_fn: OutputFn,
+    state: SequenceState,
+    shown: tuple[Batch, jax.Array | None],
     key: jax.Array,
-    *,
-    num_epochs: int,
-    batch_size: int,
-) -> Iterator[tuple[TrainingState, float, float]]:
-    """Yields after each epoch the state, the mean loss and the seconds. The next epoch frees this state's arrays."""
-    state = init_training(method.wrap_optimizer(optimizer_fn(strength)), params, key)
-    if previous is not None:
-        state = state._replace(opt_state=method.carry(state.opt_state, previous))
-    learn = functools.partial(_learn_epoch, apply_fn, optimizer_fn, method.wrap_optimizer, batch_size=batch_size)
-    for epoch in range(num_epochs):
-        (state, info), seconds = _timed(learn, state, consolidation, strength, examples, permutation)
-        loss = float(info.loss.sum()) / int(info.num_steps)
-        # The last step's update comes after the last loss.
-        if not (math.isfinite(loss) and all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))):
-            raise FloatingPointError(
-                f"training diverged in epoch {epoch + 1} at strength {strength:g}: lower it or the learning rate, "
-                "or use the proximal penalty"
-            )
-        yield state, loss, seconds
+) -> tuple[SequenceState, Consolidation]:
+    """Returns the state with the task just learned consolidated, and the task's own parameters and importance."""
+    measure = functools.partial(_importance, apply_fn, method.importance_fn)
+    importance, seconds = _timed(measure, state.training, *shown, key)
+    params = state.training.params
+    consolidation = consolidate(state.consolidation, params, importance, rule=method.rule, decay=method.decay)
+    state = state._replace(consolidation=consolidation, importance_seconds=state.importance_seconds + seconds)
+    return state, Consolidation(params, importance)
+
+
+def _with_row(accuracy_matrix: np.ndarray, index: int, accuracies: list[float]) -> np.ndarray:
+    accuracy_matrix = accuracy_matrix.copy()
+    accuracy_matrix[index, : len(accuracies)] = accuracies
+    return accuracy_matrix
+
+
+def _learned(state: SequenceState) -> LearnedSequence:
+    measured = {field: value for field, value in state._asdict().items() if field != "training"}
+    return LearnedSequence(params=state.training.params, **measured)
 
 
 @functools.partial(

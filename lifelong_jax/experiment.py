@@ -17,7 +17,8 @@ from lifelong_jax.continual import OptimizerFn, learn_jointly, learn_tasks
 from lifelong_jax.datasets import Dataset, hold_out_validation, load_dataset
 from lifelong_jax.models import CNN, MLP
 from lifelong_jax.penalty import add_quadratic_penalty, proximal_adam, proximal_quadratic_penalty
-from lifelong_jax.runs import Run, check_settings, format_estimate, markdown_table, print_table, start_run
+from lifelong_jax.resuming import open_run
+from lifelong_jax.runs import Run, RunSettings, check_settings, format_estimate, markdown_table, print_table
 from lifelong_jax.tasks import Scenario
 from lifelong_jax.types import Example, OutputFn, Params, Task
 
@@ -48,7 +49,7 @@ class Strength:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(RunSettings):
     """The settings that all comparisons have; a script's own dataclass adds to them."""
 
     methods: tuple[Literal["finetune", "l2", "ewc", "mas", "local_mas", "si", "rwalk", "joint"], ...] = (
@@ -114,8 +115,8 @@ class Settings:
     data_dir: str | None = None
     """Where TFDS keeps prepared data sets; by default TFDS_DATA_DIR, else ~/tensorflow_datasets."""
 
-    output_dir: str = "results"
-    """Results go to a new folder in <output-dir>/<name of the experiment>/."""
+    keep_tasks: bool = True
+    """Keep each task's own parameters and importance, for use with another strength or rule: see reconsolidate."""
 
     def __post_init__(self) -> None:
         """Refuses what would fail only after much has run."""
@@ -160,17 +161,21 @@ def run_experiment(settings: Settings, experiment: Experiment) -> None:
       experiment: what it makes of them.
     """
     console = rich.console.Console()
-    run = start_run(settings.output_dir, experiment.name, settings)
-    learn = functools.partial(make_learner, settings, experiment, make_optimizer_fn(settings))
-    if settings.tune:
-        settings = dataclasses.replace(settings, strength=tune(settings, experiment, learn, run, console))
-        run.write_config(settings)
-    learners = {name: learn(name, getattr(settings.strength, name, 0.0)) for name in settings.methods}
-    make_tasks = functools.partial(experiment.make_tasks, experiment.datasets)
-    outcomes = compare(
-        learners, make_tasks, experiment.init_params, settings.seeds, settings.num_epochs, run.log, console
-    )
-    report_comparison(outcomes, experiment.title, experiment.task_names, settings.num_epochs, run, console)
+    with open_run(settings, experiment.name, console) as run:
+        learn = functools.partial(make_learner, settings, experiment, make_optimizer_fn(settings))
+        strength = tune(settings, experiment, learn, run, console) if settings.tune else settings.strength
+        learners = {name: learn(name, getattr(strength, name, 0.0)) for name in settings.methods}
+        outcomes = compare(
+            learners,
+            functools.partial(experiment.make_tasks, experiment.datasets),
+            experiment.init_params,
+            settings.seeds,
+            settings.num_epochs,
+            run,
+            console,
+            keep_tasks=settings.keep_tasks,
+        )
+        report_comparison(outcomes, experiment.title, experiment.task_names, settings.num_epochs, run, console)
 
 
 def load_or_exit(name: str, data_dir: str | None, **options: object) -> Dataset:
@@ -268,7 +273,7 @@ def tune(
       settings: they have the grid and the seeds.
       experiment: what is learned.
       learn: `learn(name, strength) -> learner`.
-      run: where the log and `tuning.md` go.
+      run: where the log, `tuning.md` and `strength.json` go.
       console: where the table is printed.
 
     Returns:
@@ -278,9 +283,15 @@ def tune(
     learners = {f"{name} {strength:.3g}": learn(name, strength) for name in names for strength in settings.tune_grid}
     datasets = [hold_out_validation(dataset, 0.2, jax.random.key(0)) for dataset in experiment.datasets]
     make_tasks = functools.partial(experiment.make_tasks, datasets)
-    log = functools.partial(run.log, split="validation")
     outcomes = compare(
-        learners, make_tasks, experiment.init_params, settings.tune_seeds, settings.num_epochs, log, console
+        learners,
+        make_tasks,
+        experiment.init_params,
+        settings.tune_seeds,
+        settings.num_epochs,
+        run,
+        console,
+        split="validation",
     )
     accuracy = {name: of_learner.average_accuracy for name, of_learner in summarize(outcomes).items()}
     header = ["strength", *names]
@@ -296,4 +307,6 @@ def tune(
 
     best = {name: max(settings.tune_grid, key=functools.partial(validation_accuracy, name=name)) for name in names}
     console.print("chosen: " + ", ".join(f"--strength.{name} {strength:.3g}" for name, strength in best.items()))
-    return dataclasses.replace(settings.strength, **best)
+    chosen = dataclasses.replace(settings.strength, **best)
+    run.write_json("strength.json", dataclasses.asdict(chosen))
+    return chosen

@@ -6,7 +6,8 @@ import datetime
 import json
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +16,20 @@ import rich.progress
 import rich.table
 from numpy.typing import ArrayLike
 
+from lifelong_jax import _files
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """The settings that all scripts have."""
+
+    output_dir: str = "results"
+    """Results go to a new folder in <output-dir>/<name of the experiment>/."""
+
+    resume: str | None = None
+    """Go on with a run that was stopped, in its folder and with its settings: its folder, or nothing for the newest run
+    of this experiment."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -22,9 +37,13 @@ class Run:
 
     Attributes:
       folder: where; it holds `config.json` from the start.
+      earlier_rows: what was logged before the run was resumed, by `row_key`.
+      stopping: set when the run is asked to stop after the epoch that is being learned.
     """
 
     folder: pathlib.Path
+    earlier_rows: dict[tuple, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)
+    stopping: threading.Event = dataclasses.field(default_factory=threading.Event)
 
     def log(self, **row: Any) -> None:
         """Appends a line to `metrics.jsonl`; what a killed run had logged stays.
@@ -35,13 +54,23 @@ class Run:
         with (self.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(to_json(row)) + "\n")
 
-    def write_config(self, config: Any) -> None:
-        """Writes `config.json`.
+    def keep_rows(self, keep: Callable[[dict[str, Any]], bool]) -> None:
+        """Removes rows from `metrics.jsonl`, and what is behind the last whole one.
 
         Args:
-          config: a dataclass.
+          keep: `keep(row) -> bool`.
         """
-        (self.folder / "config.json").write_text(json.dumps(to_json(dataclasses.asdict(config)), indent=2) + "\n")
+        rows = "".join(json.dumps(row) + "\n" for row in read_rows(self.folder) if keep(row))
+        _files.write(self.folder / "metrics.jsonl", rows.encode())
+
+    def write_json(self, name: str, values: Any) -> None:
+        """Writes a file.
+
+        Args:
+          name: of the file.
+          values: names and values; arrays become lists, and NaN becomes null.
+        """
+        _files.write(self.folder / name, (json.dumps(to_json(values), indent=2) + "\n").encode())
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Writes `summary.json`.
@@ -49,7 +78,42 @@ class Run:
         Args:
           summary: names and values; arrays become lists, and NaN becomes null.
         """
-        (self.folder / "summary.json").write_text(json.dumps(to_json(summary), indent=2) + "\n")
+        self.write_json("summary.json", summary)
+
+
+def read_rows(folder: pathlib.Path) -> list[dict[str, Any]]:
+    """Reads a run's `metrics.jsonl`, as far as it is whole: a process may have been killed while it wrote a line.
+
+    Args:
+      folder: the run's.
+
+    Returns:
+      The rows.
+    """
+    file = folder / "metrics.jsonl"
+    rows = []
+    for line in file.read_bytes().split(b"\n")[:-1] if file.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def row_key(row: Mapping[str, Any]) -> tuple:
+    """Says which sequence of tasks a row is about.
+
+    Args:
+      row: of `metrics.jsonl`.
+
+    Returns:
+      Its split, method and seed; None for what it lacks.
+
+    Example:
+      >>> row_key({"method": "ewc", "seed": 0, "loss": 0.1})
+      (None, 'ewc', 0)
+    """
+    return tuple(row.get(name) for name in ("split", "method", "seed"))
 
 
 def start_run(output_dir: str | pathlib.Path, experiment: str, config: Any) -> Run:
@@ -73,7 +137,7 @@ def start_run(output_dir: str | pathlib.Path, experiment: str, config: Any) -> R
         else:
             break
     run = Run(folder)
-    run.write_config(config)
+    run.write_json("config.json", dataclasses.asdict(config))
     return run
 
 

@@ -84,7 +84,7 @@ def test_permuted_chooses_strengths_on_validation_data(tmp_path, capsys):
     assert "chosen: --strength.ewc" in printed
     assert "--strength.ewc 1e+30" not in printed
     assert "| 0.1 |" in (folder / "tuning.md").read_text()
-    assert json.loads((folder / "config.json").read_text())["strength"]["ewc"] in (0.1, 100)
+    assert json.loads((folder / "strength.json").read_text())["ewc"] in (0.1, 100)
 
 
 @pytest.mark.parametrize("option", ["--consolidation latest --decay 0.9", "--fisher sampled --optimizer adam"])
