@@ -1,6 +1,10 @@
 """Times a training step with the penalty against the step without, and prints Markdown tables.
 
     python benchmarks/penalty.py
+    python benchmarks/penalty.py --methods
+
+The first prints what the penalty costs, in each place; the second what the methods that gather their importance while
+training cost, in a step with the penalty, and what the state that they keep takes in copies of the parameters.
 
 MLP 784-1000-1000-10, batch 128, Adam. All steps take turns in one process, each next to a step without the penalty; a
 ratio is the median over the turns of the one over the other, so that other load on the machine cancels. The second
@@ -10,6 +14,7 @@ differs from 1 by is noise.
 """
 
 import argparse
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -23,10 +28,13 @@ from lifelong_jax import (
     add_quadratic_penalty,
     consolidate,
     init_consolidation,
+    path_integral,
     proximal_adam,
     proximal_quadratic_penalty,
     quadratic_penalty,
+    riemannian_walk,
 )
+from lifelong_jax.methods import cross_entropy
 from lifelong_jax.models import MLP
 from lifelong_jax.runs import markdown_table
 from lifelong_jax.types import Batch, Params
@@ -40,13 +48,48 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--turns", type=int, default=41, help="turns that each step takes")
     parser.add_argument("--tasks", type=int, nargs="+", default=[1, 2, 5, 10], help="numbers of tasks K")
+    parser.add_argument("--methods", action="store_true", help="time the methods that gather while training")
     arguments = parser.parse_args()
-    params_key, input_key, *task_keys = jax.random.split(jax.random.key(0), 2 + max(arguments.tasks))
+    time_methods(arguments.turns) if arguments.methods else time_penalties(arguments.turns, arguments.tasks)
+
+
+def make_problem() -> tuple[Params, Batch]:
+    """Draws parameters and a batch."""
+    params_key, input_key = jax.random.split(jax.random.key(0))
     batch = Batch(jax.random.normal(input_key, (128, 784)), jnp.arange(128) % 10, jnp.ones(128))
-    params = MODEL.init(params_key, batch.inputs[0])
-    tasks = [make_task(params, key) for key in task_keys]
-    kept = {count: consolidate_all(params, tasks[:count]) for count in arguments.tasks}
-    last = kept[max(arguments.tasks)]
+    return MODEL.init(params_key, batch.inputs[0]), batch
+
+
+def time_methods(turns: int) -> None:
+    """Prints what si and rwalk cost per step, by interval, and what they keep."""
+    params, batch = make_problem()
+    last = make_task(params, jax.random.key(1))
+    base = optax.chain(add_quadratic_penalty(1.0), optax.adam(LEARNING_RATE))
+    intervals = [1, 10, 50]
+    pipelines = {"none": base, "si": path_integral(base)}
+    pipelines |= {f"rwalk, interval {count}": riemannian_walk(base, interval=count) for count in intervals}
+    # As many steps to a time as the longest interval has, so that each has its share of the Fisher's cost.
+    make_steps = functools.partial(
+        Steps, params=params, batch=batch, stored=(), consolidation=last, repeats=max(intervals)
+    )
+    alone, everything = make_steps(base), {name: make_steps(optimizer) for name, optimizer in pipelines.items()}
+    ratios, milliseconds = take_turns(alone, everything, turns)
+    print(f"The step without: {milliseconds / max(intervals):.1f} ms\n")
+    size = optax.tree.size(params)
+    kept = {
+        name: (optax.tree.size(optimizer.init(params)) - optax.tree.size(base.init(params))) / size
+        for name, optimizer in pipelines.items()
+    }
+    rows = [[name, ratios[name], f"{kept[name]:.0f}"] for name in pipelines]
+    print(markdown_table(["method", "times the step without", "copies of the parameters"], rows))
+
+
+def time_penalties(turns: int, numbers_of_tasks: list[int]) -> None:
+    """Prints what the penalty costs per step, by place and by number of tasks."""
+    params, batch = make_problem()
+    tasks = [make_task(params, key) for key in jax.random.split(jax.random.key(1), max(numbers_of_tasks))]
+    kept = {count: consolidate_all(params, tasks[:count]) for count in numbers_of_tasks}
+    last = kept[max(numbers_of_tasks)]
 
     without = Steps(optax.adam(LEARNING_RATE), params, batch, ())
     pipelines = {
@@ -58,18 +101,18 @@ def main() -> None:
         "proximal_adam": proximal_adam(LEARNING_RATE, 1.0),
     }
     places = {name: Steps(optimizer, params, batch, (), last) for name, optimizer in pipelines.items()}
-    one = {f"one {count}": Steps(pipelines["coupled"], params, batch, (), kept[count]) for count in arguments.tasks}
+    one = {f"one {count}": Steps(pipelines["coupled"], params, batch, (), kept[count]) for count in numbers_of_tasks}
     stored = {
-        f"stored {count}": Steps(optax.adam(LEARNING_RATE), params, batch, tasks[:count]) for count in arguments.tasks
+        f"stored {count}": Steps(optax.adam(LEARNING_RATE), params, batch, tasks[:count]) for count in numbers_of_tasks
     }
 
     none = {"none": Steps(optax.adam(LEARNING_RATE), params, batch, ())}
-    ratios, milliseconds = take_turns(without, none | places | one | stored, arguments.turns)
+    ratios, milliseconds = take_turns(without, none | places | one | stored, turns)
     print(f"The step without: {milliseconds:.1f} ms\n")
     rows = [[name, ratios[name]] for name in none | places]
     print(markdown_table(["place of the penalty", "times the step without"], rows))
     header = ["tasks", "one consolidation", "stored penalties"]
-    rows = [[str(count), ratios[f"one {count}"], ratios[f"stored {count}"]] for count in arguments.tasks]
+    rows = [[str(count), ratios[f"one {count}"], ratios[f"stored {count}"]] for count in numbers_of_tasks]
     print(markdown_table(header, rows))
 
 
@@ -83,18 +126,21 @@ class Steps:
         batch: Batch,
         stored: list[Consolidation] | tuple[()],
         consolidation: Consolidation | None = None,
+        repeats: int = 1,
     ) -> None:
-        """Compiles the step; the consolidation goes to the optimiser, stored ones to the loss."""
+        """Compiles the step; the consolidation goes to the optimiser, stored ones to the loss; `repeats` are timed."""
         optimizer = optax.with_extra_args_support(optimizer)
 
+        example_loss = cross_entropy(MODEL.apply)
+
         def loss_fn(params: Params, stored: list[Consolidation]) -> jax.Array:
-            logits = jax.vmap(MODEL.apply, in_axes=(None, 0))(params, batch.inputs)
-            loss = optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch.labels).mean()
+            loss = jax.vmap(example_loss, in_axes=(None, 0))(params, batch).mean()
             return loss + sum(quadratic_penalty(params, task, 1.0) for task in stored)
 
         def step(params, opt_state, stored, consolidation):
             grads = jax.grad(loss_fn)(params, stored)
-            extra_args = {} if consolidation is None else consolidation._asdict()
+            extra_args = {"loss_fn": example_loss, "examples": batch}
+            extra_args |= {} if consolidation is None else consolidation._asdict()
             updates, opt_state = optimizer.update(grads, opt_state, params, **extra_args)
             return optax.apply_updates(params, updates), opt_state
 
@@ -102,11 +148,13 @@ class Steps:
         self.step: Callable = jax.jit(step, donate_argnums=(0, 1))
         self.state = (params, optimizer.init(params))
         self.constants = (stored, consolidation)
+        self.repeats = repeats
 
     def seconds(self) -> float:
-        """Makes a step and returns how long it took."""
+        """Makes as many steps as `repeats` says and returns how long they took."""
         start = time.perf_counter()
-        self.state = jax.block_until_ready(self.step(*self.state, *self.constants))
+        for _ in range(self.repeats):
+            self.state = jax.block_until_ready(self.step(*self.state, *self.constants))
         return time.perf_counter() - start
 
 

@@ -55,24 +55,17 @@ def init_fidelity() -> Fidelity:
     return Fidelity(*(jnp.asarray(value, jnp.float32) for value in (0.0, 0.0, jnp.nan)))
 
 
-def watch(fidelity: Fidelity, params: Params, origin: Params, moved: Params, next_origin: Params) -> Fidelity:
+def unknown(fidelity: Fidelity) -> jax.Array:
+    """Says whether it is still to be found out. What changes updates changes the first, so that one look is enough."""
+    return jnp.isnan(fidelity.discrepancy)
+
+
+def look(fidelity: Fidelity, params: Params, origin: Params, moved: Params) -> Fidelity:
     """Compares where the last update led with where it should have, and notes where the next should lead.
 
-    By the triangle inequality, the distance from any origin is wrong by no more than the parameters are. What changes
-    updates changes the first, so that this is looked at until parameters have moved once, and costs nothing after.
+    By the triangle inequality, the distance from any origin is wrong by no more than the parameters are.
     """
-
-    unknown = jnp.isnan(fidelity.discrepancy)
-    return jax.lax.cond(unknown, _look, _look_away, fidelity, params, origin, moved, next_origin)
-
-
-def _look(fidelity: Fidelity, params: Params, origin: Params, moved: Params, next_origin: Params) -> Fidelity:
-    distance, step = _distance(moved, next_origin), _distance(moved, params)
-    return Fidelity(distance, step, _discrepancy(fidelity, params, origin))
-
-
-def _look_away(fidelity: Fidelity, *trees: Params) -> Fidelity:
-    return fidelity
+    return Fidelity(_distance(moved, origin), _distance(moved, params), _discrepancy(fidelity, params, origin))
 
 
 def _discrepancy(fidelity: Fidelity, params: Params, origin: Params) -> jax.Array:

@@ -90,7 +90,9 @@ def path_integral(optimizer: optax.GradientTransformation) -> optax.GradientTran
         updates, inner_state = optimizer.update(grads, state.inner_state, params, **extra_args)
         moved = _path.apply(params, updates)
         path = _path.add_contribution(state.path, grads, params, moved)
-        fidelity = _path.watch(state.fidelity, params, state.start, moved, state.start)
+        fidelity = jax.lax.cond(
+            _path.unknown(state.fidelity), _path.look, _keep_first, state.fidelity, params, state.start, moved
+        )
         return updates, PathIntegralState(state.start, path, fidelity, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -135,3 +137,7 @@ def si_importance(opt_state: optax.OptState, params: Params, *, damping: float |
         return jnp.maximum(path, 0) / (squared_distance + jnp.asarray(damping, path.dtype))
 
     return jax.tree.map(of_leaf, state.path, state.start, params)
+
+
+def _keep_first(first: Any, *others: Any) -> Any:
+    return first

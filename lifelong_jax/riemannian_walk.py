@@ -13,6 +13,7 @@ RWalk's importance is that for all tasks so far, so a task's state takes over fr
     state = continue_walk(optimizer.init(params), state)
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -155,20 +156,12 @@ def riemannian_walk(
         path = _path.add_contribution(state.path, grads, params, moved)
 
         count = (state.count + 1) % interval
-        path, score, checkpoint = jax.lax.cond(
-            count == 0, _end_interval, _go_on, state._replace(path=path, fisher=fisher, inner_state=()), moved
-        )
-        fidelity = _path.watch(state.fidelity, params, state.checkpoint, moved, checkpoint)
-        return updates, state._replace(
-            count=count,
-            checkpoint=checkpoint,
-            path=path,
-            score=score,
-            fisher=fisher,
-            started=started,
-            fidelity=fidelity,
-            inner_state=inner_state,
-        )
+        # A loop of one round or none: a `cond` would copy in every step what it leaves as it is.
+        rounds = ((count == 0) | _path.unknown(state.fidelity)).astype(jnp.int32)
+        state = state._replace(count=count, path=path, fisher=fisher, started=started, inner_state=())
+        state, *_ = jax.lax.fori_loop(0, rounds, _end_step, (state, params, moved))
+        # The count as it was: under vmap, what comes out of the loop differs from run to run, and so would the `cond`.
+        return updates, state._replace(count=count, inner_state=inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -280,12 +273,19 @@ def _keep_fisher(fisher: Params, started: jax.Array, *others: Any) -> tuple[Para
     return fisher, started
 
 
-def _end_interval(state: RiemannianWalkState, moved: Params) -> tuple[Params, Params, Params]:
-    return jax.tree.map(jnp.zeros_like, state.path), _score_at(state, moved), moved
-
-
-def _go_on(state: RiemannianWalkState, moved: Params) -> tuple[Params, Params, Params]:
-    return state.path, state.score, state.checkpoint
+def _end_step(_: jax.Array, carry: tuple[RiemannianWalkState, Params, Params]) -> tuple[Any, Params, Params]:
+    """What happens where an interval ends, or it is not yet known whether updates are applied as they are returned."""
+    state, params, moved = carry
+    looked = _path.look(state.fidelity, params, state.checkpoint, moved)
+    fidelity = jax.tree.map(functools.partial(jnp.where, _path.unknown(state.fidelity)), looked, state.fidelity)
+    going_on = state._replace(fidelity=fidelity)
+    ended = state._replace(
+        checkpoint=moved,
+        path=jax.tree.map(jnp.zeros_like, state.path),
+        score=_score_at(state, moved),
+        fidelity=fidelity._replace(distance=jnp.zeros_like(fidelity.distance)),
+    )
+    return jax.tree.map(functools.partial(jnp.where, state.count == 0), ended, going_on), params, moved
 
 
 def _score_at(state: RiemannianWalkState, params: Params) -> Params:

@@ -523,6 +523,20 @@ def test_vmap_over_strengths_equals_one_by_one(method):
         chex.assert_trees_all_close(here, importance_at(strength), rtol=1e-9)
 
 
+def test_under_vmap_the_fisher_is_still_computed_once_per_interval():
+    optimizer = riemannian_walk(optax.sgd(0.1), interval=4)
+
+    def three_steps(params):
+        state, zero = optimizer.init(params), jnp.zeros(())
+        for _ in range(3):
+            batch = {"loss_fn": lambda p, x: jnp.sin(p * x), "examples": jnp.ones(2)}
+            updates, state = optimizer.update(zero, state, params, **batch)
+            params = optax.apply_updates(params, updates)
+        return state.fisher
+
+    assert str(jax.make_jaxpr(jax.vmap(three_steps))(jnp.ones(3))).count(" cond[") == 3
+
+
 def test_nnx_optimizer():
     model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, path_integral(PENALISED_ADAM), wrt=nnx.Param)
