@@ -11,7 +11,7 @@ import time
 import typing
 import urllib.parse
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -272,7 +272,9 @@ def _read_settings(settings_type: type[SettingsType], file: pathlib.Path) -> Set
         raise ValueError(f"{file} is damaged, or of another version of this script: {error}") from error
 
 
-def _from_json(settings_type: type, values: Mapping[str, Any]) -> Any:
+def _from_json(settings_type: type, values: Any) -> Any:
+    if not isinstance(values, dict):
+        raise ValueError("it holds no settings")
     types = typing.get_type_hints(settings_type)
     differing = types.keys() ^ values.keys()
     if differing:
