@@ -86,7 +86,8 @@ def measure(size: int, batch_size: int, turns: int) -> list[list[str]]:
             runs[what, way] = functools.partial(compile_with(convolve, function, params, data), params, data)
     for run in runs.values():
         seconds(run)
-    turns_taken = [{name: seconds(run) for name, run in runs.items()} for _ in range(turns)]
+    orders = [list(runs)[:: 1 if turn % 2 else -1] for turn in range(turns)]
+    turns_taken = [{name: seconds(runs[name]) for name in order} for order in orders]
     rows = []
     for what in dict.fromkeys(what for what, _ in runs):
         steps = NUM_STEPS if what == "a step in a loop" else 1

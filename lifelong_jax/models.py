@@ -96,8 +96,9 @@ class Conv(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `[height, width, channels]` to `[new_height, new_width, features]`."""
         shape = (self.window, self.window, x.shape[-1], self.features)
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=None)
         return convolve(x, kernel, self.stride, self.padding) + bias
 
 
@@ -144,13 +145,10 @@ def convolve_by_patches(image: jax.Array, kernel: jax.Array, stride: int = 1, pa
     height, width, channels, features = kernel.shape
     image = jnp.pad(image, [(padding, padding), (padding, padding), (0, 0)])
     rows, columns = (image.shape[0] - height) // stride + 1, (image.shape[1] - width) // stride + 1
-    last_row, last_column = (rows - 1) * stride + 1, (columns - 1) * stride + 1
-    patches = [
-        image[row : row + last_row : stride, column : column + last_column : stride]
-        for row in range(height)
-        for column in range(width)
-    ]
-    patches = jnp.concatenate(patches, axis=-1).reshape(rows * columns, height * width * channels)
+    # One axis after the other: height + width slices, and not height · width.
+    image = jnp.concatenate([image[:, c : c + (columns - 1) * stride + 1 : stride] for c in range(width)], axis=-1)
+    image = jnp.concatenate([image[r : r + (rows - 1) * stride + 1 : stride] for r in range(height)], axis=-1)
+    patches = image.reshape(rows * columns, height * width * channels)
     return (patches @ kernel.reshape(-1, features)).reshape(rows, columns, features)
 
 

@@ -171,8 +171,10 @@ def open_tfds(name: str, folder: pathlib.Path) -> tuple[Source, Source, int]:
     num_classes = getattr(features["label"], "num_classes", None)
     if num_classes is None:
         raise ValueError(f"data set {name!r} has labels that are no classes: {features['label']}.")
-    if features["image"].dtype != np.uint8:
-        raise ValueError(f"data set {name!r} has images of {features['image'].dtype}, but unsigned bytes are needed.")
+    if features["image"].np_dtype != np.uint8:
+        raise ValueError(
+            f"data set {name!r} has images of {features['image'].np_dtype}, but unsigned bytes are needed."
+        )
     if "train" not in splits:
         raise ValueError(f"data set {name!r} has the splits {sorted(splits)}, but 'train' is needed.")
 

@@ -1,14 +1,18 @@
-"""Data sets: the bundled one, TFDS's where there is one, and what goes wrong."""
+"""Data sets: the bundled ones, TFDS's where there are some, folders, sizes and colours; and what goes wrong."""
 
 import os
 import pathlib
+import sys
 
 import chex
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from lifelong_jax import datasets
+from lifelong_jax.images import fit_image, read_image
+from lifelong_jax.streaming import stream_batches
 
 
 @pytest.fixture(autouse=True)
@@ -32,8 +36,47 @@ def test_digits():
     assert not any(image.tobytes() in images for image in np.asarray(digits.test.inputs))
 
 
+def test_digits_at_another_size_and_in_colour():
+    digits = datasets.load_dataset("digits")
+    large = datasets.load_dataset("digits", image_size=16, channels=3)
+    assert large.test.inputs.shape == (360, 16, 16, 3)
+    chex.assert_trees_all_equal(large.test.labels, digits.test.labels)
+    images = np.asarray(large.test.inputs)
+    np.testing.assert_array_equal(images[..., 0], images[..., 2])
+    halved = images[..., 0].reshape(360, 8, 2, 8, 2).mean((2, 4))
+    assert np.corrcoef(halved.ravel(), np.asarray(digits.test.inputs).ravel())[0, 1] > 0.95
+
+
+@pytest.fixture(scope="module")
+def letters():
+    return datasets.load_dataset("letters")
+
+
+def test_letters_are_the_same_drawings_at_every_size(letters):
+    large = datasets.load_dataset("letters", image_size=16)
+    assert letters.num_classes == 26
+    assert letters.train.inputs.shape == (3328, 8, 8, 1)
+    assert letters.test.inputs.shape == (1248, 8, 8, 1)
+    for small, double in ((letters.train, large.train), (letters.test, large.test)):
+        assert set(np.bincount(small.labels).tolist()) == {len(small.labels) // 26}
+        np.testing.assert_array_equal(small.inputs.max((1, 2, 3)), 1)
+        np.testing.assert_array_equal(small.labels, double.labels)
+        halved = np.asarray(double.inputs).reshape(-1, 8, 2, 8, 2).mean((2, 4)).reshape(-1, 64)
+        similar = [
+            np.corrcoef(a, b)[0, 1] for a, b in zip(np.asarray(small.inputs).reshape(-1, 64), halved, strict=True)
+        ]
+        assert min(similar) > 0.95
+
+
+def test_letters_of_unseen_typefaces_can_be_read(letters):
+    train, test = (np.asarray(batch.inputs).reshape(-1, 64) for batch in (letters.train, letters.test))
+    distances = (train**2).sum(1) - 2 * test @ train.T
+    nearest = np.asarray(letters.train.labels)[distances.argmin(1)]
+    assert 0.9 < (nearest == np.asarray(letters.test.labels)).mean() < 0.99  # neither hard nor learned by heart
+
+
 def test_hold_out_validation_splits_the_training_data_and_drops_the_test_data():
-    digits = datasets.load_digits()
+    digits = datasets.load_dataset("digits")
     held = datasets.hold_out_validation(digits, 0.25, jax.random.key(0))
     assert held.test.inputs.shape[0] == 359
     assert held.train.inputs.shape[0] == 1437 - 359
@@ -42,6 +85,9 @@ def test_hold_out_validation_splits_the_training_data_and_drops_the_test_data():
         return sorted(image.tobytes() for batch in batches for image in np.asarray(batch.inputs))
 
     assert rows(held.train, held.test) == rows(digits.train)
+    opened = datasets.hold_out_validation(datasets.open_dataset("digits"), 0.25, jax.random.key(0))
+    np.testing.assert_array_equal([opened.test[index].labels for index in range(359)], held.test.labels)
+    np.testing.assert_array_equal(opened.train[7].inputs, held.train.inputs[7])
     with pytest.raises(ValueError, match=r"fraction 0.0 of 1437 examples"):
         datasets.hold_out_validation(digits, 0.0, jax.random.key(0))
 
@@ -68,6 +114,130 @@ def test_bad_batches(inputs, labels, error, message):
         datasets.make_batch(inputs, labels, 4)
 
 
+@pytest.mark.parametrize(("settings", "message"), [({"image_size": 0}, "image_size"), ({"channels": 2}, "channels")])
+def test_bad_shapes(settings, message):
+    for door in (datasets.load_dataset, datasets.open_dataset):
+        with pytest.raises(ValueError, match=f"{message} must be"):
+            door("digits", **settings)
+
+
+def test_images_are_resized_with_antialiasing_and_change_colours():
+    stripes = np.tile(np.array([[0], [0], [0], [240]], np.uint8), (4, 16))[..., None]
+    # Every fourth row alone would be 0 or 240.
+    np.testing.assert_allclose(fit_image(stripes, 4, None)[1:-1], 60, atol=12)
+    wide = np.repeat(stripes, 3, axis=1)
+    assert fit_image(wide, 16, 3).shape == (16, 16, 3)
+    assert fit_image(wide, None, None) is wide
+    assert fit_image(wide, None, 3).shape == (16, 48, 3)
+    colour = np.zeros((2, 2, 3), np.uint8) + np.array([255, 0, 100], np.uint8)
+    np.testing.assert_array_equal(fit_image(colour, None, 1), round(0.299 * 255 + 0.114 * 100))
+    np.testing.assert_array_equal(fit_image(colour, 5, None), np.broadcast_to(colour[:1, :1], (5, 5, 3)))
+    transparent = np.concatenate([colour, np.zeros((2, 2, 1), np.uint8)], axis=-1)
+    np.testing.assert_array_equal(fit_image(transparent, None, 3), colour)
+    with pytest.raises(ValueError, match="an image of 2 channels"):
+        fit_image(colour[..., :2], 4, None)
+
+
+def write_image(path, shape, value, mode="RGB"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.full((*shape, 3), value, np.uint8)
+    Image.fromarray(pixels).convert(mode).save(path, quality=95)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    root = tmp_path / "animals"
+    write_image(root / "train" / "cat" / "b.png", (6, 9), 250)
+    write_image(root / "train" / "cat" / "a.jpg", (9, 6), 200, "L")
+    write_image(root / "train" / "ant" / "c.JPEG", (5, 5), 100)
+    write_image(root / "test" / "cat" / "d.png", (7, 7), 51, "P")
+    write_image(root / "test" / "ant" / "e.png", (40, 3), 20, "RGBA")
+    (root / "train" / "cat" / "._a.jpg").write_bytes(b"what another system left behind")
+    (root / "train" / "cat" / "notes.txt").write_text("not an image")
+    return root
+
+
+def test_a_folder_of_images(folder, own_cache, monkeypatch):
+    animals = datasets.load_dataset(f"folder:{folder}", image_size=4)
+    assert animals.num_classes == 2
+    assert animals.train.inputs.shape == (3, 4, 4, 3)
+    np.testing.assert_allclose(255 * animals.train.inputs[:, 1, 2, 1], [100, 200, 250], atol=3)
+    np.testing.assert_allclose(255 * animals.test.inputs[:, 1, 2, 1], [20, 51], atol=3)
+    assert animals.train.labels.tolist() == [0, 1, 1]
+    assert animals.test.labels.tolist() == [0, 1]
+
+    grey = datasets.load_dataset(f"folder:{folder}", image_size=4, channels=1)  # another size, another cache
+    assert grey.train.inputs.shape == (3, 4, 4, 1)
+    assert len(list(own_cache.glob("folder-*.npz"))) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets, "open_dataset", None)  # what is cached is not opened
+        chex.assert_trees_all_equal(datasets.load_dataset(f"folder:{folder}", image_size=4), animals)
+    write_image(folder / "test" / "cat" / "f.png", (7, 7), 130)
+    assert datasets.load_dataset(f"folder:{folder}", image_size=4).test.labels.tolist() == [0, 1, 1]
+
+    opened = datasets.open_dataset(f"folder:{folder}", image_size=4)
+    (batch,) = stream_batches(opened.train, 3)
+    chex.assert_trees_all_equal(batch, animals.train)
+    with pytest.raises(ValueError, match=r"\(5, 5, 3\) and \(9, 6, 3\), but one shape is needed: give image_size"):
+        datasets.load_dataset(f"folder:{folder}")
+
+
+def test_folders_that_cannot_be_read(folder):
+    name = f"folder:{folder}"
+    with pytest.raises(FileNotFoundError, match=r"no folder '.*nowhere' for the data set"):
+        datasets.load_dataset("folder:nowhere")
+    with pytest.raises(FileNotFoundError, match=r"name it folder:PATH"):
+        datasets.open_dataset("folder:")
+    broken = folder / "train" / "cat" / "b.png"
+    Image.fromarray(np.random.default_rng(0).integers(256, size=(9, 9, 3), dtype=np.uint8)).save(broken)
+    broken.write_bytes(broken.read_bytes()[:200])
+    with pytest.raises(ValueError, match=r"cannot read the image .*/train/cat/b\.png: .*\. Mend it, or take it out"):
+        datasets.load_dataset(name, image_size=4)
+    deep = np.arange(4, dtype=np.uint16).reshape(2, 2) * 1000
+    Image.fromarray(deep).save(broken)
+    with pytest.raises(ValueError, match=r"b\.png: it has more than 8 bits per channel"):
+        read_image(broken)
+    (folder / "train" / "dog").mkdir()
+    with pytest.raises(ValueError, match=r"the class folder .*/train/dog has no images"):
+        datasets.open_dataset(name)
+    write_image(folder / "train" / "dog" / "a.png", (3, 3), 5)
+    with pytest.raises(ValueError, match=r"/test lacks 1 classes that the other split has: dog"):
+        datasets.open_dataset(name)
+    (folder / "test").rename(folder / "tests")
+    with pytest.raises(FileNotFoundError, match=r"no folder .*/test: images are looked for in"):
+        datasets.open_dataset(name)
+    (folder / "test").mkdir()
+    with pytest.raises(ValueError, match=r"/test lacks 3 classes"):
+        datasets.open_dataset(name)
+
+
+def test_mit_scenes(tmp_path):
+    root = tmp_path / "scenes"
+    files = ("mall/shopping mall.jpg", "bar/bar_0026.jpg", "mall/m.jpg", "bar/b.jpg", "bar/unlisted.jpg")
+    for number, file in enumerate(files):
+        write_image(root / "Images" / file, (8, 6 + number), 10 * number)
+    (root / "TrainImages.txt").write_text("mall/shopping mall.jpg\r\nbar/bar_0026.jpg\r\n")
+    (root / "TestImages.txt").write_text("bar/b.jpg\nmall/m.jpg")
+    scenes = datasets.load_dataset(f"mit_scenes:{root}", image_size=5)
+    assert scenes.num_classes == 2
+    assert scenes.train.labels.tolist() == [1, 0]
+    assert scenes.test.labels.tolist() == [0, 1]
+    np.testing.assert_allclose(255 * scenes.train.inputs[:, 2, 2, 0], [0, 10], atol=2)
+    np.testing.assert_allclose(255 * scenes.test.inputs[:, 2, 2, 0], [30, 20], atol=2)
+
+    for lines, error, message in (
+        ("bar/b.jpg\nbar/x.jpg", FileNotFoundError, r"1 of the 2 images .* the first of them bar/x\.jpg"),
+        ("bar.jpg", ValueError, r"the line 'bar\.jpg', but each line must be <class>/<file>"),
+        ("bar/b.jpg", ValueError, r"TestImages\.txt lacks 1 classes that the other split has: mall"),
+    ):
+        (root / "TestImages.txt").write_text(lines)
+        with pytest.raises(error, match=message):
+            datasets.open_dataset(f"mit_scenes:{root}")
+    (root / "TrainImages.txt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no file .*TrainImages\.txt"):
+        datasets.open_dataset(f"mit_scenes:{root}")
+
+
 def test_a_data_set_that_is_not_there(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=rf"no data set 'mnist' .* in {tmp_path}(.|\n)*pip install"):
         datasets.load_dataset("mnist", tmp_path)
@@ -77,15 +247,44 @@ def test_a_data_set_that_is_not_there(tmp_path, monkeypatch):
     monkeypatch.delenv("TFDS_DATA_DIR")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     with pytest.raises(FileNotFoundError, match=f"{tmp_path}/home/tensorflow_datasets"):
-        datasets.load_dataset("mnist")
+        datasets.open_dataset("mnist")
+
+
+def test_birds_as_tfds_mocks_them(tmp_path):
+    tfds = pytest.importorskip("tensorflow_datasets")
+    tensorflow_was_there = "tensorflow" in sys.modules
+    folder = tmp_path / "caltech_birds2011" / "0.2.0"
+    folder.mkdir(parents=True)
+    with tfds.testing.mock_data():
+        info = tfds.builder("caltech_birds2011", file_format="array_record").info
+        splits = [tfds.core.SplitInfo(name=name, shard_lengths=[5], num_bytes=0) for name in ("train", "test")]
+        info.set_splits(tfds.core.splits.SplitDict(splits))
+        info.write_to_directory(folder)
+    (folder / "caltech_birds2011-train.array_record-00000-of-00001").touch()
+    with tfds.testing.mock_data(num_examples=5, data_dir=tmp_path):
+        birds = datasets.load_dataset("caltech_birds2011", tmp_path, image_size=12)
+        opened = datasets.open_dataset("caltech_birds2011", tmp_path, image_size=12)
+        batches = list(stream_batches(opened.test, 2))
+        first = opened.train.source.records[0]
+        with pytest.raises(ValueError, match="one shape is needed: give image_size"):
+            datasets.load_dataset("caltech_birds2011", tmp_path)
+    assert birds.num_classes == 200
+    assert birds.train.inputs.shape == birds.test.inputs.shape == (5, 12, 12, 3)
+    assert first["image"].shape != (12, 12, 3)
+    expected = np.asarray(Image.fromarray(first["image"]).resize((12, 12), Image.Resampling.BILINEAR)) / np.float32(255)
+    np.testing.assert_allclose(birds.train.inputs[0], expected, rtol=1e-6)
+    assert birds.train.labels[0] == first["label"]
+    streamed = np.concatenate([batch.inputs for batch in batches])[:5]
+    np.testing.assert_array_equal(streamed, birds.test.inputs)
+    assert tensorflow_was_there or "tensorflow" not in sys.modules
 
 
 class FakeBuilder:
-    """Stands for TFDS's builder of a prepared data set."""
+    """Stands for TFDS's builder of a prepared data set of three classes."""
 
-    def __init__(self, examples, features=("image", "label"), splits=("train", "test")):
-        label = type("ClassLabel", (), {"num_classes": 3})
-        self.info = type("Info", (), {"features": dict.fromkeys(features, label), "splits": dict.fromkeys(splits)})
+    def __init__(self, examples, features=("image", "label"), dtype=np.uint8, num_classes=3):
+        feature = type("Feature", (), {"num_classes": num_classes, "np_dtype": dtype})
+        self.info = type("Info", (), {"features": dict.fromkeys(features, feature), "splits": examples})
         self.examples = examples
         self.reads = 0
 
@@ -103,39 +302,57 @@ def fake_tfds(monkeypatch, folder, builder):
 
 
 def images(*shapes):
-    return [{"image": np.full(shape, 255, np.uint8), "label": index} for index, shape in enumerate(shapes)]
+    return [{"image": np.full(shape, 255, np.uint8), "label": index % 3} for index, shape in enumerate(shapes)]
+
+
+SQUARE = (2, 2, 1)
 
 
 def test_decoded_arrays_are_cached_until_the_prepared_files_change(tmp_path, monkeypatch, own_cache):
-    square = (2, 2, 1)
-    builder = FakeBuilder({"train": images(square, square, square), "test": images(square)})
+    builder = FakeBuilder({"train": images(SQUARE, SQUARE, SQUARE), "test": images(SQUARE)})
     fake_tfds(monkeypatch, tmp_path, builder)
-    first = datasets.load_tfds("fake", tmp_path)
+    first = datasets.load_dataset("fake", tmp_path)
     assert first.train.inputs.shape == (3, 2, 2, 1)
     assert first.train.labels.tolist() == [0, 1, 2]
     assert first.num_classes == 3
     assert builder.reads == 2
-    second = datasets.load_tfds("fake", tmp_path)
+    second = datasets.load_dataset("fake", tmp_path)
     assert builder.reads == 2
     chex.assert_trees_all_equal(first, second)
     assert not list(own_cache.glob("*.partial"))
     (tmp_path / "fake" / "1.0.0" / "fake-train.array_record-00000-of-00001").write_bytes(b"prepared anew")
-    datasets.load_tfds("fake", tmp_path)
+    datasets.load_dataset("fake", tmp_path)
     assert builder.reads == 4
+
+
+def test_what_is_tested_on_where_there_is_no_test_split(tmp_path, monkeypatch):
+    fake_tfds(monkeypatch, tmp_path, FakeBuilder({"train": images(SQUARE), "validation": images(SQUARE, SQUARE)}))
+    assert datasets.load_dataset("fake", tmp_path).test.labels.tolist() == [0, 1]
+    fake_tfds(monkeypatch, tmp_path, FakeBuilder({"train": images(*[SQUARE] * 11)}))
+    opened = datasets.open_dataset("fake", tmp_path)
+    assert [opened.test[index].labels for index in range(len(opened.test))] == [1, 0]  # examples 4 and 9
+    assert len(opened.train) == 9
 
 
 @pytest.mark.parametrize(
     ("builder", "message"),
     [
         (FakeBuilder({}, features=("text", "label")), r"features \['label', 'text'\], but 'image' and 'label'"),
-        (FakeBuilder({}, splits=("train",)), r"splits \['train'\], but 'train' and 'test'"),
-        (FakeBuilder({"train": images((2, 2, 1), (3, 2, 1)), "test": []}), "images of 2 shapes"),
+        (FakeBuilder({"test": images(SQUARE)}), r"splits \['test'\], but 'train' is needed"),
+        (FakeBuilder({"train": images(SQUARE)}, num_classes=None), "labels that are no classes"),
+        (FakeBuilder({"train": images(SQUARE)}, dtype=np.float32), "images of .*float32.*, not of unsigned bytes"),
+        (FakeBuilder({"train": images((2, 2, 1), (3, 2, 1)), "test": images(SQUARE)}), "one shape is needed"),
+        (FakeBuilder({"train": images(SQUARE), "test": images((2, 2, 3))}), "or channels where only these differ"),
+        (
+            FakeBuilder({"train": images(SQUARE), "test": [{"image": np.zeros(SQUARE, np.uint8), "label": -1}]}),
+            "example 0 of fake, split 'test' has the label -1",
+        ),
     ],
 )
 def test_data_sets_of_another_kind(tmp_path, monkeypatch, builder, message):
     fake_tfds(monkeypatch, tmp_path, builder)
     with pytest.raises(ValueError, match=message):
-        datasets.load_tfds("fake", tmp_path)
+        datasets.load_dataset("fake", tmp_path)
 
 
 def test_mnist_as_tfds_prepares_it():
@@ -146,3 +363,6 @@ def test_mnist_as_tfds_prepares_it():
     assert mnist.train.inputs.shape == (60_000, 28, 28, 1)
     assert mnist.test.inputs.shape == (10_000, 28, 28, 1)
     assert np.bincount(mnist.test.labels).tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
+    batch = next(stream_batches(datasets.open_dataset("mnist", image_size=8, channels=3).test, 32))
+    assert batch.inputs.shape == (32, 8, 8, 3)
+    np.testing.assert_array_equal(batch.labels, mnist.test.labels[:32])
