@@ -250,24 +250,14 @@ def test_a_data_set_that_is_not_there(tmp_path, monkeypatch):
         datasets.open_dataset("mnist")
 
 
-def test_birds_as_tfds_mocks_them(tmp_path):
-    tfds = pytest.importorskip("tensorflow_datasets")
+def test_birds_as_tfds_mocks_them(mocked_birds):
     tensorflow_was_there = "tensorflow" in sys.modules
-    folder = tmp_path / "caltech_birds2011" / "0.2.0"
-    folder.mkdir(parents=True)
-    with tfds.testing.mock_data():
-        info = tfds.builder("caltech_birds2011", file_format="array_record").info
-        splits = [tfds.core.SplitInfo(name=name, shard_lengths=[5], num_bytes=0) for name in ("train", "test")]
-        info.set_splits(tfds.core.splits.SplitDict(splits))
-        info.write_to_directory(folder)
-    (folder / "caltech_birds2011-train.array_record-00000-of-00001").touch()
-    with tfds.testing.mock_data(num_examples=5, data_dir=tmp_path):
-        birds = datasets.load_dataset("caltech_birds2011", tmp_path, image_size=12)
-        opened = datasets.open_dataset("caltech_birds2011", tmp_path, image_size=12)
-        batches = list(stream_batches(opened.test, 2))
-        first = opened.train.source.records[0]
-        with pytest.raises(ValueError, match="one shape is needed: give image_size"):
-            datasets.load_dataset("caltech_birds2011", tmp_path)
+    birds = datasets.load_dataset("caltech_birds2011", mocked_birds, image_size=12)
+    opened = datasets.open_dataset("caltech_birds2011", mocked_birds, image_size=12)
+    batches = list(stream_batches(opened.test, 2))
+    first = opened.train.source.records[0]
+    with pytest.raises(ValueError, match="one shape is needed: give image_size"):
+        datasets.load_dataset("caltech_birds2011", mocked_birds)
     assert birds.num_classes == 200
     assert birds.train.inputs.shape == birds.test.inputs.shape == (5, 12, 12, 3)
     assert first["image"].shape != (12, 12, 3)

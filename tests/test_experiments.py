@@ -7,6 +7,7 @@ import sys
 
 import jax
 import numpy as np
+import platformdirs
 import pytest
 import tyro
 from PIL import Image
@@ -147,8 +148,9 @@ def test_dataset_sequence(tmp_path):
         dataset_sequence.Config(pretrained="alexnet.safetensors")
 
 
-def test_dataset_sequence_of_scenes_and_birds(tmp_path):
-    # In MIT scenes' own layout, and the birds' from TFDS, mocked.
+def test_dataset_sequence_of_scenes_and_birds(tmp_path, mocked_birds, monkeypatch):
+    # Scenes in their own layout; birds from TFDS, mocked.
+    monkeypatch.setattr(platformdirs, "user_cache_path", lambda name: tmp_path / "cache")
     rng = np.random.default_rng(0)
     names = [f"{scene}/{index}.jpg" for scene in ("bakery", "library") for index in range(4)]
     for name in names:
@@ -159,9 +161,9 @@ def test_dataset_sequence_of_scenes_and_birds(tmp_path):
     (tmp_path / "TestImages.txt").write_text("\n".join(names[1::2]))
     scenes = f"mit_scenes:{tmp_path}"
     arguments = ["--datasets", scenes, "caltech_birds2011", "--image-size", "8", "--channels", "3", "--seeds", "0"]
-    with mock_birds(tmp_path):
-        summary = summary_of(run(dataset_sequence, tmp_path, *arguments, "--methods", "ewc"))
-    assert np.array(summary["ewc"]["accuracy_matrix"]).shape == (2, 2)
+    arguments += ["--data-dir", str(mocked_birds), "--methods", "mas"]
+    summary = summary_of(run(dataset_sequence, tmp_path, *arguments))
+    assert np.array(summary["mas"]["accuracy_matrix"]).shape == (2, 2)
 
 
 def test_permuted_help():
