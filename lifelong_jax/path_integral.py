@@ -126,7 +126,7 @@ def si_importance(opt_state: optax.OptState, params: Params, *, damping: float |
       >>> si_importance(state, optax.apply_updates(params, updates), damping=1.0)  # 8 / (2² + 1)
       Array(1.6, dtype=float32)
 
-    Zenke et al. 2017, arXiv 1703.04200, eq. 5; the maximum with 0 is in the authors' code.
+    Zenke et al. 2017, arXiv 1703.04200, eq. 5. The maximum with 0 is in the authors' code, of the sum over the tasks.
     """
     _checks.check_positive("damping", damping)
     state = _path.find_state("path_integral", PathIntegralState, opt_state)

@@ -4,6 +4,8 @@ import dataclasses
 import json
 import subprocess
 import sys
+import types
+import typing
 
 import jax
 import numpy as np
@@ -14,6 +16,7 @@ from PIL import Image
 
 from experiments import add_digit, dataset_sequence, permuted, rotated, split, strength_sweep, strength_transfer
 from lifelong_jax.datasets import load_dataset
+from lifelong_jax.experiment import make_learner
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -104,6 +107,27 @@ def test_rotated(tmp_path):
     summary = summary_of(run(rotated, tmp_path, *arguments, "--hidden-sizes", "64"))
     assert summary["mas"]["forward_transfer"]["mean"] > 0.3  # ten degrees are nearly the same task
     assert summary["mas"]["average_accuracy"]["mean"] > 0.6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", [permuted, rotated, split])
+def test_methods_of_the_path_and_of_layers(tmp_path, script):
+    names = ["local_mas", "si", "rwalk"]
+    summary = summary_of(run(script, tmp_path, "--methods", *names, "--seeds", "0"))
+    assert list(summary) == names
+    assert all(metrics["average_accuracy"]["mean"] > 0.2 for metrics in summary.values())
+
+
+def test_every_method_has_a_learner_and_a_strength():
+    config = permuted.Config()
+    (names, _) = typing.get_args(typing.get_type_hints(type(config))["methods"])
+    stub = types.SimpleNamespace(scenario="domain", apply_fn=None)
+    for name in typing.get_args(names):
+        learner = make_learner(config, stub, None, name, 2.0)
+        if name != "joint":
+            assert learner.args[0].name == name
+    penalised = set(typing.get_args(names)) - {"finetune", "joint"}
+    assert penalised == {field.name for field in dataclasses.fields(config.strength)}
 
 
 @pytest.mark.parametrize("scenario", ["task", "domain", "class"])

@@ -46,13 +46,17 @@ def test_importances():
 
 
 def test_names_and_rules():
-    assert [method.name for method in (methods.finetune(), methods.l2(), methods.ewc(), methods.mas())] == [
-        "finetune",
-        "l2",
-        "ewc",
-        "mas",
-    ]
+    names = ["finetune", "l2", "ewc", "mas", "local_mas", "si", "rwalk"]
+    assert [getattr(methods, name)().name for name in names] == names
     assert methods.ewc(rule="latest", decay=0.5)[2:4] == ("latest", 0.5)
+    assert methods.si(rule="separate", decay=0.5)[2:4] == ("separate", 0.5)
+    assert methods.rwalk()[2:4] == ("latest", 0.0)  # what it keeps of earlier tasks is in its state
+
+
+def test_what_is_compiled_by_is_one_object_per_setting():
+    for method in (methods.si, methods.rwalk):
+        assert method() == method()
+        assert method(damping=0.5) != method()
 
 
 def test_unknown_fisher():

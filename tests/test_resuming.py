@@ -55,7 +55,8 @@ def optimizer_fn(strength):
 
 
 EWC = functools.partial(learn_tasks, methods.ewc("sampled"), strength=3.0)
-LEARNERS = {"ewc": EWC, "joint": learn_jointly}
+RWALK = functools.partial(learn_tasks, methods.rwalk(interval=2), strength=3.0)  # carries its state from task to task
+LEARNERS = {"ewc": EWC, "rwalk": RWALK, "joint": learn_jointly}
 
 
 def learn(learner, **options):
