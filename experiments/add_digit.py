@@ -16,7 +16,7 @@ from lifelong_jax.experiment import Experiment, Settings, Strength, load_or_exit
 from lifelong_jax.resuming import parse_settings
 from lifelong_jax.runs import check_settings
 
-STRENGTH = Strength(l2=0.1, ewc=3.16e4, mas=3.16, local_mas=1.0, si=1.0, rwalk=1.0)  # chosen by --tune
+STRENGTH = Strength(l2=0.1, ewc=3.16e4, mas=3.16, local_mas=316.0, si=3.16e5, rwalk=100.0)  # chosen by --tune
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from lifelong_jax.resuming import parse_settings
 from lifelong_jax.runs import check_settings
 from lifelong_jax.tasks import permuted_tasks
 
-STRENGTH = Strength(l2=0.00316, ewc=100.0, mas=0.0316, local_mas=1.0, si=1.0, rwalk=1.0)  # chosen by --tune
+STRENGTH = Strength(l2=0.00316, ewc=100.0, mas=0.0316, local_mas=0.316, si=31.6, rwalk=31.6)  # chosen by --tune
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

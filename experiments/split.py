@@ -22,9 +22,8 @@ from lifelong_jax.resuming import parse_settings
 from lifelong_jax.runs import check_settings
 from lifelong_jax.tasks import split_tasks
 
-STRENGTH = Strength(
-    l2=0.0316, ewc=1e3, mas=10.0, local_mas=1.0, si=1.0, rwalk=1.0
-)  # by --tune: for the task- and the domain-incremental scenario
+# By --tune: for the task- and the domain-incremental scenario.
+STRENGTH = Strength(l2=0.0316, ewc=1e3, mas=10.0, local_mas=10.0, si=1e3, rwalk=316.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
