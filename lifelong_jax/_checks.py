@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lifelong_jax.types import Examples, Params
+from lifelong_jax.types import Batch, Examples, Params
 
 
 def check_params(name: str, params: Params) -> None:
@@ -20,7 +20,7 @@ def check_params(name: str, params: Params) -> None:
             )
 
 
-def check_examples(name: str, examples: Examples, weights: jax.Array | None) -> None:
+def check_examples(name: str, examples: Examples, weights: jax.Array | None, weights_name: str = "weights") -> None:
     """Raises ValueError unless all leaves of `examples`, and `weights`, agree on a number of examples of at least 1."""
     leaves = jax.tree.leaves_with_path(examples)
     if not leaves:
@@ -28,12 +28,12 @@ def check_examples(name: str, examples: Examples, weights: jax.Array | None) -> 
     sizes = {name + jax.tree_util.keystr(path): np.shape(leaf)[:1] for path, leaf in leaves}
     if weights is not None:
         if not hasattr(weights, "dtype"):
-            raise ValueError(f"weights must be an array [num_examples], not a {type(weights).__name__}.")
+            raise ValueError(f"{weights_name} must be an array [num_examples], not a {type(weights).__name__}.")
         if np.ndim(weights) != 1:
             raise ValueError(
-                f"weights has shape {np.shape(weights)}, but one weight per example is needed: [num_examples]."
+                f"{weights_name} has shape {np.shape(weights)}, but one weight per example is needed: [num_examples]."
             )
-        sizes["weights"] = np.shape(weights)
+        sizes[weights_name] = np.shape(weights)
     if len(set(sizes.values())) > 1 or () in sizes.values():
         listed = ", ".join(f"{leaf}: {size[0] if size else 'none'}" for leaf, size in sizes.items())
         raise ValueError(f"{name} must have one leading axis of num_examples in common, but its sizes are {listed}.")
@@ -42,12 +42,27 @@ def check_examples(name: str, examples: Examples, weights: jax.Array | None) -> 
     if weights is not None and is_concrete(weights):
         values = np.asarray(weights)
         if not (np.isfinite(values).all() and (values >= 0).all() and values.sum() > 0):
-            raise ValueError("weights must be finite, not negative, and not all 0.")
+            raise ValueError(f"{weights_name} must be finite, not negative, and not all 0.")
 
 
-def check_positive_integer(name: str, value: int | None) -> None:
-    """Raises ValueError unless `value` is None or an integer of at least 1."""
-    if value is not None and (not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1):
+def check_batch(name: str, batch: Batch, num_classes: int) -> None:
+    """Raises ValueError or TypeError, naming the field, unless labels are classes and inputs and weights are finite."""
+    check_examples(name, batch._replace(weights=None), batch.weights, f"{name}.weights")
+    if not jnp.issubdtype(batch.labels.dtype, jnp.integer):
+        raise TypeError(f"{name}.labels has dtype {batch.labels.dtype}, but a class is an integer.")
+    if is_concrete(batch.labels) and not 0 <= batch.labels.min() <= batch.labels.max() < num_classes:
+        raise ValueError(
+            f"{name}.labels has labels from {batch.labels.min()} to {batch.labels.max()}, but there are {num_classes} "
+            f"classes."
+        )
+    check_finite(f"{name}.inputs", batch.inputs, hint="Clean the data.")
+
+
+def check_positive_integer(name: str, value: int | None, *, optional: bool = False) -> None:
+    """Raises ValueError unless `value` is an integer of at least 1, or None where it is `optional`."""
+    if optional and value is None:
+        return
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} must be an integer of at least 1, not {value!r}.")
 
 
@@ -111,13 +126,11 @@ def check_importance(name: str, importance: Params) -> None:
             )
 
 
-def check_finite(name: str, params: Params) -> None:
+def check_finite(name: str, tree: Any, hint: str = "Did training diverge?") -> None:
     """Raises ValueError, naming the leaf, where values are known and one is NaN or infinite."""
-    for path, leaf in jax.tree.leaves_with_path(params):
+    for path, leaf in jax.tree.leaves_with_path(tree):
         if is_concrete(leaf) and not bool(jnp.all(jnp.isfinite(leaf))):
-            raise ValueError(
-                f"{name}{jax.tree_util.keystr(path)} has entries that are NaN or infinite. Did training diverge?"
-            )
+            raise ValueError(f"{name}{jax.tree_util.keystr(path)} has entries that are NaN or infinite. {hint}")
 
 
 def is_concrete(value: Any) -> bool:

@@ -123,6 +123,8 @@ def merge(consolidations: Sequence[Consolidation], strengths: Sequence[float | j
             f"and {len(strengths)} strengths."
         )
     first = consolidations[0]
+    for index, consolidation in enumerate(consolidations):
+        _checks.check_params(f"consolidations[{index}]", consolidation)
     merged = init_consolidation(first.anchor)
     for index, (consolidation, strength) in enumerate(zip(consolidations, strengths, strict=True)):
         name = f"consolidations[{index}]"
@@ -172,7 +174,7 @@ def normalize_importance(importance: Params, to: Literal["mean", "max"] = "mean"
     relative = jax.tree.map(lambda omega: omega / root.astype(omega.dtype) / root.astype(omega.dtype), importance)
     if to == "max":
         return relative
-    mean = optax.tree.sum(relative) / optax.tree.size(relative)
+    mean = optax.tree.sum(relative) / max(optax.tree.size(relative), 1)
     return jax.tree.map(lambda omega: omega / jnp.where(mean > 0, mean, 1).astype(omega.dtype), relative)
 
 

@@ -389,6 +389,7 @@ def _accuracy(
 ) -> jax.Array:
     outputs = jax.vmap(_shown(apply_fn, permutation), in_axes=(None, 0))(params, test.inputs)
     correct = jnp.argmax(mask_logits(outputs, class_mask), axis=-1) == test.labels
+    correct &= ~jnp.isnan(outputs).any(axis=-1)  # argmax would take a NaN for the largest
     return jnp.sum(jnp.where(correct, test.weights, 0)) / jnp.sum(test.weights)
 
 
@@ -436,12 +437,8 @@ def _check_task(name: str, task: Task, scenario: Scenario, num_features: int, nu
         raise ValueError(
             f"{name}.class_mask has shape {task.class_mask.shape}, but apply_fn returns {num_classes} outputs."
         )
-    for labels in (task.train.labels, task.test.labels):
-        if not _checks.is_concrete(labels):
-            continue
-        if not 0 <= labels.min() <= labels.max() < num_classes:
-            raise ValueError(
-                f"{name} has labels from {labels.min()} to {labels.max()}, but apply_fn returns {num_classes} logits."
-            )
-        if task.class_mask is not None and not task.class_mask[labels].all():
+    for part, batch in (("train", task.train), ("test", task.test)):
+        _checks.check_batch(f"{name}.{part}", batch, num_classes)
+        known = task.class_mask is not None and _checks.is_concrete(batch.labels)
+        if known and not task.class_mask[batch.labels].all():
             raise ValueError(f"{name} has labels that are not among its classes, those that its class_mask names.")

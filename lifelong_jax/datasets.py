@@ -246,7 +246,7 @@ _FOLDERS = {"folder": list_folder, "mit_scenes": list_mit_scenes}
 
 
 def _check_shape(image_size: int | None, channels: int | None) -> None:
-    _checks.check_positive_integer("image_size", image_size)
+    _checks.check_positive_integer("image_size", image_size, optional=True)
     if channels not in (None, 1, 3):
         raise ValueError(f"channels must be 1, 3 or None, not {channels!r}.")
 

@@ -124,7 +124,7 @@ def fisher_diagonal(
     Kirkpatrick et al. 2017, doi 10.1073/pnas.1611835114; Martens 2020, arXiv 1412.1193, §5.
     """
     _checks.check_choice("likelihood", likelihood, tuple(_EXACT))
-    _checks.check_positive_integer("num_samples", num_samples)
+    _checks.check_positive_integer("num_samples", num_samples, optional=True)
     if (num_samples is None) != (key is None):
         raise ValueError(
             "num_samples and key go together: both for sampled labels, neither for the exact expectation; "
@@ -351,4 +351,4 @@ def _check(
     _checks.check_choice("method", method, tuple(_SUMS))
     _checks.check_params("params", params)
     _checks.check_examples(name, examples, weights)
-    _checks.check_positive_integer("microbatch_size", microbatch_size)
+    _checks.check_positive_integer("microbatch_size", microbatch_size, optional=True)

@@ -170,7 +170,7 @@ def dataset_tasks(datasets: Sequence[tuple[Batch, Batch, int]]) -> list[Task]:
       A task for each data set.
 
     Raises:
-      ValueError: if there are no data sets, or their inputs differ in shape per example.
+      ValueError: if there are no data sets, their inputs differ in shape per example, or labels are out of range.
 
     Example:
       >>> batch = Batch(jnp.zeros((5, 2)), jnp.zeros(5, int), jnp.ones(5))
@@ -184,6 +184,9 @@ def dataset_tasks(datasets: Sequence[tuple[Batch, Batch, int]]) -> list[Task]:
     shapes = [batch.inputs.shape[1:] for train, test, _ in datasets for batch in (train, test)]
     if len(set(shapes)) > 1:
         raise ValueError(f"inputs must have one shape per example, but have {sorted(set(shapes))}: resize them.")
+    for index, (train, test, num_classes) in enumerate(datasets):
+        _checks.check_batch(f"datasets[{index}].train", train, num_classes)
+        _checks.check_batch(f"datasets[{index}].test", test, num_classes)
     total = sum(num_classes for _, _, num_classes in datasets)
     tasks, first = [], 0
     for train, test, num_classes in datasets:

@@ -265,7 +265,7 @@ def test_bad_input():
     with pytest.raises(ValueError, match=r"tasks\[1\].test.inputs has shape \(8, 6\)"):
         learn(methods.ewc(), **{**arguments, "tasks": [tasks[0], *make_tasks(num_test=8)[1:]]})
     mislabelled = [task._replace(train=task.train._replace(labels=task.train.labels + 5)) for task in tasks]
-    with pytest.raises(ValueError, match=r"tasks\[0\] has labels from 5 to 7, but apply_fn returns 3 logits"):
+    with pytest.raises(ValueError, match=r"tasks\[0\].train.labels has labels from 5 to 7, but there are 3 classes"):
         learn(methods.ewc(), **{**arguments, "tasks": mislabelled})
     with pytest.raises(ValueError, match=r"tasks\[0\].permutation has shape \(5,\), but an input has 6 features"):
         learn(methods.ewc(), **{**arguments, "tasks": [tasks[0]._replace(permutation=jnp.arange(5))]})
