@@ -172,9 +172,7 @@ def open_tfds(name: str, folder: pathlib.Path) -> tuple[Source, Source, int]:
     if num_classes is None:
         raise ValueError(f"data set {name!r} has labels that are no classes: {features['label']}.")
     if features["image"].np_dtype != np.uint8:
-        raise ValueError(
-            f"data set {name!r} has images of {features['image'].np_dtype}, but unsigned bytes are needed."
-        )
+        raise ValueError(f"data set {name!r} has images of {features['image'].np_dtype}, not of unsigned bytes.")
     if "train" not in splits:
         raise ValueError(f"data set {name!r} has the splits {sorted(splits)}, but 'train' is needed.")
 

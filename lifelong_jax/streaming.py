@@ -64,7 +64,7 @@ def stream_batches(source: Source, batch_size: int, key: jax.Array | None = None
             )
         return example
 
-    num_threads = os.cpu_count() or 1
+    num_threads = min(16, os.cpu_count() or 1)
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(num_threads, 2 * batch_size))
     pipeline = grain.MapDataset.source(order).map(read).to_iter_dataset(options)
     with contextlib.closing(iter(pipeline.batch(batch_size, drop_remainder=False))) as batches:

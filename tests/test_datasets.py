@@ -61,10 +61,9 @@ def test_letters_are_the_same_drawings_at_every_size(letters):
         assert set(np.bincount(small.labels).tolist()) == {len(small.labels) // 26}
         np.testing.assert_array_equal(small.inputs.max((1, 2, 3)), 1)
         np.testing.assert_array_equal(small.labels, double.labels)
-        halved = np.asarray(double.inputs).reshape(-1, 8, 2, 8, 2).mean((2, 4)).reshape(-1, 64)
-        similar = [
-            np.corrcoef(a, b)[0, 1] for a, b in zip(np.asarray(small.inputs).reshape(-1, 64), halved, strict=True)
-        ]
+        halved = np.asarray(double.inputs).reshape(-1, 8, 2, 8, 2).mean((2, 4))
+        pairs = zip(np.asarray(small.inputs), halved, strict=True)
+        similar = [np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in pairs]
         assert min(similar) > 0.95
 
 
