@@ -5,6 +5,7 @@ Nothing in the library depends on them: any function of parameters and an exampl
 
 import functools
 import pathlib
+from typing import Literal
 
 import flax.linen as nn
 import flax.traverse_util
@@ -18,11 +19,12 @@ from lifelong_jax.types import Params
 
 
 class MLP(nn.Module):
-    """A multilayer perceptron with ReLU activations.
+    """A multilayer perceptron.
 
     Attributes:
       hidden_sizes: the widths of the hidden layers.
       num_outputs: the width of the output layer.
+      activation: "relu" or "tanh", after each hidden layer.
 
     Example:
       >>> model = MLP(hidden_sizes=(256, 256), num_outputs=10)
@@ -33,13 +35,15 @@ class MLP(nn.Module):
 
     hidden_sizes: tuple[int, ...]
     num_outputs: int
+    activation: Literal["relu", "tanh"] = "relu"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Computes the outputs `[num_outputs]` of one example `x` of any shape, which is flattened."""
+        activate = {"relu": nn.relu, "tanh": jnp.tanh}[self.activation]
         x = x.reshape(-1)
         for size in self.hidden_sizes:
-            x = nn.relu(nn.Dense(size)(x))
+            x = activate(nn.Dense(size)(x))
         return nn.Dense(self.num_outputs)(x)
 
 
