@@ -106,7 +106,7 @@ class Measured(NamedTuple):
 
 
 class PerExample(NamedTuple):
-    """Of each training example, unless the network is too sure of it for float32: how large its parts of the Fishers are.
+    """Of each training example, unless the network is too sure of it for float32: how large its part of the Fishers is.
 
     Attributes:
       doubt: 1 − p(label), `[num_examples]`, from the other classes' probabilities; above 1e-6.
