@@ -11,7 +11,7 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +21,8 @@ import rich.console
 import tyro
 from jax.flatten_util import ravel_pytree
 
-from lifelong_jax import Batch, TrainingState, init_consolidation, init_training, learn_task, present
-from lifelong_jax.datasets import load_dataset
+from lifelong_jax import Batch, TrainingState, init_consolidation, init_training, learn_task
+from lifelong_jax.datasets import hold_out_validation, load_dataset
 from lifelong_jax.methods import cross_entropy
 from lifelong_jax.models import MLP
 from lifelong_jax.plotting import COLORS, draw_over_seeds, make_figure
@@ -36,9 +36,9 @@ from lifelong_jax.runs import (
     progress_bar,
     start_run,
 )
+from lifelong_jax.studies import init_network, permuted
 from lifelong_jax.types import Params
 
-ACTIVATIONS = ("relu", "tanh")
 PARTS = ("training", "held-out")
 
 
@@ -48,6 +48,9 @@ class Config:
 
     hidden_sizes: tuple[int, ...] = (16,)
     """Widths of the hidden layers. The inputs are the digits at 4×4 pixels; matrices are [parameters, parameters]."""
+
+    activations: tuple[Literal["relu", "tanh"], ...] = ("relu", "tanh")
+    """What the hidden layers apply: a network for each."""
 
     epochs: tuple[int, ...] = (0, 1, 3, 10, 30, 100, 300, 1000)
     """After how many passes over the training data the matrices are computed, ascending."""
@@ -69,7 +72,7 @@ class Config:
         check_settings(
             positive={name: getattr(self, name) for name in ("hidden_sizes", "batch_size", "learning_rate")},
             not_negative={"epochs": self.epochs},
-            distinct={"seeds": self.seeds, "epochs": self.epochs},
+            distinct={name: getattr(self, name) for name in ("activations", "seeds", "epochs")},
         )
         if list(self.epochs) != sorted(self.epochs):
             raise ValueError(f"epochs must be ascending, not {self.epochs}.")
@@ -126,16 +129,16 @@ def main(config: Config) -> None:
     console = rich.console.Console()
     run = start_run(config.output_dir, "fisher_curvature", config)
     data = load_small_digits()
-    measured: dict[str, list[list[dict[str, Measured]]]] = {name: [] for name in ACTIVATIONS}
+    measured: dict[str, list[list[dict[str, Measured]]]] = {name: [] for name in config.activations}
     examples: list[PerExample] = []
     with progress_bar(console) as bar:
-        line = bar.add_task("", total=len(ACTIVATIONS) * len(config.seeds) * len(config.epochs), status="")
-        for activation in ACTIVATIONS:
+        line = bar.add_task("", total=len(config.activations) * len(config.seeds) * len(config.epochs), status="")
+        for activation in config.activations:
             for seed in config.seeds:
                 of_seed = []
                 for epoch, params in zip(config.epochs, train(config, activation, data, seed), strict=True):
                     bar.update(line, description=activation, status=f"seed {seed}, epoch {epoch}")
-                    of_parts = measure(config, activation, params, data, jax.random.key(seed))
+                    of_parts = measure(make_model(config, activation), params, data, jax.random.key(seed))
                     at_epoch = {part: numbers for part, (numbers, _) in of_parts.items()}
                     run.log(activation=activation, seed=seed, epoch=epoch, **at_epoch)
                     of_seed.append(at_epoch)
@@ -159,11 +162,13 @@ def main(config: Config) -> None:
 
 
 def load_small_digits() -> dict[str, Batch]:
-    """Loads the digits at 4×4 pixels, the mean of four each: training and held-out data."""
-    dataset = load_dataset("digits")
+    """Loads the digits at 4×4 pixels, the mean of four each: training and held-out data, as many of each."""
+    dataset = hold_out_validation(load_dataset("digits"), 0.5, jax.random.key(0))
+    size = dataset.test.labels.size
 
     def shrink(batch: Batch) -> Batch:
-        return batch._replace(inputs=batch.inputs.reshape(-1, 4, 2, 4, 2).mean(axis=(2, 4)))
+        inputs = np.asarray(batch.inputs).reshape(-1, 4, 2, 4, 2).mean(axis=(2, 4))
+        return Batch(*(jnp.asarray(np.asarray(leaf)[:size]) for leaf in (inputs, batch.labels, batch.weights)))
 
     return {"training": shrink(dataset.train), "held-out": shrink(dataset.test)}
 
@@ -176,7 +181,7 @@ def make_model(config: Config, activation: str) -> MLP:
 def train(config: Config, activation: str, data: Mapping[str, Batch], seed: int) -> Iterator[Params]:
     """Trains, and yields the parameters after each number of epochs."""
     params_key, key = jax.random.split(jax.random.key(seed))
-    params = jax.jit(make_model(config, activation).init)(params_key, data["training"].inputs[0])
+    params = init_network(make_model(config, "relu"), params_key, data["training"].inputs[0])
     state = init_training(optax.adam(config.learning_rate), params, key)
     for earlier, later in itertools.pairwise((0, *config.epochs)):
         state = learn(config, activation, state, data["training"], later - earlier)
@@ -197,15 +202,13 @@ def learn(config: Config, activation: str, state: TrainingState, batch: Batch, n
 
 
 def measure(
-    config: Config, activation: str, params: Params, data: Mapping[str, Batch], key: jax.Array
+    model: MLP, params: Params, data: Mapping[str, Batch], key: jax.Array
 ) -> dict[str, tuple[Measured, PerExample]]:
     """Compares the three matrices on both parts of the data."""
-    step = np.asarray(first_step(config, activation, params, data["training"], key), np.float64)
+    step = np.asarray(first_step(model, params, data["training"], key), np.float64)
     results = {}
     for part, batch in data.items():
-        found = {
-            name: np.asarray(value, np.float64) for name, value in matrices(config, activation, params, batch).items()
-        }
+        found = {name: np.asarray(value, np.float64) for name, value in matrices(model, params, batch).items()}
         hessian, true, empirical = found["hessian"], found["true"], found["empirical"]
         diagonal = np.diag(true)
         numbers = Measured(
@@ -226,12 +229,11 @@ def measure(
     return results
 
 
-@functools.partial(jax.jit, static_argnames=("config", "activation"))
-def first_step(config: Config, activation: str, params: Params, batch: Batch, key: jax.Array) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("model",))
+def first_step(model: MLP, params: Params, batch: Batch, key: jax.Array) -> jax.Array:
     """Computes the gradient of the loss on another task, which shows the pixels permuted."""
     permutation = jax.random.permutation(key, batch.inputs[0].size)
-    apply_fn = make_model(config, activation).apply
-    loss_fn = cross_entropy(lambda params, x: apply_fn(params, present(x, permutation)))
+    loss_fn = cross_entropy(permuted(model.apply, permutation))
     gradient = jax.grad(lambda params: jnp.mean(jax.vmap(loss_fn, in_axes=(None, 0))(params, batch)))(params)
     return ravel_pytree(gradient)[0]
 
@@ -241,20 +243,19 @@ def relative_error(approximation: np.ndarray, exact: np.ndarray) -> float:
     return float(np.linalg.norm(exact - approximation) / np.linalg.norm(exact))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "activation"))
-def matrices(config: Config, activation: str, params: Params, batch: Batch) -> dict[str, jax.Array]:
+@functools.partial(jax.jit, static_argnames=("model",))
+def matrices(model: MLP, params: Params, batch: Batch) -> dict[str, jax.Array]:
     """Computes the Hessian of the mean loss and both Fishers, each `[num_params, num_params]`, and what goes with them.
 
     With J_n the Jacobian of example n's logits, and s_nc = e_c − p_n the score of class c at the logits:
 
         F = mean_n Σ_c p_nc (J_nᵀ s_nc) (J_nᵀ s_nc)ᵀ        E = mean_n (J_nᵀ s_ny) (J_nᵀ s_ny)ᵀ
     """
-    apply_fn = make_model(config, activation).apply
     flat, unravel = ravel_pytree(params)
     num_examples = batch.labels.size
 
     def logits_fn(flat: jax.Array, x: jax.Array) -> jax.Array:
-        return apply_fn(unravel(flat), x)
+        return model.apply(unravel(flat), x)
 
     def mean_loss(flat: jax.Array) -> jax.Array:
         return jnp.mean(jax.vmap(cross_entropy(logits_fn), in_axes=(None, 0))(flat, batch))
@@ -320,7 +321,7 @@ def report(
             str(config.epochs[index]),
             *(format_estimate(summary[activation][part][field][index], *form) for field, *form in columns.values()),
         ]
-        for activation in ACTIVATIONS
+        for activation in config.activations
         for part in PARTS
         for index in shown
     ]
@@ -339,14 +340,16 @@ def draw(
     epochs = np.array(config.epochs)
     off = {
         name: "–".join(
-            sorted({f"{100 * values[each]['training'][name][:, -1].mean():.0f}" for each in ACTIVATIONS}, key=float)
+            sorted(
+                {f"{100 * values[each]['training'][name][:, -1].mean():.0f}" for each in config.activations}, key=float
+            )
         )
         for name in ("true_error", "empirical_error")
     }
     title = f"the true Fisher is {off['true_error']} % off the Hessian, the empirical {off['empirical_error']} %"
     figure = make_figure(8.6, 6.4, f"After {epochs[-1]} epochs {title}")
     (error, size), (ratio, diagonal) = figure.subplots(2, 2)
-    for activation, style in zip(ACTIVATIONS, ("-", "--"), strict=True):
+    for activation, style in zip(config.activations, ("-", "--"), strict=False):
         training, held_out = (values[activation][part] for part in PARTS)
         options = {"linestyle": style, "marker": "o", "markersize": 3}
         draw_over_seeds(error, epochs, training["empirical_error"], COLORS[1], f"empirical, {activation}", **options)

@@ -12,27 +12,17 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import rich.console
 import tyro
 
 from lifelong_jax import (
     Batch,
     Consolidation,
-    consolidate,
-    fisher_diagonal,
     init_consolidation,
-    init_training,
-    learn_task,
-    mas_importance,
-    present,
-    proximal_quadratic_penalty,
 )
 from lifelong_jax.datasets import Dataset, load_dataset
 from lifelong_jax.geometry import importance_overlap
-from lifelong_jax.methods import cross_entropy
 from lifelong_jax.models import MLP
 from lifelong_jax.plotting import COLORS, draw_image, draw_over_seeds, make_figure
 from lifelong_jax.runs import (
@@ -45,6 +35,7 @@ from lifelong_jax.runs import (
     progress_bar,
     start_run,
 )
+from lifelong_jax.studies import both_importances, init_network, is_correct, learn_permuted
 from lifelong_jax.types import Params
 
 SIDE = 8  # pixels to a side of the bundled digits
@@ -146,22 +137,30 @@ def main(config: Config) -> None:
 def measure(config: Config, dataset: Dataset, key: jax.Array) -> Measured:
     """Learns A and then B with each square, and compares their importances."""
     init_key, a_key, b_key, square_key = jax.random.split(key, 4)
-    start = jax.jit(make_model(config).init)(init_key, dataset.train.inputs[0])
-    plain = jnp.arange(SIDE * SIDE)
-    none = init_consolidation(start)
-    params = learn(config, start, none, dataset.train, plain, a_key)
-    fisher, mas = both_importances(config, params, dataset.train, plain)
-    consolidation = consolidate(none, params, fisher)
+    model = MLP(config.hidden_sizes, dataset.num_classes)
+    learn = functools.partial(
+        learn_permuted,
+        model,
+        batch=dataset.train,
+        strength=config.strength,
+        num_epochs=config.num_epochs,
+        batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+    )
+    start = init_network(model, init_key, dataset.train.inputs[0])
+    plain = np.arange(SIDE * SIDE)
+    params = learn(start, init_consolidation(start), permutation=plain, key=a_key)
+    fisher, mas = both_importances(model, params, dataset.train, plain)
     images = [images_of(dataset.train, plain, fisher, mas)]
     overlaps, accuracies = [], []
     for width in config.squares:
         permutation = permute_square(width, square_key)
-        after = learn(config, params, consolidation, dataset.train, permutation, b_key)
-        fisher_a, _ = both_importances(config, after, dataset.train, plain)
-        fisher_b, mas_b = both_importances(config, after, dataset.train, permutation)
+        after = learn(params, Consolidation(params, fisher), permutation=permutation, key=b_key)
+        fisher_a, _ = both_importances(model, after, dataset.train, plain)
+        fisher_b, mas_b = both_importances(model, after, dataset.train, permutation)
         layers = sorted(fisher_a["params"])
         overlaps.append([importance_overlap(fisher_a["params"][name], fisher_b["params"][name]) for name in layers])
-        accuracies.append([float(accuracy(config, after, dataset.test, shown)) for shown in (plain, permutation)])
+        accuracies.append([np.mean(is_correct(model, after, dataset.test, shown)) for shown in (plain, permutation)])
         images.append(images_of(dataset.train, permutation, fisher_b, mas_b))
     flat_fisher, flat_mas = (
         np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)]) for tree in (fisher, mas)
@@ -169,7 +168,7 @@ def measure(config: Config, dataset: Dataset, key: jax.Array) -> Measured:
     positive = (flat_fisher > 0) & (flat_mas > 0)
     logs = np.log([flat_fisher[positive], flat_mas[positive]])
     direction = np.linalg.eigh(np.cov(logs))[1][:, -1]
-    squares = np.square(dataset.train.inputs).mean(axis=0)
+    squares = np.square(np.asarray(dataset.train.inputs)).mean(axis=0)
     return Measured(
         overlap=np.array(overlaps),
         accuracy=np.array(accuracies),
@@ -182,63 +181,20 @@ def measure(config: Config, dataset: Dataset, key: jax.Array) -> Measured:
     )
 
 
-def make_model(config: Config) -> MLP:
-    """Makes the network."""
-    return MLP(config.hidden_sizes, num_outputs=10)
-
-
-def permute_square(width: int, key: jax.Array) -> jax.Array:
+def permute_square(width: int, key: jax.Array) -> np.ndarray:
     """Draws a permutation of the pixels of a central square; the others stay."""
-    pixels = jnp.arange(SIDE * SIDE).reshape(SIDE, SIDE)
+    pixels = np.arange(SIDE * SIDE)
     margin = (SIDE - width) // 2
-    square = pixels[margin : SIDE - margin, margin : SIDE - margin].reshape(-1)
-    return pixels.reshape(-1).at[square].set(jax.random.permutation(key, square))
+    square = pixels.reshape(SIDE, SIDE)[margin : SIDE - margin, margin : SIDE - margin].reshape(-1)
+    shuffled = pixels.copy()
+    shuffled[square] = square[np.argsort(jax.random.uniform(key, pixels.shape)[: square.size])]
+    return shuffled
 
 
-@functools.partial(jax.jit, static_argnames=("config",))
-def learn(
-    config: Config, params: Params, consolidation: Consolidation, batch: Batch, permutation: jax.Array, key: jax.Array
-) -> Params:
-    """Learns one task."""
-    apply_fn, rate = make_model(config).apply, config.learning_rate
-    loss_fn = cross_entropy(lambda params, x: apply_fn(params, present(x, permutation)))
-    penalty = proximal_quadratic_penalty(rate / (1 - 0.9), config.strength)
-    optimizer = optax.chain(optax.sgd(rate, momentum=0.9), penalty)
-    state, _ = learn_task(
-        loss_fn,
-        optimizer,
-        init_training(optimizer, params, key),
-        consolidation,
-        batch,
-        num_epochs=config.num_epochs,
-        batch_size=config.batch_size,
-    )
-    return state.params
-
-
-@functools.partial(jax.jit, static_argnames=("config",))
-def both_importances(config: Config, params: Params, batch: Batch, permutation: jax.Array) -> tuple[Params, Params]:
-    """Computes the Fisher diagonal and MAS's importance of one task."""
-    apply_fn = make_model(config).apply
-
-    def logits_fn(params: Params, x: jax.Array) -> jax.Array:
-        return apply_fn(params, present(x, permutation))
-
-    return fisher_diagonal(logits_fn, params, batch.inputs), mas_importance(logits_fn, params, batch.inputs)
-
-
-@functools.partial(jax.jit, static_argnames=("config",))
-def accuracy(config: Config, params: Params, batch: Batch, permutation: jax.Array) -> jax.Array:
-    """Measures the accuracy on one task."""
-    apply_fn = make_model(config).apply
-    logits = jax.vmap(lambda x: apply_fn(params, present(x, permutation)))(batch.inputs)
-    return jnp.mean(jnp.argmax(logits, axis=-1) == batch.labels)
-
-
-def images_of(batch: Batch, permutation: jax.Array, *importances: Params) -> np.ndarray:
+def images_of(batch: Batch, permutation: np.ndarray, *importances: Params) -> np.ndarray:
     """Makes the images of one task, as the network sees it: the mean input, and the first layer's importances."""
-    mean = present(batch.inputs.mean(axis=0), permutation)
-    first_layer = [importance["params"]["Dense_0"]["kernel"].sum(axis=1) for importance in importances]
+    mean = np.asarray(batch.inputs).mean(axis=0).reshape(-1)[permutation]
+    first_layer = [np.sum(importance["params"]["Dense_0"]["kernel"], axis=1) for importance in importances]
     return np.stack([np.reshape(image, (SIDE, SIDE)) for image in (mean, *first_layer)])
 
 

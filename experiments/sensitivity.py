@@ -12,21 +12,15 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import rich.console
 import tyro
 from jax.flatten_util import ravel_pytree
 
 from lifelong_jax import (
     Batch,
-    fisher_diagonal,
     init_consolidation,
-    init_training,
-    learn_task,
-    mas_importance,
 )
 from lifelong_jax.datasets import load_dataset
-from lifelong_jax.methods import cross_entropy
 from lifelong_jax.models import MLP
 from lifelong_jax.plotting import COLORS, draw_over_seeds, make_figure
 from lifelong_jax.runs import (
@@ -39,6 +33,7 @@ from lifelong_jax.runs import (
     progress_bar,
     start_run,
 )
+from lifelong_jax.studies import both_importances, init_network, learn_permuted
 from lifelong_jax.types import Params
 
 ACTIVATIONS = ("tanh", "relu")
@@ -122,32 +117,33 @@ def make_model(config: Config, activation: str) -> MLP:
     return MLP(config.hidden_sizes, num_outputs=10, activation=activation)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "activation"))
 def train(config: Config, activation: str, batch: Batch, key: jax.Array) -> Params:
     """Trains a network."""
-    params_key, key = jax.random.split(key)
+    init_key, key = jax.random.split(key)
     model = make_model(config, activation)
-    params = model.init(params_key, batch.inputs[0])
-    optimizer = optax.sgd(config.learning_rate, momentum=0.9)
-    state, _ = learn_task(
-        cross_entropy(model.apply),
-        optimizer,
-        init_training(optimizer, params, key),
-        init_consolidation(params),
+    start = init_network(make_model(config, "relu"), init_key, batch.inputs[0])  # the same for both
+    return learn_permuted(
+        model,
+        start,
+        init_consolidation(start),
         batch,
+        np.arange(batch.inputs[0].size),
+        key,
+        strength=0.0,
         num_epochs=config.num_epochs,
         batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
     )
-    return state.params
 
 
 def importances(config: Config, params: Params, batch: Batch, key: jax.Array) -> dict[str, Params]:
     """Computes MAS's and EWC's importance of a ReLU network, and draws a random one."""
-    apply_fn = make_model(config, "relu").apply
+    pixels = np.arange(batch.inputs[0].size)
+    fisher, mas = both_importances(make_model(config, "relu"), params, batch, pixels)
     flat, unravel = ravel_pytree(params)
     return {
-        "MAS": mas_importance(apply_fn, params, batch.inputs),
-        "EWC": fisher_diagonal(apply_fn, params, batch.inputs),
+        "MAS": mas,
+        "EWC": fisher,
         "random": unravel(jax.random.uniform(key, flat.shape)),
     }
 

@@ -48,9 +48,11 @@ from lifelong_jax.runs import (
     progress_bar,
     start_run,
 )
+from lifelong_jax.studies import init_network
 from lifelong_jax.types import LossFn, Params
 
 PENALTIES = ("plain training", "equal rigidity", "importance-weighted")
+NUM_DRAWN = 140  # of the 280 or so images of two digits
 ELLIPSE = "penalty's ellipse"
 
 
@@ -83,7 +85,7 @@ class Config:
     """Points to a side of the planes in which losses are computed."""
 
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    """Initial parameters, order of examples and tasks (half of the two digits' images, drawn at random; permutations),
+    """Initial parameters, order of examples and tasks (140 images of each two digits, drawn at random; permutations),
     one for each. Contours are drawn for the first."""
 
     output_dir: str = "results"
@@ -129,7 +131,7 @@ class Learned(NamedTuple):
       tasks: A and B, training examples.
       solution: the parameters after task A.
       fisher: A's Fisher diagonal there.
-      paths: for each penalty, `[num_stiffness, num_epochs + 1, ...]`, the parameters while task B is learned.
+      paths: for each penalty and each stiffness, `[num_epochs + 1, ...]`, the parameters while task B is learned.
       lowest: `[2]`, the losses on A and B that training on it alone reached.
       above: for each penalty, `[num_stiffness, 2]`, how far above these the losses on A and B are after B.
     """
@@ -137,7 +139,7 @@ class Learned(NamedTuple):
     tasks: tuple[Batch, Batch]
     solution: Params
     fisher: Params
-    paths: dict[str, Params]
+    paths: dict[str, list[Params]]
     lowest: np.ndarray
     above: dict[str, np.ndarray]
 
@@ -192,9 +194,9 @@ def two_parameters(config: Config) -> Case:
     bottom = patch(images[:, 6:8])  # ink in the two bottom rows
     measured = jnp.asarray(np.stack([slant, bottom - bottom.mean()], axis=-1))
 
-    def half_of(one: int, other: int, key: jax.Array) -> Batch:
+    def some_of(one: int, other: int, key: jax.Array) -> Batch:
         (both,) = np.nonzero(np.isin(train.labels, (one, other)))
-        chosen = jax.random.choice(key, jnp.asarray(both), (len(both) // 2,), replace=False)
+        chosen = jax.random.permutation(key, jnp.asarray(both))[:NUM_DRAWN]
         return Batch(measured[chosen], (train.labels[chosen] == other).astype(jnp.int32), train.weights[chosen])
 
     def output_fn(params: Params, x: jax.Array) -> jax.Array:
@@ -208,7 +210,7 @@ def two_parameters(config: Config) -> Case:
         True,
         ("weight of the slant", "weight of the ink below"),
         lambda key: jax.random.normal(key, (2,)),
-        lambda key: (half_of(6, 9, jax.random.fold_in(key, 0)), half_of(2, 7, jax.random.fold_in(key, 1))),
+        lambda key: (some_of(6, 9, jax.random.fold_in(key, 0)), some_of(2, 7, jax.random.fold_in(key, 1))),
         loss_fn,
         lambda params, batch: fisher_diagonal(output_fn, params, batch.inputs, likelihood="gaussian"),
         config.linear_learning_rate,
@@ -221,13 +223,13 @@ def network(config: Config) -> Case:
     model = MLP(config.hidden_sizes, dataset.num_classes)
 
     def make_tasks(key: jax.Array) -> tuple[Batch, Batch]:
-        return tuple(joint_examples([task]) for task in permuted_tasks(dataset.train, dataset.test, 2, key))
+        return tuple(joint_examples([task], "domain") for task in permuted_tasks(dataset.train, dataset.test, 2, key))
 
     return Case(
         "network",
         False,
         ("distance in the plane", "distance in the plane"),
-        lambda key: model.init(key, dataset.train.inputs[0]),
+        lambda key: init_network(model, key, dataset.train.inputs[0]),
         make_tasks,
         cross_entropy(model.apply),
         lambda params, batch: fisher_diagonal(model.apply, params, batch.inputs),
@@ -240,8 +242,8 @@ def learn(config: Config, case: Case, key: jax.Array) -> Learned:
     tasks_key, params_key, a_key, b_key = jax.random.split(key, 4)
     tasks = case.make_tasks(tasks_key)
     start = case.init_params(params_key)
-    path = train(config, case, start, init_consolidation(start), jnp.zeros(1), tasks[0], a_key)
-    solution = take(path, 0, -1)
+    path = train(config, case, start, init_consolidation(start), 0.0, tasks[0], a_key)
+    solution = take(path, -1)
     fisher = case.fisher_fn(solution, tasks[0])
     mean = optax.tree.sum(fisher) / optax.tree.size(fisher)
     importances = {
@@ -251,13 +253,14 @@ def learn(config: Config, case: Case, key: jax.Array) -> Learned:
     }
     paths, losses = {}, {}
     for name, importance in importances.items():
-        strengths = jnp.zeros(1) if name == "plain training" else jnp.asarray(config.stiffness)
-        paths[name] = train(config, case, solution, Consolidation(solution, importance), strengths, tasks[1], b_key)
-        ends = take(paths[name], slice(None), -1)
-        losses[name] = np.stack([np.asarray(mean_losses(case, ends, task)) for task in tasks], axis=-1)
-    on_a = mean_losses(case, take(path, slice(None), -1), tasks[0])
-    lowest = np.array([on_a[0], losses["plain training"][0, 1]])
-    paths = jax.device_get(paths)
+        consolidation = Consolidation(solution, importance)
+        strengths = (0.0,) if name == "plain training" else config.stiffness
+        paths[name] = [
+            jax.device_get(train(config, case, solution, consolidation, strength, tasks[1], b_key))
+            for strength in strengths
+        ]
+        losses[name] = np.array([[mean_loss(case, take(path, -1), task) for task in tasks] for path in paths[name]])
+    lowest = np.array([mean_loss(case, solution, tasks[0]), losses["plain training"][0, 1]])
     return Learned(tasks, solution, fisher, paths, lowest, {name: loss - lowest for name, loss in losses.items()})
 
 
@@ -267,36 +270,32 @@ def train(
     case: Case,
     params: Params,
     consolidation: Consolidation,
-    strengths: jax.Array,
+    strength: float,
     task: Batch,
     key: jax.Array,
 ) -> Params:
-    """Trains at each strength. Returns the parameters at the start and after each epoch, `[num_strengths, ...]`."""
+    """Trains. Returns the parameters at the start and after each epoch, `[num_epochs + 1, ...]`."""
+    rate = case.learning_rate
+    optimizer = optax.chain(optax.sgd(rate), proximal_quadratic_penalty(rate, strength))
 
-    def at(strength: jax.Array) -> Params:
-        rate = case.learning_rate
-        optimizer = optax.chain(optax.sgd(rate), proximal_quadratic_penalty(rate, strength))
+    def epoch(state: Any, _: None) -> tuple[Any, Params]:
+        state, _ = learn_task(
+            case.loss_fn, optimizer, state, consolidation, task, num_epochs=1, batch_size=config.batch_size
+        )
+        return state, state.params
 
-        def epoch(state: Any, _: None) -> tuple[Any, Params]:
-            state, _ = learn_task(
-                case.loss_fn, optimizer, state, consolidation, task, num_epochs=1, batch_size=config.batch_size
-            )
-            return state, state.params
-
-        _, after = jax.lax.scan(epoch, init_training(optimizer, params, key), length=config.num_epochs)
-        return jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), params, after)
-
-    return jax.vmap(at)(strengths)
+    _, after = jax.lax.scan(epoch, init_training(optimizer, params, key), length=config.num_epochs)
+    return jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), params, after)
 
 
 @functools.partial(jax.jit, static_argnames=("case",))
-def mean_losses(case: Case, params: Params, examples: Batch) -> jax.Array:
-    """Computes the mean loss of each of several parameters, `[num_params, ...]`."""
-    return jax.vmap(jax.vmap(case.loss_fn, in_axes=(None, 0)), in_axes=(0, None))(params, examples).mean(axis=1)
+def mean_loss(case: Case, params: Params, examples: Batch) -> jax.Array:
+    """Computes the mean loss."""
+    return jax.vmap(case.loss_fn, in_axes=(None, 0))(params, examples).mean()
 
 
-def take(path: Params, *index: int | slice) -> Params:
-    """Takes some of a path's points."""
+def take(path: Params, index: int) -> Params:
+    """Takes one of a path's points."""
     return jax.tree.map(lambda leaf: leaf[index], path)
 
 
@@ -328,7 +327,7 @@ def plane_of(case: Case, result: Learned, chosen: Mapping[str, int], name: str) 
     """Lays the plane through A's solution, the fine-tuned one, and the one that a penalty arrived at."""
     if case.is_plane:
         return Plane(jnp.zeros(2), (jnp.array([1.0, 0.0]), jnp.array([0.0, 1.0])))
-    ends = (take(result.paths[each], chosen[each], -1) for each in (PENALTIES[0], name))
+    ends = (take(result.paths[each][chosen[each]], -1) for each in (PENALTIES[0], name))
     return plane_through(result.solution, *ends)
 
 
@@ -410,7 +409,7 @@ def draw_panel(config: Config, case: Case, learned: Sequence[Learned], outcome: 
 
     def paths_of(penalty: str) -> list[np.ndarray]:
         seeds = learned if case.is_plane else [result]  # other seeds' paths are in other planes
-        return [path_in(plane, take(each.paths[penalty], outcome.chosen[penalty])) for each in seeds]
+        return [path_in(plane, each.paths[penalty][outcome.chosen[penalty]]) for each in seeds]
 
     shown = [path for each in (PENALTIES if case.is_plane else (PENALTIES[0], third)) for path in paths_of(each)]
     grid = around(plane, result, config, shown, 1.0 if case.is_plane or name == ELLIPSE else 0.4)

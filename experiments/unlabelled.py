@@ -10,25 +10,17 @@ import functools
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import rich.console
 import tyro
 
 from lifelong_jax import (
-    Batch,
-    consolidate,
+    Consolidation,
     init_consolidation,
-    init_training,
-    learn_task,
     mas_importance,
     permuted_tasks,
-    present,
-    proximal_quadratic_penalty,
 )
 from lifelong_jax.datasets import Dataset, hold_out_validation, load_dataset
-from lifelong_jax.methods import cross_entropy
 from lifelong_jax.models import MLP
 from lifelong_jax.plotting import COLORS, draw_over_seeds, make_figure
 from lifelong_jax.runs import (
@@ -41,6 +33,7 @@ from lifelong_jax.runs import (
     progress_bar,
     start_run,
 )
+from lifelong_jax.studies import init_network, is_correct, learn_permuted, permuted
 from lifelong_jax.types import Params
 
 NUM_CLASSES = 10
@@ -66,7 +59,8 @@ class Config:
     """λ of MAS."""
 
     num_unlabelled: tuple[int, ...] = (1, 3, 10, 30, 100, 300)
-    """Numbers of held-out examples that the importance is computed on; ascending. There are 718."""
+    """Numbers of held-out examples that the importance is computed on; ascending. There are 718, as many as A and B
+    are trained on."""
 
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """One split of the data, one pair of tasks, one initialisation and one order of examples for each."""
@@ -138,33 +132,46 @@ def measure(config: Config, dataset: Dataset, key: jax.Array) -> Measured:
     """Learns A, and then B once for each source of the importance."""
     split_key, tasks_key, init_key, a_key, b_key = jax.random.split(key, 5)
     halves = hold_out_validation(dataset, 0.5, split_key)
-    unlabelled, test = halves.test, dataset.test
-    permutations = [task.permutation for task in permuted_tasks(halves.train, test, 2, tasks_key)]
-    start = jax.jit(make_model(config).init)(init_key, halves.train.inputs[0])
-    params = learn(config, start, jax.tree.map(jnp.zeros_like, start), halves.train, permutations[0], a_key)
+    size = halves.test.labels.size
+    train, unlabelled = (jax.tree.map(lambda leaf: leaf[:size], half) for half in (halves.train, halves.test))
+    shown_a, shown_b = (task.permutation for task in permuted_tasks(train, dataset.test, 2, tasks_key))
+    model = MLP(config.hidden_sizes, NUM_CLASSES)
+    learn = functools.partial(
+        learn_permuted,
+        model,
+        batch=train,
+        strength=config.strength,
+        num_epochs=config.num_epochs,
+        batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+    )
+    start = init_network(model, init_key, train.inputs[0])
+    none = init_consolidation(start)
+    params = learn(start, none, permutation=shown_a, key=a_key)
 
-    importance = functools.partial(importance_on, config, params, permutation=permutations[0])
-    order = jnp.arange(unlabelled.labels.size)  # the halves are shuffled
+    importance = functools.partial(importance_on, model, params, permutation=shown_a)
+    every = np.ones(size, np.float32)
+    labels = np.asarray(unlabelled.labels)
     sources = {
-        "finetuned": jax.tree.map(jnp.zeros_like, params),
-        "training": importance(halves.train.inputs, halves.train.weights),
-        "held_out": importance(unlabelled.inputs, unlabelled.weights),
-        **{f"{count}": importance(unlabelled.inputs, 1.0 * (order < count)) for count in config.num_unlabelled},
-        **{f"class {c}": importance(unlabelled.inputs, 1.0 * (unlabelled.labels == c)) for c in range(NUM_CLASSES)},
+        "finetuned": none.importance,
+        "training": importance(train.inputs, every),
+        "held_out": importance(unlabelled.inputs, every),
+        **{f"{n}": importance(unlabelled.inputs, every * (np.arange(size) < n)) for n in config.num_unlabelled},
+        **{f"class {c}": importance(unlabelled.inputs, every * (labels == c)) for c in range(NUM_CLASSES)},
     }
     correct, on_b = {}, {}
     for name, omega in sources.items():
-        after = learn(config, params, omega, dataset.train, permutations[1], b_key)
-        correct[name] = np.asarray(is_correct(config, after, test, permutations[0]))
-        on_b[name] = np.asarray(is_correct(config, after, test, permutations[1])).mean()
+        after = learn(params, Consolidation(params, omega), permutation=shown_b, key=b_key)
+        correct[name] = np.asarray(is_correct(model, after, dataset.test, shown_a))
+        on_b[name] = np.asarray(is_correct(model, after, dataset.test, shown_b)).mean()
     flat = {
         name: np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(omega)]) for name, omega in sources.items()
     }
     counts = [str(count) for count in config.num_unlabelled]
     correlations = [np.corrcoef(flat["training"], flat[name])[0, 1] for name in ("held_out", *counts)]
-    labels = np.asarray(test.labels)
+    labels = np.asarray(dataset.test.labels)
     return Measured(
-        before=np.asarray(is_correct(config, params, test, permutations[0])).mean(),
+        before=np.asarray(is_correct(model, params, dataset.test, shown_a)).mean(),
         finetuned=correct["finetuned"].mean(),
         training=correct["training"].mean(),
         held_out=correct["held_out"].mean(),
@@ -178,47 +185,10 @@ def measure(config: Config, dataset: Dataset, key: jax.Array) -> Measured:
     )
 
 
-def make_model(config: Config) -> MLP:
-    """Makes the network."""
-    return MLP(config.hidden_sizes, NUM_CLASSES)
-
-
-@functools.partial(jax.jit, static_argnames=("config",))
-def learn(
-    config: Config, params: Params, importance: Params, batch: Batch, permutation: jax.Array, key: jax.Array
-) -> Params:
-    """Learns one task, anchored where it starts."""
-    apply_fn, rate = make_model(config).apply, config.learning_rate
-    loss_fn = cross_entropy(lambda params, x: apply_fn(params, present(x, permutation)))
-    penalty = proximal_quadratic_penalty(rate / (1 - 0.9), config.strength)
-    optimizer = optax.chain(optax.sgd(rate, momentum=0.9), penalty)
-    state, _ = learn_task(
-        loss_fn,
-        optimizer,
-        init_training(optimizer, params, key),
-        consolidate(init_consolidation(params), params, importance),
-        batch,
-        num_epochs=config.num_epochs,
-        batch_size=config.batch_size,
-    )
-    return state.params
-
-
-@functools.partial(jax.jit, static_argnames=("config",))
-def importance_on(
-    config: Config, params: Params, inputs: jax.Array, weights: jax.Array, permutation: jax.Array
-) -> Params:
+@functools.partial(jax.jit, static_argnames=("model",))
+def importance_on(model: MLP, params: Params, inputs: jax.Array, weights: jax.Array, permutation: jax.Array) -> Params:
     """Computes MAS's importance; there are no labels to hand over."""
-    apply_fn = make_model(config).apply
-    return mas_importance(lambda params, x: apply_fn(params, present(x, permutation)), params, inputs, weights=weights)
-
-
-@functools.partial(jax.jit, static_argnames=("config",))
-def is_correct(config: Config, params: Params, batch: Batch, permutation: jax.Array) -> jax.Array:
-    """Says of each example of a task whether it is classified correctly."""
-    apply_fn = make_model(config).apply
-    logits = jax.vmap(lambda x: apply_fn(params, present(x, permutation)))(batch.inputs)
-    return jnp.argmax(logits, axis=-1) == batch.labels
+    return mas_importance(permuted(model.apply, permutation), params, inputs, weights=weights)
 
 
 def own_class_advantage(by_class: np.ndarray) -> float:
