@@ -6,6 +6,7 @@ layers, for `local_mas_importance`.
 
 import functools
 import pathlib
+from typing import Literal
 
 import flax.linen as nn
 import flax.traverse_util
@@ -20,11 +21,12 @@ from lifelong_jax.types import Params
 
 
 class MLP(nn.Module):
-    """A multilayer perceptron with ReLU activations.
+    """A multilayer perceptron.
 
     Attributes:
       hidden_sizes: the widths of the hidden layers.
       num_outputs: the width of the output layer.
+      activation: "relu" or "tanh", after each hidden layer.
 
     Example:
       >>> model = MLP(hidden_sizes=(256, 256), num_outputs=10)
@@ -35,13 +37,15 @@ class MLP(nn.Module):
 
     hidden_sizes: tuple[int, ...]
     num_outputs: int
+    activation: Literal["relu", "tanh"] = "relu"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Computes the outputs `[num_outputs]` of one example `x` of any shape, which is flattened."""
+        activate = {"relu": nn.relu, "tanh": jnp.tanh}[self.activation]
         x = x.reshape(-1)
         for size in self.hidden_sizes:
-            x = layer_output(nn.relu(nn.Dense(size)(x)))
+            x = layer_output(activate(nn.Dense(size)(x)))
         return nn.Dense(self.num_outputs)(x)
 
 

@@ -2,9 +2,12 @@
 
 import pathlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib.figure
 import numpy as np
+from matplotlib.axes import Axes
+from numpy.typing import ArrayLike
 
 from lifelong_jax.runs import Estimate
 
@@ -31,11 +34,13 @@ def plot_accuracy_curves(
       title: above the picture.
       file: where the PNG goes.
     """
-    figure = _figure(2.0 * len(curves) + 0.6, 2.7)
+    num_epochs = next(iter(curves.values())).shape[1]
+    epochs = np.arange(1, num_epochs + 1)
+    figure = make_figure(2.0 * len(curves) + 0.6, 2.7, title)
     axes = figure.subplots(1, len(curves), sharex=True, sharey=True, squeeze=False)[0]
     for axis, (method, accuracy) in zip(axes, curves.items(), strict=True):
         for task, name in enumerate(task_names):
-            _draw_band(axis, accuracy[:, :, task], COLORS[task % len(COLORS)], name)
+            draw_over_seeds(axis, epochs, accuracy[:, :, task], COLORS[task % len(COLORS)], name)
         for boundary in range(1, len(task_names)):
             axis.axvline(boundary * epochs_per_task, color="0.85", linewidth=0.8, zorder=0)
         axis.set_title(method)
@@ -44,7 +49,6 @@ def plot_accuracy_curves(
     axes[0].set_ylabel("test accuracy")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(task_names), 7), frameon=False)
-    figure.suptitle(title, fontsize=11)
     figure.savefig(file)
 
 
@@ -60,7 +64,7 @@ def plot_accuracy_matrices(
       file: where the PNG goes.
     """
     num_tasks = len(task_names)
-    figure = _figure(2.0 * len(matrices) + 0.9, 2.7)
+    figure = make_figure(2.0 * len(matrices) + 0.9, 2.7, title)
     axes = figure.subplots(1, len(matrices), sharex=True, sharey=True, squeeze=False)[0]
     ticks = range(0, num_tasks, 1 + num_tasks // 11)
     for axis, (method, matrix) in zip(axes, matrices.items(), strict=True):
@@ -77,7 +81,6 @@ def plot_accuracy_matrices(
         axis.set_yticks([tick + 1 for tick in ticks], [task_names[tick].removeprefix("task ") for tick in ticks])
     axes[0].set_ylabel("after learning task")
     figure.colorbar(image, ax=list(axes), label="test accuracy", shrink=0.8)
-    figure.suptitle(title, fontsize=11)
     figure.savefig(file)
 
 
@@ -99,7 +102,7 @@ def plot_strength_sweep(
       title: above the picture.
       file: where the PNG goes.
     """
-    figure = _figure(3.6 * len(accuracies) + 0.6, 3.2)
+    figure = make_figure(3.6 * len(accuracies) + 0.6, 3.2, title)
     axes = figure.subplots(1, len(accuracies), sharex=True, sharey=True, squeeze=False)[0]
     places = list(dict.fromkeys(place for lines in accuracies.values() for place in lines))
     for axis, (optimizer, lines) in zip(axes, accuracies.items(), strict=True):
@@ -121,21 +124,75 @@ def plot_strength_sweep(
     for axis in axes:
         handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), frameon=False)
-    figure.suptitle(title, fontsize=11)
     figure.savefig(file)
 
 
-def _draw_band(axis, values: np.ndarray, color: str, label: str) -> None:
+def make_figure(width: float, height: float, title: str = "") -> matplotlib.figure.Figure:
+    """Makes a figure in this module's style, for a picture of one's own. Save it with `figure.savefig(file)`.
+
+    Args:
+      width: in inches; 8.6 fills a page of text, with readable letters.
+      height: in inches.
+      title: above the picture: what it shows.
+
+    Returns:
+      The figure, whose `subplots` are laid out without overlap.
+    """
+    # Not by pyplot: it would choose a backend, and keep every figure in memory.
+    figure = matplotlib.figure.Figure(figsize=(width, height), dpi=150, layout="constrained")
+    if title:
+        figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def draw_over_seeds(axis: Axes, x: ArrayLike, values: ArrayLike, color: str, label: str, **style: Any) -> None:
+    """Draws the mean over seeds as a line, with a band of one standard error to both sides.
+
+    Args:
+      axis: where.
+      x: `[num_points]`.
+      values: `[num_seeds, num_points]`; points where a seed is NaN are left out.
+      color: of both.
+      label: in the legend.
+      **style: of the line, such as `linestyle` or `marker`.
+    """
+    x, values = np.asarray(x), np.asarray(values, np.float64)
     measured = np.isfinite(values).all(axis=0)
-    epochs = np.flatnonzero(measured) + 1
-    values = values[:, measured]
+    x, values = x[measured], values[:, measured]
     mean = values.mean(axis=0)
-    axis.plot(epochs, mean, color=color, linewidth=1.4, label=label)
+    axis.plot(x, mean, color=color, label=label, **{"linewidth": 1.4, **style})
     if len(values) > 1:
         error = values.std(axis=0, ddof=1) / np.sqrt(len(values))
-        axis.fill_between(epochs, mean - error, mean + error, color=color, alpha=0.25, linewidth=0)
+        axis.fill_between(x, mean - error, mean + error, color=color, alpha=0.25, linewidth=0)
 
 
-def _figure(width: float, height: float) -> matplotlib.figure.Figure:
-    # Not by pyplot: it would choose a backend, and keep every figure in memory.
-    return matplotlib.figure.Figure(figsize=(width, height), dpi=150, layout="constrained")
+def draw_image(axis: Axes, image: ArrayLike, title: str = "") -> None:
+    """Draws a number for each pixel: the importance of what a first layer does with it, say. Bright is much.
+
+    Args:
+      axis: where.
+      image: `[height, width]`, not negative; black is 0 and the brightest pixel its maximum.
+      title: above it.
+    """
+    axis.imshow(image, cmap="cividis", vmin=0)
+    axis.set(xticks=[], yticks=[])
+    axis.set_title(title, fontsize=10)
+
+
+def draw_low_loss(
+    axis: Axes, first: ArrayLike, second: ArrayLike, losses: ArrayLike, levels: Sequence[float], color: str
+) -> None:
+    """Draws the regions of a plane in which a loss is low, the lower the darker.
+
+    Args:
+      axis: where.
+      first: `[num_columns]`, the grid's first coordinates.
+      second: `[num_rows]`, its second coordinates.
+      losses: `[num_rows, num_columns]`; see `geometry.loss_on_plane`.
+      levels: losses, ascending; where it is above the last, nothing is drawn.
+      color: of the task.
+    """
+    alphas = np.linspace(0.45, 0.15, len(levels))
+    for alpha, low, high in zip(alphas, [-np.inf, *levels], levels, strict=False):
+        axis.contourf(first, second, losses, levels=[low, high], colors=[color], alpha=alpha)
+    axis.contour(first, second, losses, levels=levels, colors=[color], linewidths=1)

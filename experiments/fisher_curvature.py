@@ -1,0 +1,382 @@
+"""Is the loss's curvature about N times the Fisher information? Exact matrices of a small network, while it trains.
+
+Per example (divided by N), at several epochs, on training and on held-out data: the Hessian of −log p(D given θ), the
+true Fisher (labels in expectation over the model's classes) and the empirical Fisher (labels as they are), all of them
+whole. How far each Fisher is from the Hessian, what is the size of one against the other, and what the diagonal, which
+is what EWC keeps, leaves out.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import rich.console
+import tyro
+from jax.flatten_util import ravel_pytree
+
+from lifelong_jax import Batch, TrainingState, init_consolidation, init_training, learn_task
+from lifelong_jax.datasets import hold_out_validation, load_dataset
+from lifelong_jax.methods import cross_entropy
+from lifelong_jax.models import MLP
+from lifelong_jax.plotting import COLORS, draw_over_seeds, make_figure
+from lifelong_jax.runs import (
+    Run,
+    check_settings,
+    estimate,
+    format_estimate,
+    markdown_table,
+    print_table,
+    progress_bar,
+    start_run,
+)
+from lifelong_jax.studies import init_network, permuted
+from lifelong_jax.types import Params
+
+PARTS = ("training", "held-out")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Compare the exact Hessian, the true Fisher and the empirical Fisher of a small network, while it trains."""
+
+    hidden_sizes: tuple[int, ...] = (16,)
+    """Widths of the hidden layers. The inputs are the digits at 4×4 pixels; matrices are [parameters, parameters]."""
+
+    activations: tuple[Literal["relu", "tanh"], ...] = ("relu", "tanh")
+    """What the hidden layers apply: a network for each."""
+
+    epochs: tuple[int, ...] = (0, 1, 3, 10, 30, 100, 300, 1000)
+    """After how many passes over the training data the matrices are computed, ascending."""
+
+    batch_size: int = 64
+    """Examples per step."""
+
+    learning_rate: float = 0.01
+    """The step size of Adam."""
+
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """One initialisation and one order of examples for each."""
+
+    output_dir: str = "results"
+    """Results go to a new folder in <output-dir>/fisher_curvature/."""
+
+    def __post_init__(self) -> None:
+        """Refuses what would fail only after much has run."""
+        check_settings(
+            positive={name: getattr(self, name) for name in ("hidden_sizes", "batch_size", "learning_rate")},
+            not_negative={"epochs": self.epochs},
+            distinct={name: getattr(self, name) for name in ("activations", "seeds", "epochs")},
+        )
+        if list(self.epochs) != sorted(self.epochs):
+            raise ValueError(f"epochs must be ascending, not {self.epochs}.")
+
+
+class Measured(NamedTuple):
+    """What is measured at one epoch on one part of the data.
+
+    Norms are Frobenius norms; errors are relative to the Hessian's.
+
+    Attributes:
+      accuracy: a fraction.
+      loss: mean, in nats.
+      true_error: ‖H − F‖ / ‖H‖ with F the true Fisher.
+      empirical_error: the same with the empirical Fisher.
+      true_diagonal_error: of the diagonals alone.
+      empirical_diagonal_error: of the diagonals alone.
+      true_size: tr F / tr H.
+      empirical_size: tr E / tr F, the empirical Fisher against the true.
+      off_diagonal: the share of ‖F‖² that is not on its diagonal.
+      along_step: dᵀ diag(F) d / dᵀ F d, with d the first step of another task, the same inputs with permuted pixels.
+    """
+
+    accuracy: float
+    loss: float
+    true_error: float
+    empirical_error: float
+    true_diagonal_error: float
+    empirical_diagonal_error: float
+    true_size: float
+    empirical_size: float
+    off_diagonal: float
+    along_step: float
+
+
+class PerExample(NamedTuple):
+    """Of each training example, unless the network is too sure of it for float32: how large its part of the Fishers is.
+
+    Attributes:
+      doubt: 1 − p(label), `[num_examples]`, from the other classes' probabilities; above 1e-6.
+      ratio: the trace of its empirical Fisher over that of its true one.
+    """
+
+    doubt: np.ndarray
+    ratio: np.ndarray
+
+
+def main(config: Config) -> None:
+    """Runs the study.
+
+    Args:
+      config: the whole configuration.
+    """
+    console = rich.console.Console()
+    run = start_run(config.output_dir, "fisher_curvature", config)
+    data = load_small_digits()
+    measured: dict[str, list[list[dict[str, Measured]]]] = {name: [] for name in config.activations}
+    examples: list[PerExample] = []
+    with progress_bar(console) as bar:
+        line = bar.add_task("", total=len(config.activations) * len(config.seeds) * len(config.epochs), status="")
+        for activation in config.activations:
+            for seed in config.seeds:
+                of_seed = []
+                for epoch, params in zip(config.epochs, train(config, activation, data, seed), strict=True):
+                    bar.update(line, description=activation, status=f"seed {seed}, epoch {epoch}")
+                    of_parts = measure(make_model(config, activation), params, data, jax.random.key(seed))
+                    at_epoch = {part: numbers for part, (numbers, _) in of_parts.items()}
+                    run.log(activation=activation, seed=seed, epoch=epoch, **at_epoch)
+                    of_seed.append(at_epoch)
+                    examples.append(of_parts["training"][1])
+                    bar.advance(line)
+                measured[activation].append(of_seed)
+    values = {
+        activation: {
+            part: {
+                field: np.array([[getattr(at_epoch[part], field) for at_epoch in seed] for seed in seeds])
+                for field in Measured._fields
+            }
+            for part in PARTS
+        }
+        for activation, seeds in measured.items()
+    }
+    of_examples = PerExample(*map(np.concatenate, zip(*examples, strict=True)))
+    report(config, values, of_examples, run, console)
+    draw(config, values, of_examples, run)
+    console.print(f"results in {run.folder}", highlight=False, soft_wrap=True)
+
+
+def load_small_digits() -> dict[str, Batch]:
+    """Loads the digits at 4×4 pixels, the mean of four each: training and held-out data, as many of each."""
+    dataset = hold_out_validation(load_dataset("digits"), 0.5, jax.random.key(0))
+    size = dataset.test.labels.size
+
+    def shrink(batch: Batch) -> Batch:
+        inputs = np.asarray(batch.inputs).reshape(-1, 4, 2, 4, 2).mean(axis=(2, 4))
+        return Batch(*(jnp.asarray(np.asarray(leaf)[:size]) for leaf in (inputs, batch.labels, batch.weights)))
+
+    return {"training": shrink(dataset.train), "held-out": shrink(dataset.test)}
+
+
+def make_model(config: Config, activation: str) -> MLP:
+    """Makes the network."""
+    return MLP(config.hidden_sizes, num_outputs=10, activation=activation)
+
+
+def train(config: Config, activation: str, data: Mapping[str, Batch], seed: int) -> Iterator[Params]:
+    """Trains, and yields the parameters after each number of epochs."""
+    params_key, key = jax.random.split(jax.random.key(seed))
+    params = init_network(make_model(config, "relu"), params_key, data["training"].inputs[0])
+    state = init_training(optax.adam(config.learning_rate), params, key)
+    for earlier, later in itertools.pairwise((0, *config.epochs)):
+        state = learn(config, activation, state, data["training"], later - earlier)
+        yield state.params
+
+
+@functools.partial(jax.jit, static_argnames=("config", "activation"))
+def learn(config: Config, activation: str, state: TrainingState, batch: Batch, num_epochs: jax.Array) -> TrainingState:
+    """Trains for some epochs."""
+    loss_fn = cross_entropy(make_model(config, activation).apply)
+    optimizer = optax.adam(config.learning_rate)
+    none = init_consolidation(state.params)
+
+    def epoch(_: int, state: TrainingState) -> TrainingState:
+        return learn_task(loss_fn, optimizer, state, none, batch, num_epochs=1, batch_size=config.batch_size)[0]
+
+    return jax.lax.fori_loop(0, num_epochs, epoch, state)
+
+
+def measure(
+    model: MLP, params: Params, data: Mapping[str, Batch], key: jax.Array
+) -> dict[str, tuple[Measured, PerExample]]:
+    """Compares the three matrices on both parts of the data."""
+    step = np.asarray(first_step(model, params, data["training"], key), np.float64)
+    results = {}
+    for part, batch in data.items():
+        found = {name: np.asarray(value, np.float64) for name, value in matrices(model, params, batch).items()}
+        hessian, true, empirical = found["hessian"], found["true"], found["empirical"]
+        diagonal = np.diag(true)
+        numbers = Measured(
+            accuracy=float(found["correct"].mean()),
+            loss=float(found["loss"]),
+            true_error=relative_error(true, hessian),
+            empirical_error=relative_error(empirical, hessian),
+            true_diagonal_error=relative_error(diagonal, np.diag(hessian)),
+            empirical_diagonal_error=relative_error(np.diag(empirical), np.diag(hessian)),
+            true_size=float(np.trace(true) / np.trace(hessian)),
+            empirical_size=float(np.trace(empirical) / np.trace(true)),
+            off_diagonal=float(1 - np.sum(diagonal**2) / np.sum(true**2)),
+            along_step=float(step**2 @ diagonal / (step @ true @ step)),
+        )
+        measurable = found["doubt"] > 1e-6  # below, it is rounding
+        ratio = found["empirical_trace"][measurable] / found["true_trace"][measurable]
+        results[part] = numbers, PerExample(found["doubt"][measurable], ratio)
+    return results
+
+
+@functools.partial(jax.jit, static_argnames=("model",))
+def first_step(model: MLP, params: Params, batch: Batch, key: jax.Array) -> jax.Array:
+    """Computes the gradient of the loss on another task, which shows the pixels permuted."""
+    permutation = jax.random.permutation(key, batch.inputs[0].size)
+    loss_fn = cross_entropy(permuted(model.apply, permutation))
+    gradient = jax.grad(lambda params: jnp.mean(jax.vmap(loss_fn, in_axes=(None, 0))(params, batch)))(params)
+    return ravel_pytree(gradient)[0]
+
+
+def relative_error(approximation: np.ndarray, exact: np.ndarray) -> float:
+    """Computes ‖exact − approximation‖ / ‖exact‖."""
+    return float(np.linalg.norm(exact - approximation) / np.linalg.norm(exact))
+
+
+@functools.partial(jax.jit, static_argnames=("model",))
+def matrices(model: MLP, params: Params, batch: Batch) -> dict[str, jax.Array]:
+    """Computes the Hessian of the mean loss and both Fishers, each `[num_params, num_params]`, and what goes with them.
+
+    With J_n the Jacobian of example n's logits, and s_nc = e_c − p_n the score of class c at the logits:
+
+        F = mean_n Σ_c p_nc (J_nᵀ s_nc) (J_nᵀ s_nc)ᵀ        E = mean_n (J_nᵀ s_ny) (J_nᵀ s_ny)ᵀ
+    """
+    flat, unravel = ravel_pytree(params)
+    num_examples = batch.labels.size
+
+    def logits_fn(flat: jax.Array, x: jax.Array) -> jax.Array:
+        return model.apply(unravel(flat), x)
+
+    def mean_loss(flat: jax.Array) -> jax.Array:
+        return jnp.mean(jax.vmap(cross_entropy(logits_fn), in_axes=(None, 0))(flat, batch))
+
+    logits = jax.vmap(logits_fn, in_axes=(None, 0))(flat, batch.inputs)
+    jacobians = jax.vmap(jax.jacrev(logits_fn), in_axes=(None, 0))(flat, batch.inputs)
+    probabilities = jax.nn.softmax(logits)
+    scores = jacobians - jnp.einsum("nc,ncp->np", probabilities, jacobians)[:, None]
+    weighted = (jnp.sqrt(probabilities)[..., None] * scores).reshape(-1, flat.size)
+    labels_own = jacobians[jnp.arange(num_examples), batch.labels][:, None]
+    # The score of the label, written so that nothing cancels where the network is sure.
+    of_label = jnp.einsum("nc,ncp->np", probabilities, labels_own - jacobians)
+    is_other = jnp.arange(logits.shape[-1]) != batch.labels[:, None]
+    return {
+        "hessian": jax.hessian(mean_loss)(flat),
+        "true": weighted.T @ weighted / num_examples,
+        "empirical": of_label.T @ of_label / num_examples,
+        "loss": mean_loss(flat),
+        "correct": jnp.argmax(logits, axis=-1) == batch.labels,
+        "doubt": jnp.sum(jnp.where(is_other, probabilities, 0), axis=-1),
+        "true_trace": jnp.sum(weighted.reshape(num_examples, -1) ** 2, axis=-1),
+        "empirical_trace": jnp.sum(of_label**2, axis=-1),
+    }
+
+
+def report(
+    config: Config,
+    values: Mapping[str, Mapping[str, Mapping[str, np.ndarray]]],
+    examples: PerExample,
+    run: Run,
+    console: rich.console.Console,
+) -> None:
+    """Prints the table; writes `summary.json` and `table.md`."""
+    summary = {
+        activation: {
+            part: {field: [estimate(column) for column in array.T] for field, array in fields.items()}
+            for part, fields in parts.items()
+        }
+        for activation, parts in values.items()
+    }
+    # Exact: by Jensen's inequality, E ≤ doubt · S and F = S − E, with S the second moment of the classes' gradients.
+    bound = examples.doubt / (1 - examples.doubt)
+    sure = examples.doubt < 0.01
+    of_examples = {
+        "within_bound": float(np.mean(examples.ratio <= 1.001 * bound)),
+        "sure": float(sure.mean()),
+        "median_ratio_where_sure": float(np.median(examples.ratio[sure])) if sure.any() else math.nan,
+    }
+    run.write_summary({"epochs": config.epochs, "measured": summary, "examples": of_examples})
+    columns = {
+        "error of F, %": ("true_error", 100, 0),
+        "error of E, %": ("empirical_error", 100, 0),
+        "tr E / tr F": ("empirical_size", 1, 2),
+        "diagonal error of F, %": ("true_diagonal_error", 100, 1),
+        "F off diagonal, %": ("off_diagonal", 100, 0),
+        "diag(F) of F along B, %": ("along_step", 100, 0),
+    }
+    header = ["data", "epoch", *columns]
+    shown = sorted({0, len(config.epochs) // 2, len(config.epochs) - 1})
+    rows = [
+        [
+            f"{activation}, {part}",
+            str(config.epochs[index]),
+            *(format_estimate(summary[activation][part][field][index], *form) for field, *form in columns.values()),
+        ]
+        for activation in config.activations
+        for part in PARTS
+        for index in shown
+    ]
+    title = "The Hessian H, the true Fisher F and the empirical Fisher E; errors relative to H, Frobenius norm"
+    print_table(console, title, header, rows)
+    (run.folder / "table.md").write_text(markdown_table(header, rows))
+
+
+def draw(
+    config: Config,
+    values: Mapping[str, Mapping[str, Mapping[str, np.ndarray]]],
+    examples: PerExample,
+    run: Run,
+) -> None:
+    """Draws `fisher_curvature.png`."""
+    epochs = np.array(config.epochs)
+    off = {
+        name: "–".join(
+            sorted(
+                {f"{100 * values[each]['training'][name][:, -1].mean():.0f}" for each in config.activations}, key=float
+            )
+        )
+        for name in ("true_error", "empirical_error")
+    }
+    title = f"the true Fisher is {off['true_error']} % off the Hessian, the empirical {off['empirical_error']} %"
+    figure = make_figure(8.6, 6.4, f"After {epochs[-1]} epochs {title}")
+    (error, size), (ratio, diagonal) = figure.subplots(2, 2)
+    for activation, style in zip(config.activations, ("-", "--"), strict=False):
+        training, held_out = (values[activation][part] for part in PARTS)
+        options = {"linestyle": style, "marker": "o", "markersize": 3}
+        draw_over_seeds(error, epochs, training["empirical_error"], COLORS[1], f"empirical, {activation}", **options)
+        draw_over_seeds(error, epochs, training["true_error"], COLORS[0], f"true, {activation}", **options)
+        draw_over_seeds(size, epochs, held_out["empirical_size"], COLORS[3], f"held-out data, {activation}", **options)
+        draw_over_seeds(size, epochs, training["empirical_size"], COLORS[1], f"training data, {activation}", **options)
+        draw_over_seeds(
+            diagonal, epochs, training["off_diagonal"], COLORS[0], f"of ‖F‖², off it, {activation}", **options
+        )
+        draw_over_seeds(diagonal, epochs, training["along_step"], COLORS[2], f"of dᵀFd, on it, {activation}", **options)
+    for axis in (error, size, diagonal):
+        axis.set_xscale("symlog", linthresh=1)
+        axis.set_xlabel("epochs")
+        axis.legend(frameon=False, fontsize=9)
+    error.set(yscale="log", ylabel="relative error to the Hessian", title="distance to the Hessian, training data")
+    size.set(yscale="log", ylabel="trace, empirical / true", title="size of the empirical Fisher")
+    size.axhline(1, color="0.7", linewidth=0.8, zorder=0)
+    diagonal.set(ylim=(0, 1.02), ylabel="share", title="F's diagonal (d: first step of another task)")
+    shown = np.random.default_rng(0).permutation(examples.doubt.size)[:3000]
+    ratio.plot(examples.doubt[shown], examples.ratio[shown], ".", color=COLORS[4], markersize=2)
+    doubt = 1 / (1 + np.geomspace(1e6, 1e-4))
+    ratio.plot(doubt, doubt / (1 - doubt), color="black", linewidth=1, label="bound, ε / (1 − ε)")
+    ratio.set(xscale="log", yscale="log", xlabel="doubt ε = 1 − p(label)", ylabel="trace, empirical / true")
+    ratio.set(title="each training example, all epochs", ylim=(1e-7, 1e3))
+    ratio.legend(frameon=False, fontsize=9)
+    figure.savefig(run.folder / "fisher_curvature.png")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, prog="python -m experiments.fisher_curvature"))

@@ -1,0 +1,311 @@
+"""What an importance says of the output: perturb what matters little, and what matters much.
+
+First, MAS's picture: the change of a trained network's output is g · δ, with g the output's gradient, as long as the
+perturbation δ of the parameters is small. Then parameters are put into groups by the rank of their importance, and a
+perturbation of always the same length is spent on one group: by the rank of MAS, of the Fisher diagonal, and at random.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import rich.console
+import tyro
+from jax.flatten_util import ravel_pytree
+
+from lifelong_jax import (
+    Batch,
+    init_consolidation,
+)
+from lifelong_jax.datasets import load_dataset
+from lifelong_jax.models import MLP
+from lifelong_jax.plotting import COLORS, draw_over_seeds, make_figure
+from lifelong_jax.runs import (
+    Run,
+    check_settings,
+    estimate,
+    format_estimate,
+    markdown_table,
+    print_table,
+    progress_bar,
+    start_run,
+)
+from lifelong_jax.studies import both_importances, init_network, learn_permuted
+from lifelong_jax.types import Params
+
+ACTIVATIONS = ("tanh", "relu")
+RANKINGS = ("MAS", "EWC", "random")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Perturb a trained network's parameters: how far the output is linear, and what the rank of importance says."""
+
+    hidden_sizes: tuple[int, ...] = (64, 64)
+    """Widths of the hidden layers."""
+
+    num_epochs: int = 30
+    """Passes over the training data."""
+
+    batch_size: int = 32
+    """Examples per step."""
+
+    learning_rate: float = 0.01
+    """The step size of SGD with momentum 0.9."""
+
+    distances: tuple[float, ...] = tuple(float(f"{10 ** (quarter / 4 - 3):.3g}") for quarter in range(13))
+    """The lengths ‖δ‖ / ‖θ‖ at which the output's change is compared with its linear part."""
+
+    num_groups: int = 10
+    """Into how many groups of equal size the parameters are put by their rank."""
+
+    noise: float = 0.3
+    """The length ‖δ‖ / ‖θ‖ of the perturbation that is spent on one group."""
+
+    num_draws: int = 10
+    """Random perturbations per network, and per group."""
+
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    """One initialisation and one order of examples for each."""
+
+    output_dir: str = "results"
+    """Results go to a new folder in <output-dir>/sensitivity/."""
+
+    def __post_init__(self) -> None:
+        """Refuses what would fail only after much has run."""
+        names = ("hidden_sizes", "num_epochs", "batch_size", "learning_rate", "distances", "num_groups", "noise")
+        check_settings(
+            positive={name: getattr(self, name) for name in (*names, "num_draws")},
+            distinct={"seeds": self.seeds, "distances": self.distances},
+        )
+
+
+def main(config: Config) -> None:
+    """Runs the study.
+
+    Args:
+      config: the whole configuration.
+    """
+    console = rich.console.Console()
+    run = start_run(config.output_dir, "sensitivity", config)
+    dataset = load_dataset("digits")
+    errors = {name: np.zeros((len(config.seeds), len(config.distances), 2)) for name in ACTIVATIONS}
+    changes = {name: np.zeros((len(config.seeds), config.num_groups, 2)) for name in RANKINGS}
+    with progress_bar(console) as bar:
+        line = bar.add_task("", total=len(config.seeds), status="")
+        for index, seed in enumerate(config.seeds):
+            bar.update(line, status=f"seed {seed}")
+            train_key, delta_key, random_key = jax.random.split(jax.random.key(seed), 3)
+            for activation in ACTIVATIONS:
+                params = train(config, activation, dataset.train, train_key)
+                errors[activation][index] = linearity(config, activation, params, dataset.test, delta_key)
+            for name, importance in importances(config, params, dataset.train, random_key).items():
+                changes[name][index] = perturb_by_rank(config, params, importance, dataset.test, delta_key)
+            at_seed = {name: values[index] for name, values in (errors | changes).items()}
+            run.log(seed=seed, **at_seed)
+            bar.advance(line)
+    report(config, errors, changes, run, console)
+    draw(config, errors, changes, run)
+    console.print(f"results in {run.folder}", highlight=False, soft_wrap=True)
+
+
+def make_model(config: Config, activation: str) -> MLP:
+    """Makes the network."""
+    return MLP(config.hidden_sizes, num_outputs=10, activation=activation)
+
+
+def train(config: Config, activation: str, batch: Batch, key: jax.Array) -> Params:
+    """Trains a network."""
+    init_key, key = jax.random.split(key)
+    model = make_model(config, activation)
+    start = init_network(make_model(config, "relu"), init_key, batch.inputs[0])  # the same for both
+    return learn_permuted(
+        model,
+        start,
+        init_consolidation(start),
+        batch,
+        np.arange(batch.inputs[0].size),
+        key,
+        strength=0.0,
+        num_epochs=config.num_epochs,
+        batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+    )
+
+
+def importances(config: Config, params: Params, batch: Batch, key: jax.Array) -> dict[str, Params]:
+    """Computes MAS's and EWC's importance of a ReLU network, and draws a random one."""
+    pixels = np.arange(batch.inputs[0].size)
+    fisher, mas = both_importances(make_model(config, "relu"), params, batch, pixels)
+    flat, unravel = ravel_pytree(params)
+    return {
+        "MAS": mas,
+        "EWC": fisher,
+        "random": unravel(jax.random.uniform(key, flat.shape)),
+    }
+
+
+@functools.partial(jax.jit, static_argnames=("config", "activation"))
+def linearity(config: Config, activation: str, params: Params, batch: Batch, key: jax.Array) -> jax.Array:
+    """Computes, for each distance, the root mean square of the output's change, and of what g · δ leaves out of it.
+
+    Returns:
+      `[num_distances, 2]`, over examples, outputs and draws.
+    """
+    apply_fn = make_model(config, activation).apply
+    flat, unravel = ravel_pytree(params)
+
+    def outputs(flat: jax.Array) -> jax.Array:
+        return jax.vmap(apply_fn, in_axes=(None, 0))(unravel(flat), batch.inputs)
+
+    def at(distance: jax.Array, key: jax.Array) -> jax.Array:
+        delta = jax.random.normal(key, flat.shape)
+        delta *= distance * jnp.linalg.norm(flat) / jnp.linalg.norm(delta)
+        here, linear = jax.jvp(outputs, (flat,), (delta,))
+        change = outputs(flat + delta) - here
+        return jnp.stack([jnp.mean(change**2), jnp.mean((change - linear) ** 2)])
+
+    keys = jax.random.split(key, config.num_draws)
+    squares = jax.vmap(jax.vmap(at, in_axes=(None, 0)), in_axes=(0, None))(jnp.array(config.distances), keys)
+    return jnp.sqrt(squares.mean(axis=1))
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def perturb_by_rank(config: Config, params: Params, importance: Params, batch: Batch, key: jax.Array) -> jax.Array:
+    """Perturbs one group of parameters after the other, from the least important to the most.
+
+    Returns:
+      `[num_groups, 2]`: the root mean square of the output's change, and the accuracy lost, a fraction.
+    """
+    apply_fn = make_model(config, "relu").apply
+    flat, unravel = ravel_pytree(params)
+    order = jnp.argsort(ravel_pytree(importance)[0])
+    group_of = jnp.zeros(flat.size, int).at[order].set(jnp.arange(flat.size) * config.num_groups // flat.size)
+
+    def outputs(flat: jax.Array) -> jax.Array:
+        return jax.vmap(apply_fn, in_axes=(None, 0))(unravel(flat), batch.inputs)
+
+    def accuracy(outputs: jax.Array) -> jax.Array:
+        return jnp.mean(jnp.argmax(outputs, axis=-1) == batch.labels)
+
+    before = outputs(flat)
+
+    def at(group: jax.Array, key: jax.Array) -> jax.Array:
+        delta = jnp.where(group_of == group, jax.random.normal(key, flat.shape), 0)
+        delta *= config.noise * jnp.linalg.norm(flat) / jnp.linalg.norm(delta)
+        after = outputs(flat + delta)
+        return jnp.stack([jnp.mean((after - before) ** 2), accuracy(before) - accuracy(after)])
+
+    keys = jax.random.split(key, config.num_draws)
+    means = jax.vmap(jax.vmap(at, in_axes=(None, 0)), in_axes=(0, None))(jnp.arange(config.num_groups), keys).mean(
+        axis=1
+    )
+    return means.at[:, 0].set(jnp.sqrt(means[:, 0]))
+
+
+def slopes_of(config: Config, errors: np.ndarray) -> list[float]:
+    """Fits, for each seed, the power of ‖δ‖ with which the error of the linear part grows, where ‖δ‖ is small."""
+    distances = np.array(config.distances)
+    small = distances <= np.sqrt(distances.min() * distances.max())
+    return [np.polyfit(np.log(distances[small]), np.log(seed[small, 1]), 1)[0] for seed in errors]
+
+
+def rank_correlation(values: np.ndarray) -> float:
+    """Computes Spearman's rank correlation of a sequence with its order: 1 where it ascends."""
+    return float(np.corrcoef(np.argsort(np.argsort(values)), np.arange(len(values)))[0, 1])
+
+
+def report(
+    config: Config,
+    errors: Mapping[str, np.ndarray],
+    changes: Mapping[str, np.ndarray],
+    run: Run,
+    console: rich.console.Console,
+) -> None:
+    """Prints the tables; writes `summary.json` and `table.md`."""
+    linear = {
+        name: {
+            "slope": estimate(slopes_of(config, values)),
+            "relative_error": [estimate(column) for column in (values[..., 1] / values[..., 0]).T],
+        }
+        for name, values in errors.items()
+    }
+    ranked = {
+        name: {
+            "output_change": [estimate(column) for column in values[..., 0].T],
+            "accuracy_lost": [estimate(column) for column in values[..., 1].T],
+            "rank_correlation": estimate([rank_correlation(seed[:, 0]) for seed in values]),
+        }
+        for name, values in changes.items()
+    }
+    run.write_summary({"distances": config.distances, "linear": linear, "ranked": ranked})
+    header = ["activation", "power of the error", *(f"error at {config.distances[index]:g}, %" for index in (0, -1))]
+    rows = [
+        [
+            name,
+            format_estimate(numbers["slope"], digits=2),
+            *(format_estimate(numbers["relative_error"][index], 100) for index in (0, -1)),
+        ]
+        for name, numbers in linear.items()
+    ]
+    print_table(console, "What g · δ leaves out of the output's change, by the length of δ", header, rows)
+    markdown = markdown_table(header, rows)
+    header = [
+        "ranked by",
+        "change, least",
+        "change, most",
+        "points lost, least",
+        "points lost, most",
+        "rank correlation",
+    ]
+    rows = [
+        [
+            name,
+            *(format_estimate(numbers["output_change"][index], digits=2) for index in (0, -1)),
+            *(format_estimate(numbers["accuracy_lost"][index], 100) for index in (0, -1)),
+            format_estimate(numbers["rank_correlation"], digits=2),
+        ]
+        for name, numbers in ranked.items()
+    ]
+    print_table(console, "Perturbing the least and the most important parameters", header, rows)
+    (run.folder / "table.md").write_text(markdown + "\n" + markdown_table(header, rows))
+
+
+def draw(config: Config, errors: Mapping[str, np.ndarray], changes: Mapping[str, np.ndarray], run: Run) -> None:
+    """Draws `sensitivity.png`."""
+    lost = {name: 100 * values[:, :, 1].mean(axis=0) for name, values in changes.items()}
+    share = 100 // config.num_groups
+    figure = make_figure(
+        8.6,
+        3.6,
+        f"Noise costs {lost['MAS'][0]:.1f} points of accuracy on the {share} % of parameters that matter least to MAS, "
+        f"{lost['MAS'][-1]:.0f} on the most",
+    )
+    linear, change, accuracy = figure.subplots(1, 3)
+    distances = np.array(config.distances)
+    for name, color in zip(ACTIVATIONS, COLORS, strict=False):
+        power = np.mean(slopes_of(config, errors[name]))
+        draw_over_seeds(linear, distances, errors[name][..., 1], color, f"{name}: error ∝ ‖δ‖$^{{{power:.1f}}}$")
+        draw_over_seeds(linear, distances, errors[name][..., 0], color, f"{name}: change", linestyle="--")
+    linear.set(xscale="log", yscale="log", xlabel="‖δ‖ / ‖θ‖", ylabel="logits, root mean square")
+    linear.set_ylim(bottom=1e-4 * errors["tanh"][..., 1].min())
+    linear.set_title("change, and error of g · δ", fontsize=10)
+    middles = (np.arange(config.num_groups) + 0.5) * 100 / config.num_groups
+    for name, color, marker in zip(RANKINGS, COLORS[2:], "os^", strict=False):
+        options = {"marker": marker, "markersize": 4}
+        draw_over_seeds(change, middles, changes[name][..., 0], color, name, **options)
+        draw_over_seeds(accuracy, middles, 100 * changes[name][..., 1], color, name, **options)
+    change.set(yscale="log", xlabel="rank of Ω, percent", ylabel="change of the logits, RMS")
+    change.set_title("output by rank", fontsize=10)
+    accuracy.set(xlabel="rank of Ω, percent", ylabel="accuracy lost, percentage points")
+    accuracy.set_title("accuracy by rank", fontsize=10)
+    for axis in (linear, change, accuracy):
+        axis.legend(frameon=False, fontsize=9)
+    figure.savefig(run.folder / "sensitivity.png")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, prog="python -m experiments.sensitivity"))

@@ -1,0 +1,447 @@
+"""Many configurations of the parameters solve task A, and one that solves task B too is near: loss contours of both.
+
+First with two parameters, so that the plane is the whole space: a linear model tells two digits apart (task A: 6 and 9,
+task B: 2 and 7) by two measurements of the image. Then in planes through the solutions of a network that learns two
+permuted tasks. Task B is learned from task A's solution without a penalty, with equal rigidity (every parameter equally
+important) and with the Fisher diagonal; the last two each at the best strength of one grid of total stiffness.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import rich.console
+import tyro
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from lifelong_jax import (
+    Batch,
+    Consolidation,
+    fisher_diagonal,
+    init_consolidation,
+    init_training,
+    joint_examples,
+    learn_task,
+    permuted_tasks,
+    proximal_quadratic_penalty,
+)
+from lifelong_jax.datasets import load_dataset
+from lifelong_jax.geometry import Plane, loss_on_plane, penalty_on_plane, plane_coordinates, plane_through
+from lifelong_jax.methods import cross_entropy
+from lifelong_jax.models import MLP
+from lifelong_jax.plotting import COLORS, draw_low_loss, make_figure
+from lifelong_jax.runs import (
+    Estimate,
+    Run,
+    check_settings,
+    estimate,
+    format_estimate,
+    markdown_table,
+    print_table,
+    progress_bar,
+    start_run,
+)
+from lifelong_jax.studies import init_network
+from lifelong_jax.types import LossFn, Params
+
+PENALTIES = ("plain training", "equal rigidity", "importance-weighted")
+NUM_DRAWN = 140  # of the 280 or so images of two digits
+ELLIPSE = "penalty's ellipse"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Draw the losses of two tasks around the solutions that plain training, equal rigidity and EWC arrive at."""
+
+    hidden_sizes: tuple[int, ...] = (64,)
+    """Widths of the network's hidden layers."""
+
+    num_epochs: int = 30
+    """Passes over each task's training data."""
+
+    batch_size: int = 32
+    """Examples per step."""
+
+    learning_rate: float = 0.05
+    """The step size of plain SGD, for the network."""
+
+    linear_learning_rate: float = 1.0
+    """The same for the two parameters."""
+
+    stiffness: tuple[float, ...] = tuple(float(f"{10 ** (third / 3):.3g}") for third in range(-4, 9))
+    """The grid of λ · Σ Ω / Σ Fisher, for both penalties: 1 is as stiff in all as the Fisher diagonal at λ = 1."""
+
+    low: float = 0.1
+    """How far above the lowest, which training on the task alone reached, a loss is low."""
+
+    grid_size: int = 41
+    """Points to a side of the planes in which losses are computed."""
+
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    """Initial parameters, order of examples and tasks (140 images of each two digits, drawn at random; permutations),
+    one for each. Contours are drawn for the first."""
+
+    output_dir: str = "results"
+    """Results go to a new folder in <output-dir>/solution_space/."""
+
+    def __post_init__(self) -> None:
+        """Refuses what would fail only after much has run."""
+        names = ("hidden_sizes", "num_epochs", "batch_size", "learning_rate", "linear_learning_rate", "stiffness")
+        check_settings(
+            positive={name: getattr(self, name) for name in (*names, "low", "grid_size")},
+            distinct={"seeds": self.seeds, "stiffness": self.stiffness},
+        )
+
+
+class Case(NamedTuple):
+    """A model and two tasks for it.
+
+    Attributes:
+      name: of the model.
+      is_plane: whether its parameters are two, so that there is one plane, the whole space.
+      axes: what the axes of its planes are.
+      init_params: `init_params(key) -> params`.
+      make_tasks: `make_tasks(key) -> (task A, task B)`, training examples.
+      loss_fn: of one example.
+      fisher_fn: `fisher_fn(params, examples) -> importance`.
+      learning_rate: of plain SGD.
+    """
+
+    name: str
+    is_plane: bool
+    axes: tuple[str, str]
+    init_params: Callable[[jax.Array], Params]
+    make_tasks: Callable[[jax.Array], tuple[Batch, Batch]]
+    loss_fn: LossFn
+    fisher_fn: Callable[[Params, Batch], Params]
+    learning_rate: float
+
+
+class Learned(NamedTuple):
+    """What one seed learned.
+
+    Attributes:
+      tasks: A and B, training examples.
+      solution: the parameters after task A.
+      fisher: A's Fisher diagonal there.
+      paths: for each penalty and each stiffness, `[num_epochs + 1, ...]`, the parameters while task B is learned.
+      lowest: `[2]`, the losses on A and B that training on it alone reached.
+      above: for each penalty, `[num_stiffness, 2]`, how far above these the losses on A and B are after B.
+    """
+
+    tasks: tuple[Batch, Batch]
+    solution: Params
+    fisher: Params
+    paths: dict[str, list[Params]]
+    lowest: np.ndarray
+    above: dict[str, np.ndarray]
+
+
+class Outcome(NamedTuple):
+    """What came out for a model, over seeds.
+
+    Attributes:
+      chosen: for each penalty, the index of the stiffness at which the worse of the two losses is lowest.
+      above: for each penalty, how far the losses on A and B, and the worse of them, are above the lowest.
+      overlap: of A's true low-loss region in the plane with the penalty's ellipse: the area that they share over the
+        area that they cover.
+    """
+
+    chosen: dict[str, int]
+    above: dict[str, dict[str, Estimate]]
+    overlap: Estimate
+
+
+def main(config: Config) -> None:
+    """Runs the study.
+
+    Args:
+      config: the whole configuration.
+    """
+    console = rich.console.Console()
+    run = start_run(config.output_dir, "solution_space", config)
+    cases = (two_parameters(config), network(config))
+    learned: dict[str, list[Learned]] = {case.name: [] for case in cases}
+    outcomes = {}
+    with progress_bar(console) as bar:
+        line = bar.add_task("learning", total=len(cases) * len(config.seeds), status="")
+        for case in cases:
+            for seed in config.seeds:
+                bar.update(line, status=f"{case.name}, seed {seed}")
+                result = learn(config, case, jax.random.key(seed))
+                run.log(model=case.name, seed=seed, lowest=result.lowest, above=result.above)
+                learned[case.name].append(result)
+                bar.advance(line)
+            outcomes[case.name] = summarize(config, case, learned[case.name])
+    report(config, outcomes, run, console)
+    draw(config, cases, learned, outcomes, run)
+    console.print(f"results in {run.folder}", highlight=False, soft_wrap=True)
+
+
+def two_parameters(config: Config) -> Case:
+    """Makes the linear model: two measurements of an image, two weights, squared error from a label of ±1."""
+    train = load_dataset("digits").train
+    images = np.asarray(train.inputs[..., 0])
+    patch = functools.partial(np.mean, axis=(1, 2))
+    slant = patch(images[:, 2:4, 4:6]) - patch(images[:, 4:6, 2:4])  # ink right above the centre less left below it
+    bottom = patch(images[:, 6:8])  # ink in the two bottom rows
+    measured = jnp.asarray(np.stack([slant, bottom - bottom.mean()], axis=-1))
+
+    def some_of(one: int, other: int, key: jax.Array) -> Batch:
+        (both,) = np.nonzero(np.isin(train.labels, (one, other)))
+        chosen = jax.random.permutation(key, jnp.asarray(both))[:NUM_DRAWN]
+        return Batch(measured[chosen], (train.labels[chosen] == other).astype(jnp.int32), train.weights[chosen])
+
+    def output_fn(params: Params, x: jax.Array) -> jax.Array:
+        return x @ params
+
+    def loss_fn(params: Params, example: Batch) -> jax.Array:
+        return (output_fn(params, example.inputs) - jnp.where(example.labels == 1, 1.0, -1.0)) ** 2 / 2
+
+    return Case(
+        "two parameters",
+        True,
+        ("weight of the slant", "weight of the ink below"),
+        lambda key: jax.random.normal(key, (2,)),
+        lambda key: (some_of(6, 9, jax.random.fold_in(key, 0)), some_of(2, 7, jax.random.fold_in(key, 1))),
+        loss_fn,
+        lambda params, batch: fisher_diagonal(output_fn, params, batch.inputs, likelihood="gaussian"),
+        config.linear_learning_rate,
+    )
+
+
+def network(config: Config) -> Case:
+    """Makes the network that learns two permuted tasks of digits."""
+    dataset = load_dataset("digits")
+    model = MLP(config.hidden_sizes, dataset.num_classes)
+
+    def make_tasks(key: jax.Array) -> tuple[Batch, Batch]:
+        return tuple(joint_examples([task], "domain") for task in permuted_tasks(dataset.train, dataset.test, 2, key))
+
+    return Case(
+        "network",
+        False,
+        ("distance in the plane", "distance in the plane"),
+        lambda key: init_network(model, key, dataset.train.inputs[0]),
+        make_tasks,
+        cross_entropy(model.apply),
+        lambda params, batch: fisher_diagonal(model.apply, params, batch.inputs),
+        config.learning_rate,
+    )
+
+
+def learn(config: Config, case: Case, key: jax.Array) -> Learned:
+    """Learns task A, and from there task B with each penalty at each stiffness."""
+    tasks_key, params_key, a_key, b_key = jax.random.split(key, 4)
+    tasks = case.make_tasks(tasks_key)
+    start = case.init_params(params_key)
+    path = train(config, case, start, init_consolidation(start), 0.0, tasks[0], a_key)
+    solution = take(path, -1)
+    fisher = case.fisher_fn(solution, tasks[0])
+    mean = optax.tree.sum(fisher) / optax.tree.size(fisher)
+    importances = {
+        "plain training": jax.tree.map(jnp.zeros_like, fisher),
+        "equal rigidity": jax.tree.map(lambda leaf: jnp.full_like(leaf, mean), fisher),
+        "importance-weighted": fisher,
+    }
+    paths, losses = {}, {}
+    for name, importance in importances.items():
+        consolidation = Consolidation(solution, importance)
+        strengths = (0.0,) if name == "plain training" else config.stiffness
+        paths[name] = [
+            jax.device_get(train(config, case, solution, consolidation, strength, tasks[1], b_key))
+            for strength in strengths
+        ]
+        losses[name] = np.array([[mean_loss(case, take(path, -1), task) for task in tasks] for path in paths[name]])
+    lowest = np.array([mean_loss(case, solution, tasks[0]), losses["plain training"][0, 1]])
+    return Learned(tasks, solution, fisher, paths, lowest, {name: loss - lowest for name, loss in losses.items()})
+
+
+@functools.partial(jax.jit, static_argnames=("config", "case"))
+def train(
+    config: Config,
+    case: Case,
+    params: Params,
+    consolidation: Consolidation,
+    strength: float,
+    task: Batch,
+    key: jax.Array,
+) -> Params:
+    """Trains. Returns the parameters at the start and after each epoch, `[num_epochs + 1, ...]`."""
+    rate = case.learning_rate
+    optimizer = optax.chain(optax.sgd(rate), proximal_quadratic_penalty(rate, strength))
+
+    def epoch(state: Any, _: None) -> tuple[Any, Params]:
+        state, _ = learn_task(
+            case.loss_fn, optimizer, state, consolidation, task, num_epochs=1, batch_size=config.batch_size
+        )
+        return state, state.params
+
+    _, after = jax.lax.scan(epoch, init_training(optimizer, params, key), length=config.num_epochs)
+    return jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), params, after)
+
+
+@functools.partial(jax.jit, static_argnames=("case",))
+def mean_loss(case: Case, params: Params, examples: Batch) -> jax.Array:
+    """Computes the mean loss."""
+    return jax.vmap(case.loss_fn, in_axes=(None, 0))(params, examples).mean()
+
+
+def take(path: Params, index: int) -> Params:
+    """Takes one of a path's points."""
+    return jax.tree.map(lambda leaf: leaf[index], path)
+
+
+def summarize(config: Config, case: Case, learned: Sequence[Learned]) -> Outcome:
+    """Chooses each penalty's stiffness, and takes means over seeds."""
+    chosen, above = {}, {}
+    for name in PENALTIES:
+        of_seeds = np.stack([result.above[name] for result in learned])
+        chosen[name] = int(of_seeds.max(axis=-1).mean(axis=0).argmin())
+        a, b = of_seeds[:, chosen[name]].T
+        above[name] = {"A": estimate(a), "B": estimate(b), "worse": estimate(np.maximum(a, b))}
+    return Outcome(chosen, above, estimate([overlap(config, case, chosen, result) for result in learned]))
+
+
+def overlap(config: Config, case: Case, chosen: Mapping[str, int], result: Learned) -> float:
+    """Compares A's true low-loss region with the penalty's ellipse, on a grid that holds both."""
+    plane = plane_of(case, result, chosen, "importance-weighted")
+    for reach in (1.0, 2.0):  # twice as far, where the region goes on
+        first, second = around(plane, result, config, [], reach)
+        losses = loss_on_plane(case.loss_fn, plane, *(first, second), result.tasks[0])
+        region = losses <= result.lowest[0] + config.low
+        if not (region[[0, -1]].any() or region[:, [0, -1]].any()):
+            break
+    ellipse = penalty_around(plane, result, first, second) <= config.low
+    return float((region & ellipse).sum() / (region | ellipse).sum())
+
+
+def plane_of(case: Case, result: Learned, chosen: Mapping[str, int], name: str) -> Plane:
+    """Lays the plane through A's solution, the fine-tuned one, and the one that a penalty arrived at."""
+    if case.is_plane:
+        return Plane(jnp.zeros(2), (jnp.array([1.0, 0.0]), jnp.array([0.0, 1.0])))
+    ends = (take(result.paths[each][chosen[each]], -1) for each in (PENALTIES[0], name))
+    return plane_through(result.solution, *ends)
+
+
+def around(
+    plane: Plane, result: Learned, config: Config, paths: Sequence[np.ndarray], reach: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Chooses a grid's coordinates: it holds the paths, and the penalty's ellipse `reach` times."""
+    anchor = plane_coordinates(plane, result.solution)
+    inverse = np.linalg.inv(penalty_on_plane(plane, result.fisher))
+    radii = reach * np.sqrt(2 * config.low * np.diag(inverse))
+    corners = np.concatenate([*paths, [anchor - radii, anchor + radii]])
+    margin = 0.1 * np.ptp(corners, axis=0)
+    return tuple(np.linspace(corners.min(axis=0) - margin, corners.max(axis=0) + margin, config.grid_size).T)
+
+
+def penalty_around(plane: Plane, result: Learned, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Computes the penalty at strength 1 on a grid in a plane."""
+    offset = np.stack(np.meshgrid(first, second), axis=-1) - plane_coordinates(plane, result.solution)
+    return np.einsum("...j,jk,...k", offset, penalty_on_plane(plane, result.fisher), offset) / 2
+
+
+def report(config: Config, outcomes: Mapping[str, Outcome], run: Run, console: rich.console.Console) -> None:
+    """Prints the table; writes `summary.json` and `table.md`."""
+    header = ["model", "penalty", "stiffness", "A above lowest", "B above lowest", "the worse", "ellipse overlap, %"]
+    rows = [
+        [
+            case,
+            name,
+            "–" if name == PENALTIES[0] else f"{config.stiffness[outcome.chosen[name]]:.3g}",
+            *(format_estimate(value, digits=3) for value in outcome.above[name].values()),
+            format_estimate(outcome.overlap, 100, 0) if name == PENALTIES[-1] else "",
+        ]
+        for case, outcome in outcomes.items()
+        for name in PENALTIES
+    ]
+    print_table(console, "Mean training losses after task B, by penalty", header, rows)
+    (run.folder / "table.md").write_text(markdown_table(header, rows))
+    run.write_summary({"models": outcomes})
+
+
+def draw(
+    config: Config,
+    cases: Sequence[Case],
+    learned: Mapping[str, Sequence[Learned]],
+    outcomes: Mapping[str, Outcome],
+    run: Run,
+) -> None:
+    """Draws `solution_space.png`: a row for each model, a column for each penalty and one for the ellipse."""
+    figure = make_figure(8.6, 5.6, title_of(outcomes))
+    for case, row in zip(cases, figure.subplots(2, 4), strict=True):
+        outcome = outcomes[case.name]
+        for axis, name in zip(row, (*PENALTIES, ELLIPSE), strict=True):
+            draw_panel(config, case, learned[case.name], outcome, name, axis)
+            numbers = (
+                f"{format_estimate(outcome.overlap, 100, 0)} % in common"
+                if name == ELLIPSE
+                else ", ".join(f"{task} +{outcome.above[name][task].mean:.2f}" for task in "AB")
+            )
+            axis.set_title(f"{name}\n{numbers}" if case is cases[0] else numbers, fontsize=10)
+            axis.set_xlabel(case.axes[0])
+        row[0].set_ylabel(f"{case.name}\n{case.axes[1]}")
+    handles = [
+        *(Patch(color=color, alpha=0.5) for color in COLORS[:2]),
+        Line2D([], [], color="black", marker="*", markersize=8, linestyle=""),
+        Line2D([], [], color="black", marker="o", markersize=4, linewidth=1),
+        Line2D([], [], color="black", linestyle="--"),
+    ]
+    low = f"at most {config.low:g} above the lowest"
+    labels = [f"loss on A {low}", "the same for B", "A's solution", "B's training", f"penalty {config.low:g}, λ = 1"]
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=9, columnspacing=1.2)
+    figure.savefig(run.folder / "solution_space.png")
+
+
+def draw_panel(config: Config, case: Case, learned: Sequence[Learned], outcome: Outcome, name: str, axis: Axes) -> None:
+    """Draws both tasks' low-loss regions, A's solution, and a penalty's paths or the ellipse."""
+    result = learned[0]
+    third = name if name == PENALTIES[1] else PENALTIES[2]
+    plane = plane_of(case, result, outcome.chosen, third)
+
+    def paths_of(penalty: str) -> list[np.ndarray]:
+        seeds = learned if case.is_plane else [result]  # other seeds' paths are in other planes
+        return [path_in(plane, each.paths[penalty][outcome.chosen[penalty]]) for each in seeds]
+
+    shown = [path for each in (PENALTIES if case.is_plane else (PENALTIES[0], third)) for path in paths_of(each)]
+    grid = around(plane, result, config, shown, 1.0 if case.is_plane or name == ELLIPSE else 0.4)
+    for task, lowest, color in zip(result.tasks, result.lowest, COLORS, strict=False):
+        losses = loss_on_plane(case.loss_fn, plane, *grid, task)
+        draw_low_loss(axis, *grid, losses, [lowest + config.low, lowest + 4 * config.low], color)
+    axis.plot(*plane_coordinates(plane, result.solution), "*", color="black", markersize=8)
+    if name == ELLIPSE:
+        penalty = penalty_around(plane, result, *grid)
+        axis.contour(*grid, penalty, levels=[config.low], colors="black", linestyles="--", linewidths=1.4)
+        return
+    for path in paths_of(name):
+        axis.plot(*path.T, color="black", linewidth=1)
+        axis.plot(*path[-1], "o", color="black", markersize=4)
+
+
+def path_in(plane: Plane, path: Params) -> np.ndarray:
+    """Projects a path onto a plane: `[num_points, 2]`."""
+    num_points = len(jax.tree.leaves(path)[0])
+    return np.stack([plane_coordinates(plane, take(path, index)) for index in range(num_points)])
+
+
+def title_of(outcomes: Mapping[str, Outcome]) -> str:
+    """Says which training ends nearest to where both losses are low."""
+    nearest = {
+        min(PENALTIES, key=lambda name, outcome=outcome: outcome.above[name]["worse"].mean)
+        for outcome in outcomes.values()
+    }
+    if len(nearest) > 1:
+        return "After task B: how far the losses on A and B are above their lowest"
+    return f"{nearest.pop().capitalize()} training ends nearest to where both losses are low"
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, prog="python -m experiments.solution_space"))

@@ -1,0 +1,122 @@
+"""What the studies of single networks share: a network that learns one task in one compiled call, with a penalty."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from lifelong_jax.importance import fisher_diagonal, mas_importance
+from lifelong_jax.methods import cross_entropy
+from lifelong_jax.penalty import proximal_quadratic_penalty
+from lifelong_jax.tasks import present
+from lifelong_jax.training import TrainingState, init_training, learn_task
+from lifelong_jax.types import Batch, Consolidation, Example, LogitsFn, OutputFn, Params
+
+MOMENTUM = 0.9
+
+
+@functools.partial(jax.jit, static_argnames=("model",))
+def init_network(model: nn.Module, key: jax.Array, x: Example) -> Params:
+    """Draws a network's first parameters.
+
+    Args:
+      model: a flax module of one example.
+      key: a random key.
+      x: an input, without batch axis.
+
+    Returns:
+      The parameters.
+    """
+    return model.init(key, x)
+
+
+def permuted(apply_fn: OutputFn, permutation: jax.Array) -> LogitsFn:
+    """Makes the logits of a task that shows its inputs' features permuted.
+
+    Args:
+      apply_fn: `apply_fn(params, x) -> [num_classes]`.
+      permutation: `[num_features]`; see `present`.
+
+    Returns:
+      `logits_fn(params, x) -> [num_classes]`.
+    """
+    return lambda params, x: apply_fn(params, present(x, permutation))
+
+
+@functools.partial(jax.jit, static_argnames=("model", "batch_size"))
+def learn_permuted(
+    model: nn.Module,
+    params: Params,
+    consolidation: Consolidation,
+    batch: Batch,
+    permutation: jax.Array,
+    key: jax.Array,
+    *,
+    strength: float,
+    num_epochs: int,
+    batch_size: int,
+    learning_rate: float,
+) -> Params:
+    """Learns a task whose features are permuted, by SGD with momentum 0.9 and the penalty's proximal step.
+
+    All but the model and the batch size is traced, so that one compilation serves every task, strength and length.
+
+    Args:
+      model: a flax module of one example.
+      params: where training starts.
+      consolidation: what is kept of earlier tasks.
+      batch: training examples.
+      permutation: `[num_features]`; see `present`.
+      key: the random key of shuffling.
+      strength: λ.
+      num_epochs: passes over the examples.
+      batch_size: examples per step.
+      learning_rate: the step size.
+
+    Returns:
+      The parameters after the last step.
+    """
+    penalty = proximal_quadratic_penalty(learning_rate / (1 - MOMENTUM), strength)
+    optimizer = optax.chain(optax.sgd(learning_rate, momentum=MOMENTUM), penalty)
+    loss_fn = cross_entropy(permuted(model.apply, permutation))
+
+    def epoch(_: int, state: TrainingState) -> TrainingState:
+        return learn_task(loss_fn, optimizer, state, consolidation, batch, num_epochs=1, batch_size=batch_size)[0]
+
+    return jax.lax.fori_loop(0, num_epochs, epoch, init_training(optimizer, params, key)).params
+
+
+@functools.partial(jax.jit, static_argnames=("model",))
+def is_correct(model: nn.Module, params: Params, batch: Batch, permutation: jax.Array) -> jax.Array:
+    """Says of each example of a permuted task whether it is classified correctly.
+
+    Args:
+      model: a flax module of one example.
+      params: its parameters.
+      batch: examples.
+      permutation: `[num_features]`; see `present`.
+
+    Returns:
+      `[num_examples]`, bool.
+    """
+    logits = jax.vmap(permuted(model.apply, permutation), in_axes=(None, 0))(params, batch.inputs)
+    return jnp.argmax(logits, axis=-1) == batch.labels
+
+
+@functools.partial(jax.jit, static_argnames=("model",))
+def both_importances(model: nn.Module, params: Params, batch: Batch, permutation: jax.Array) -> tuple[Params, Params]:
+    """Computes EWC's and MAS's importance on a permuted task.
+
+    Args:
+      model: a flax module of one example.
+      params: its parameters.
+      batch: examples; the labels are not used.
+      permutation: `[num_features]`; see `present`.
+
+    Returns:
+      The Fisher diagonal, and MAS's importance of the squared norm: trees like `params`.
+    """
+    logits_fn = permuted(model.apply, permutation)
+    return fisher_diagonal(logits_fn, params, batch.inputs), mas_importance(logits_fn, params, batch.inputs)
