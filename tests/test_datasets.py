@@ -152,6 +152,7 @@ def folder(tmp_path):
     write_image(root / "test" / "cat" / "d.png", (7, 7), 51, "P")
     write_image(root / "test" / "ant" / "e.png", (40, 3), 20, "RGBA")
     (root / "train" / "cat" / "._a.jpg").write_bytes(b"what another system left behind")
+    (root / "train" / ".thumbnails").mkdir()
     (root / "train" / "cat" / "notes.txt").write_text("not an image")
     return root
 
