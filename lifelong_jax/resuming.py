@@ -20,7 +20,9 @@ import tyro
 
 from lifelong_jax import _files
 from lifelong_jax.checkpoint import restore_checkpoint, save_checkpoint, save_consolidation
-from lifelong_jax.continual import Progress, SequenceState
+from lifelong_jax.consolidation import consolidate
+from lifelong_jax.continual import NO_CHECKPOINTS, Checkpoints, Progress, SequenceState
+from lifelong_jax.methods import Method
 from lifelong_jax.runs import Run, RunSettings, read_rows, row_key, start_run
 from lifelong_jax.types import Consolidation
 
@@ -146,7 +148,7 @@ class ResumableSequence:
           split: "validation" where strengths are chosen.
           keep_tasks: whether each task's own parameters and importance are kept, as `task_file` names.
         """
-        self._run = run
+        self.run, self.seed = run, seed
         self._labels = {"method": method, "seed": seed} | ({"split": split} if split else {})
         self.name = f"{split} {method}, seed {seed}" if split else f"{method}, seed {seed}"
         self._folder = run.folder / "sequences" / urllib.parse.quote(self.name, safe=" (),+=")
@@ -181,7 +183,7 @@ class ResumableSequence:
         Args:
           progress: after it.
         """
-        self._run.log(event="epoch", **self._labels, **progress._asdict())
+        self.run.log(event="epoch", **self._labels, **progress._asdict())
 
     def finish(self, **measured: Any) -> None:
         """Logs what was measured of the whole sequence, which is then finished and needs no checkpoint.
@@ -189,7 +191,7 @@ class ResumableSequence:
         Args:
           **measured: names and arrays or numbers.
         """
-        self._run.log(event="sequence", **self._labels, **measured)
+        self.run.log(event="sequence", **self._labels, **measured)
         _files.discard(self._folder / "checkpoints")
 
     def restore(self, start: SequenceState) -> tuple[int, SequenceState]:
@@ -208,7 +210,7 @@ class ResumableSequence:
             epochs, state = 0, start
         if logged > epochs:
             key = row_key(self._labels)
-            self._run.keep_rows(lambda row: row_key(row) != key or row["epochs"] <= epochs)
+            self.run.keep_rows(lambda row: row_key(row) != key or row["epochs"] <= epochs)
         self._earlier = [row for row in self._earlier if row["epochs"] <= epochs]
         return epochs, state
 
@@ -222,7 +224,7 @@ class ResumableSequence:
         Raises:
           KeyboardInterrupt: if the run is asked to stop.
         """
-        stopping = self._run.stopping.is_set()
+        stopping = self.run.stopping.is_set()
         now = time.monotonic()
         if stopping or now - self._last_saved >= max(CHECKPOINT_SECONDS, self._cost / CHECKPOINT_SHARE):
             save_checkpoint(self._folder / "checkpoints", epochs, state)
@@ -254,6 +256,81 @@ class ResumableSequence:
           The file.
         """
         return self._folder / f"task-{task + 1}.safetensors"
+
+
+class KeptTasks:
+    """Lets `learn_tasks` go on after tasks that were learned before, consolidated by another rule, or decay, as well.
+
+    It is what `learn_tasks` takes as `checkpoints`, with tasks that begin with those kept. Of these nothing is measured
+    again.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from lifelong_jax import Batch, add_quadratic_penalty, learn_tasks, mas, permuted_tasks
+      >>> batch = Batch(jnp.eye(4), jnp.arange(4) % 2, jnp.ones(4))
+      >>> tasks = permuted_tasks(batch, batch, 3, jax.random.key(0))
+      >>> optimizer_fn = lambda strength: optax.chain(add_quadratic_penalty(strength), optax.sgd(1.0))
+      >>> kept = [Consolidation(jnp.zeros((4, 2)), jnp.ones((4, 2)))] * 2
+      >>> learned = learn_tasks(mas("separate"), lambda w, x: x @ w, optimizer_fn, jnp.zeros((4, 2)), tasks,
+      ...                       jax.random.key(1), strength=0.1, num_epochs=10, batch_size=2,
+      ...                       checkpoints=KeptTasks(kept, mas("separate"), num_epochs=10))
+      >>> np.isnan(learned.accuracy_matrix).all(axis=1)
+      array([ True,  True, False])
+    """
+
+    def __init__(
+        self,
+        kept: Sequence[Consolidation],
+        method: Method,
+        num_epochs: int,
+        checkpoints: Checkpoints = NO_CHECKPOINTS,
+    ) -> None:
+        """Prepares to go on.
+
+        Args:
+          kept: each task's own parameters and importance, in order; from `load_consolidation`, say.
+          method: its rule and decay consolidate them.
+          num_epochs: passes over each task's training examples.
+          checkpoints: where the state is kept from then on.
+        """
+        self._kept, self._method, self._num_epochs, self._checkpoints = kept, method, num_epochs, checkpoints
+
+    def restore(self, start: SequenceState) -> tuple[int, SequenceState]:
+        """See `continual.Checkpoints`.
+
+        Args:
+          start: where the sequence would start.
+
+        Returns:
+          The number of epochs learned, and the state.
+        """
+        rule, decay = self._method.rule, self._method.decay
+        consolidation = start.consolidation
+        for task in self._kept:
+            consolidation = consolidate(consolidation, task.anchor, task.importance, rule=rule, decay=decay)
+        training = start.training._replace(params=self._kept[-1].anchor)
+        epochs, state = self._checkpoints.restore(start._replace(training=training, consolidation=consolidation))
+        return max(epochs, len(self._kept) * self._num_epochs), state
+
+    def save(self, epochs: int, state: SequenceState) -> None:
+        """See `continual.Checkpoints`.
+
+        Args:
+          epochs: learned so far.
+          state: after them.
+        """
+        self._checkpoints.save(epochs, state)
+
+    def keep_task(self, task: int, kept: Consolidation, estimator: str, num_examples: int) -> None:
+        """See `continual.Checkpoints`.
+
+        Args:
+          task: from 0.
+          kept: the parameters and the importance.
+          estimator: the method's name.
+          num_examples: of the task.
+        """
+        self._checkpoints.keep_task(task, kept, estimator, num_examples)
 
 
 def _newest_run(folder: pathlib.Path) -> pathlib.Path:

@@ -14,7 +14,16 @@ import pytest
 import tyro
 from PIL import Image
 
-from experiments import add_digit, dataset_sequence, permuted, rotated, split, strength_sweep, strength_transfer
+from experiments import (
+    add_digit,
+    dataset_sequence,
+    permuted,
+    reconsolidate,
+    rotated,
+    split,
+    strength_sweep,
+    strength_transfer,
+)
 from lifelong_jax.datasets import load_dataset
 from lifelong_jax.experiment import make_learner
 
@@ -232,3 +241,32 @@ def test_strength_transfer(tmp_path, monkeypatch):
     assert list(summary["best"]) == list(summary["cost"]) == ["none", "mean", "max"]
     assert all(cost >= 0 for costs in summary["cost"].values() for cost in costs)
     assert "| 8 |" in (folder / "table.md").read_text()
+
+
+def test_reconsolidate(tmp_path, capsys):
+    small = [
+        "--num-tasks",
+        "2",
+        "--hidden-sizes",
+        "8",
+        "--num-epochs",
+        "1",
+        "--seeds",
+        "0",
+        "--strengths",
+        "100",
+        "1e4",
+    ]
+    arguments = [*small, "--strengths", "100", "1e4", "--output-dir", str(tmp_path)]
+    reconsolidate.main(tyro.cli(reconsolidate.Config, args=arguments))
+    (folder,) = (tmp_path / "reconsolidate").iterdir()
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    matrices = {row["method"]: row["accuracy_matrix"] for row in rows if row["event"] == "sequence"}
+    assert matrices["separate 100"] == [[None, None], matrices["first"][-1]]  # as the first time
+    accuracy = json.loads((folder / "summary.json").read_text())["accuracy"]
+    mean = np.mean(matrices["latest 1e+04"][-1])
+    np.testing.assert_allclose(accuracy["all tasks"]["latest"][1]["mean"], mean)
+    with Image.open(folder / "reconsolidate.png") as image:
+        assert image.width > 800
+    assert "| 1e+04 |" in (folder / "table.md").read_text()
+    assert "4 times 1 epochs a seed" in capsys.readouterr().out

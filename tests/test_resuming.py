@@ -34,7 +34,7 @@ from lifelong_jax import (
 )
 from lifelong_jax.checkpoint import load_consolidation, read_metadata
 from lifelong_jax.models import MLP
-from lifelong_jax.resuming import ResumableSequence, open_run, parse_settings
+from lifelong_jax.resuming import KeptTasks, ResumableSequence, open_run, parse_settings
 from lifelong_jax.runs import Run, RunSettings, read_rows
 
 NUM_TASKS, NUM_EPOCHS = 3, 2
@@ -175,6 +175,32 @@ def test_each_task_s_own_parameters_and_importance_are_kept(tmp_path):
     chex.assert_trees_all_equal(consolidation, learned.consolidation)
     metadata = read_metadata(sequence.task_file(0))
     assert (metadata["estimator"], metadata["num_examples"]) == ("ewc", "20")
+
+
+def test_the_last_task_is_learned_again_from_what_was_kept(tmp_path, often):
+    sequence = ResumableSequence(Run(tmp_path), method="ewc", seed=0, keep_tasks=True)
+    learned = learn("ewc", checkpoints=sequence)
+    none = init_consolidation(PARAMS)
+    kept = [load_consolidation(sequence.task_file(task), like=none) for task in range(NUM_TASKS - 1)]
+    again = learn("ewc", checkpoints=KeptTasks(kept, methods.ewc(), NUM_EPOCHS))
+    chex.assert_trees_all_equal(again.params, learned.params)
+    chex.assert_trees_all_equal(again.consolidation, learned.consolidation)
+    np.testing.assert_array_equal(again.accuracy_matrix[-1], learned.accuracy_matrix[-1])
+    assert np.isnan(again.accuracy_matrix[:-1]).all()
+    other = learn("ewc", checkpoints=KeptTasks(kept, methods.ewc(rule="latest", decay=0.5), NUM_EPOCHS))
+    assert optax.tree.norm(optax.tree.sub(other.params, learned.params)) > 1e-4
+
+    def stop(progress):
+        sequence.log_epoch(progress)
+        if progress.epochs == NUM_TASKS * NUM_EPOCHS:
+            raise Killed
+
+    sequence = ResumableSequence(Run(tmp_path), method="again", seed=0)
+    with pytest.raises(Killed):
+        learn("ewc", report=stop, checkpoints=KeptTasks(kept, methods.ewc(), NUM_EPOCHS, sequence))
+    sequence = ResumableSequence(reopened(tmp_path), method="again", seed=0)
+    resumed = learn("ewc", checkpoints=KeptTasks(kept, methods.ewc(), NUM_EPOCHS, sequence))
+    chex.assert_trees_all_equal(resumed.params, learned.params)
 
 
 def test_half_a_row_is_no_row(tmp_path):
