@@ -20,7 +20,7 @@ from lifelong_jax.runs import check_settings
 from lifelong_jax.tasks import dataset_tasks
 from lifelong_jax.types import Example, Params
 
-STRENGTH = Strength(l2=0.01, ewc=1e3, mas=1.0, local_mas=1.0, si=1.0, rwalk=1.0)  # chosen by --tune
+STRENGTH = Strength(l2=0.01, ewc=1e3, mas=1.0, local_mas=1.0, si=1e3, rwalk=100.0)  # chosen by --tune
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
