@@ -41,8 +41,9 @@ def check_examples(name: str, examples: Examples, weights: jax.Array | None, wei
         raise ValueError(f"{name} is empty: a mean over no examples is not defined.")
     if weights is not None and is_concrete(weights):
         values = np.asarray(weights)
-        if not (np.isfinite(values).all() and (values >= 0).all() and values.sum() > 0):
-            raise ValueError(f"{weights_name} must be finite, not negative, and not all 0.")
+        total = values.sum(dtype=np.float64)
+        if not (np.isfinite(values).all() and (values >= 0).all() and 0 < total <= np.finfo(np.float32).max):
+            raise ValueError(f"{weights_name} must be finite, as must their sum, not negative, and not all 0.")
 
 
 def check_batch(name: str, batch: Batch, num_classes: int) -> None:

@@ -68,6 +68,7 @@ def consolidate(
       The consolidation for the next task.
 
     Raises:
+      TypeError: if a leaf is not floating-point.
       ValueError: if the trees differ in structure or shapes, if `rule` is unknown, or, outside of jit, if an importance
         is NaN, infinite or negative, or `decay` or `weight` negative.
 
@@ -82,6 +83,8 @@ def consolidate(
     _checks.check_choice("rule", rule, ("separate", "latest"))
     _checks.check_not_negative("decay", decay)
     _checks.check_not_negative("weight", weight)
+    for name, tree in (("consolidation", consolidation), ("params", params), ("importance", importance)):
+        _checks.check_params(name, tree)
     _checks.check_same_structure("params", params, "consolidation.anchor", consolidation.anchor)
     _checks.check_same_structure("importance", importance, "consolidation.importance", consolidation.importance)
     _checks.check_importance("importance", importance)
@@ -158,6 +161,7 @@ def normalize_importance(importance: Params, to: Literal["mean", "max"] = "mean"
       A tree like `importance`, in its dtypes or float32, whichever is wider. An importance of 0 everywhere stays.
 
     Raises:
+      TypeError: if a leaf is not floating-point.
       ValueError: if `to` is unknown, or, outside of jit, if an importance is NaN, infinite or negative.
 
     Example:
@@ -165,6 +169,7 @@ def normalize_importance(importance: Params, to: Literal["mean", "max"] = "mean"
       {'w': Array([0., 1., 2., 1.], dtype=float32)}
     """
     _checks.check_choice("to", to, ("mean", "max"))
+    _checks.check_params("importance", importance)
     _checks.check_importance("importance", importance)
     importance = _widen(importance)
     largest = optax.tree.max(importance)

@@ -377,7 +377,11 @@ def _check_arguments(
 def _check_trees(name: str, tree: Params, anchor: Params, importance: Params) -> None:
     _checks.check_same_structure("importance", importance, name, tree, partial=True)
     _checks.check_same_structure("anchor", anchor, "importance", importance)
-    none = {"is_leaf": lambda node: node is None}
-    protected = jax.tree.map(lambda omega, branch: None if omega is None else branch, importance, tree, **none)
+    try:
+        protected = jax.tree.map(
+            lambda omega, branch: None if omega is None else branch, importance, tree, is_leaf=lambda node: node is None
+        )
+    except ValueError as error:  # where branches without leaves differ
+        raise ValueError(f"importance and {name} must be trees of one structure: {error}") from error
     for protected_name, branches in ((name, protected), ("anchor", anchor), ("importance", importance)):
         _checks.check_params(protected_name, branches)

@@ -203,6 +203,8 @@ def test_merge(num_examples):
 @amounts
 def test_normalize_importance(num_examples):
     def check(importance, to):
+        if importance is None:
+            return  # so is the result
         result = attempt(lambda: normalize_importance(importance, to), "importance", "to")
         valid = floating(importance) and not_negative(importance) and to != "median"
         assert result is not None or not valid
@@ -278,6 +280,7 @@ def test_importances_of_a_linear_model_in_closed_form(num_examples):
             and x.shape[:1] == y.shape[:1] == share.shape
             and (weights is None or (not_negative(weights) and share.sum() > 0))
             and microbatch_size in (None, 1, 2, 5)
+            and microbatch_size is not True
         )
         with np.errstate(all="ignore"):
             residual = slope * wide - np.asarray(y, np.float64) if y.shape == x.shape else wide
