@@ -43,7 +43,7 @@ def check_examples(name: str, examples: Examples, weights: jax.Array | None, wei
         values = np.asarray(weights)
         total = values.sum(dtype=np.float64)
         if not (np.isfinite(values).all() and (values >= 0).all() and 0 < total <= np.finfo(np.float32).max):
-            raise ValueError(f"{weights_name} must be finite, as must their sum, not negative, and not all 0.")
+            raise ValueError(f"{weights_name} must be finite, not negative, not all 0, and their sum finite.")
 
 
 def check_batch(name: str, batch: Batch, num_classes: int) -> None:
