@@ -10,15 +10,14 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Mapping
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import rich.console
-import tyro
 from jax.flatten_util import ravel_pytree
 
 from lifelong_jax import Batch, TrainingState, init_consolidation, init_training, learn_task
@@ -26,15 +25,16 @@ from lifelong_jax.datasets import hold_out_validation, load_dataset
 from lifelong_jax.methods import cross_entropy
 from lifelong_jax.models import MLP
 from lifelong_jax.plotting import COLORS, draw_over_seeds, make_figure
+from lifelong_jax.resuming import compute_once, open_run, parse_settings
 from lifelong_jax.runs import (
     Run,
+    RunSettings,
     check_settings,
     estimate,
     format_estimate,
     markdown_table,
     print_table,
     progress_bar,
-    start_run,
 )
 from lifelong_jax.studies import init_network, permuted
 from lifelong_jax.types import Params
@@ -42,8 +42,8 @@ from lifelong_jax.types import Params
 PARTS = ("training", "held-out")
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(RunSettings):
     """Compare the exact Hessian, the true Fisher and the empirical Fisher of a small network, while it trains."""
 
     hidden_sizes: tuple[int, ...] = (16,)
@@ -63,9 +63,6 @@ class Config:
 
     seeds: tuple[int, ...] = (0, 1, 2)
     """One initialisation and one order of examples for each."""
-
-    output_dir: str = "results"
-    """Results go to a new folder in <output-dir>/fisher_curvature/."""
 
     def __post_init__(self) -> None:
         """Refuses what would fail only after much has run."""
@@ -127,38 +124,30 @@ def main(config: Config) -> None:
       config: the whole configuration.
     """
     console = rich.console.Console()
-    run = start_run(config.output_dir, "fisher_curvature", config)
-    data = load_small_digits()
-    measured: dict[str, list[list[dict[str, Measured]]]] = {name: [] for name in config.activations}
-    examples: list[PerExample] = []
-    with progress_bar(console) as bar:
-        line = bar.add_task("", total=len(config.activations) * len(config.seeds) * len(config.epochs), status="")
-        for activation in config.activations:
-            for seed in config.seeds:
-                of_seed = []
-                for epoch, params in zip(config.epochs, train(config, activation, data, seed), strict=True):
-                    bar.update(line, description=activation, status=f"seed {seed}, epoch {epoch}")
-                    of_parts = measure(make_model(config, activation), params, data, jax.random.key(seed))
-                    at_epoch = {part: numbers for part, (numbers, _) in of_parts.items()}
-                    run.log(activation=activation, seed=seed, epoch=epoch, **at_epoch)
-                    of_seed.append(at_epoch)
-                    examples.append(of_parts["training"][1])
+    with open_run(config, "fisher_curvature", console) as run:
+        data = load_small_digits()
+        measured: dict[str, list[dict[str, Any]]] = {name: [] for name in config.activations}
+        with progress_bar(console) as bar:
+            line = bar.add_task("", total=len(config.activations) * len(config.seeds), status="")
+            for activation in config.activations:
+                for seed in config.seeds:
+                    at = functools.partial(bar.update, line, description=activation)
+                    function = functools.partial(measure_seed, config, activation, data, seed, at)
+                    of_seed = compute_once(run, f"{activation}, seed {seed}", function)
+                    for index, epoch in enumerate(config.epochs):
+                        at_epoch = jax.tree.map(lambda values, index=index: values[index], of_seed["measured"])
+                        run.log_once(activation=activation, seed=seed, epoch=epoch, **at_epoch)
+                    measured[activation].append(of_seed)
                     bar.advance(line)
-                measured[activation].append(of_seed)
-    values = {
-        activation: {
-            part: {
-                field: np.array([[getattr(at_epoch[part], field) for at_epoch in seed] for seed in seeds])
-                for field in Measured._fields
-            }
-            for part in PARTS
+        values = {
+            activation: jax.tree.map(lambda *seeds: np.stack(seeds), *(of_seed["measured"] for of_seed in seeds))
+            for activation, seeds in measured.items()
         }
-        for activation, seeds in measured.items()
-    }
-    of_examples = PerExample(*map(np.concatenate, zip(*examples, strict=True)))
-    report(config, values, of_examples, run, console)
-    draw(config, values, of_examples, run)
-    console.print(f"results in {run.folder}", highlight=False, soft_wrap=True)
+        each = [of_seed["examples"] for seeds in measured.values() for of_seed in seeds]
+        examples = PerExample(*(np.concatenate([one[field] for one in each]) for field in PerExample._fields))
+        report(config, values, examples, run, console)
+        draw(config, values, examples, run)
+        console.print(f"results in {run.folder}", highlight=False, soft_wrap=True)
 
 
 def load_small_digits() -> dict[str, Batch]:
@@ -199,6 +188,26 @@ def learn(config: Config, activation: str, state: TrainingState, batch: Batch, n
         return learn_task(loss_fn, optimizer, state, none, batch, num_epochs=1, batch_size=config.batch_size)[0]
 
     return jax.lax.fori_loop(0, num_epochs, epoch, state)
+
+
+def measure_seed(
+    config: Config, activation: str, data: Mapping[str, Batch], seed: int, show: Callable[..., None]
+) -> dict[str, Any]:
+    """Trains a network and measures it at each epoch.
+
+    Returns:
+      `measured`: for each part of the data a `Measured` of `[num_epochs]`; `examples`: a `PerExample` of all epochs.
+    """
+    measured, examples = [], []
+    for epoch, params in zip(config.epochs, train(config, activation, data, seed), strict=True):
+        show(status=f"seed {seed}, epoch {epoch}")
+        of_parts = measure(make_model(config, activation), params, data, jax.random.key(seed))
+        measured.append({part: numbers for part, (numbers, _) in of_parts.items()})
+        examples.append(of_parts["training"][1])
+    return {
+        "measured": jax.tree.map(lambda *epochs: np.array(epochs), *measured),
+        "examples": PerExample(*map(np.concatenate, zip(*examples, strict=True))),
+    }
 
 
 def measure(
@@ -379,4 +388,4 @@ def draw(
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, prog="python -m experiments.fisher_curvature"))
+    main(parse_settings(Config, "fisher_curvature"))

@@ -14,7 +14,6 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import rich.console
-import tyro
 
 from lifelong_jax import (
     Batch,
@@ -25,15 +24,16 @@ from lifelong_jax.datasets import Dataset, load_dataset
 from lifelong_jax.geometry import importance_overlap
 from lifelong_jax.models import MLP
 from lifelong_jax.plotting import COLORS, draw_image, draw_over_seeds, make_figure
+from lifelong_jax.resuming import compute_once, open_run, parse_settings
 from lifelong_jax.runs import (
     Run,
+    RunSettings,
     check_settings,
     estimate,
     format_estimate,
     markdown_table,
     print_table,
     progress_bar,
-    start_run,
 )
 from lifelong_jax.studies import both_importances, init_network, is_correct, learn_permuted
 from lifelong_jax.types import Params
@@ -42,8 +42,8 @@ SIDE = 8  # pixels to a side of the bundled digits
 POWERS = np.arange(0.1, 1.55, 0.05)
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(RunSettings):
     """Show what importances look like, EWC's against MAS's, and how much two tasks' overlap the more they differ."""
 
     squares: tuple[int, ...] = (0, 2, 4, 6, 8)
@@ -66,9 +66,6 @@ class Config:
 
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """One initialisation, one order of examples and one set of permutations for each."""
-
-    output_dir: str = "results"
-    """Results go to a new folder in <output-dir>/importance/."""
 
     def __post_init__(self) -> None:
         """Refuses what would fail only after much has run."""
@@ -117,21 +114,22 @@ def main(config: Config) -> None:
       config: the whole configuration.
     """
     console = rich.console.Console()
-    run = start_run(config.output_dir, "importance", config)
-    dataset = load_dataset("digits")
-    measured = []
-    with progress_bar(console) as bar:
-        line = bar.add_task("", total=len(config.seeds), status="")
-        for seed in config.seeds:
-            bar.update(line, status=f"seed {seed}")
-            of_seed = measure(config, dataset, jax.random.key(seed))
-            run.log(seed=seed, **{name: getattr(of_seed, name) for name in Measured._fields[:5]})
-            measured.append(of_seed)
-            bar.advance(line)
-    values = {name: np.stack([getattr(of_seed, name) for of_seed in measured]) for name in Measured._fields}
-    report(config, values, run, console)
-    draw(config, values, run)
-    console.print(f"results in {run.folder}", highlight=False, soft_wrap=True)
+    with open_run(config, "importance", console) as run:
+        dataset = load_dataset("digits")
+        measured = []
+        with progress_bar(console) as bar:
+            line = bar.add_task("", total=len(config.seeds), status="")
+            for seed in config.seeds:
+                bar.update(line, status=f"seed {seed}")
+                function = functools.partial(measure, config, dataset, jax.random.key(seed))
+                of_seed = compute_once(run, f"seed {seed}", function)
+                run.log_once(seed=seed, **{name: of_seed[name] for name in Measured._fields[:5]})
+                measured.append(of_seed)
+                bar.advance(line)
+        values = {name: np.stack([of_seed[name] for of_seed in measured]) for name in Measured._fields}
+        report(config, values, run, console)
+        draw(config, values, run)
+        console.print(f"results in {run.folder}", highlight=False, soft_wrap=True)
 
 
 def measure(config: Config, dataset: Dataset, key: jax.Array) -> Measured:
@@ -296,4 +294,4 @@ def draw(config: Config, values: Mapping[str, np.ndarray], run: Run) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, prog="python -m experiments.importance"))
+    main(parse_settings(Config, "importance"))

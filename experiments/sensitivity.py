@@ -13,25 +13,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import rich.console
-import tyro
 from jax.flatten_util import ravel_pytree
 
 from lifelong_jax import (
     Batch,
     init_consolidation,
 )
-from lifelong_jax.datasets import load_dataset
+from lifelong_jax.datasets import Dataset, load_dataset
 from lifelong_jax.models import MLP
 from lifelong_jax.plotting import COLORS, draw_over_seeds, make_figure
+from lifelong_jax.resuming import compute_once, open_run, parse_settings
 from lifelong_jax.runs import (
     Run,
+    RunSettings,
     check_settings,
     estimate,
     format_estimate,
     markdown_table,
     print_table,
     progress_bar,
-    start_run,
 )
 from lifelong_jax.studies import both_importances, init_network, learn_permuted
 from lifelong_jax.types import Params
@@ -40,8 +40,8 @@ ACTIVATIONS = ("tanh", "relu")
 RANKINGS = ("MAS", "EWC", "random")
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(RunSettings):
     """Perturb a trained network's parameters: how far the output is linear, and what the rank of importance says."""
 
     hidden_sizes: tuple[int, ...] = (64, 64)
@@ -71,9 +71,6 @@ class Config:
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """One initialisation and one order of examples for each."""
 
-    output_dir: str = "results"
-    """Results go to a new folder in <output-dir>/sensitivity/."""
-
     def __post_init__(self) -> None:
         """Refuses what would fail only after much has run."""
         names = ("hidden_sizes", "num_epochs", "batch_size", "learning_rate", "distances", "num_groups", "noise")
@@ -90,26 +87,37 @@ def main(config: Config) -> None:
       config: the whole configuration.
     """
     console = rich.console.Console()
-    run = start_run(config.output_dir, "sensitivity", config)
-    dataset = load_dataset("digits")
-    errors = {name: np.zeros((len(config.seeds), len(config.distances), 2)) for name in ACTIVATIONS}
-    changes = {name: np.zeros((len(config.seeds), config.num_groups, 2)) for name in RANKINGS}
-    with progress_bar(console) as bar:
-        line = bar.add_task("", total=len(config.seeds), status="")
-        for index, seed in enumerate(config.seeds):
-            bar.update(line, status=f"seed {seed}")
-            train_key, delta_key, random_key = jax.random.split(jax.random.key(seed), 3)
-            for activation in ACTIVATIONS:
-                params = train(config, activation, dataset.train, train_key)
-                errors[activation][index] = linearity(config, activation, params, dataset.test, delta_key)
-            for name, importance in importances(config, params, dataset.train, random_key).items():
-                changes[name][index] = perturb_by_rank(config, params, importance, dataset.test, delta_key)
-            at_seed = {name: values[index] for name, values in (errors | changes).items()}
-            run.log(seed=seed, **at_seed)
-            bar.advance(line)
-    report(config, errors, changes, run, console)
-    draw(config, errors, changes, run)
-    console.print(f"results in {run.folder}", highlight=False, soft_wrap=True)
+    with open_run(config, "sensitivity", console) as run:
+        dataset = load_dataset("digits")
+        measured = []
+        with progress_bar(console) as bar:
+            line = bar.add_task("", total=len(config.seeds), status="")
+            for seed in config.seeds:
+                bar.update(line, status=f"seed {seed}")
+                function = functools.partial(measure, config, dataset, jax.random.key(seed))
+                of_seed = compute_once(run, f"seed {seed}", function)
+                run.log_once(seed=seed, **of_seed)
+                measured.append(of_seed)
+                bar.advance(line)
+        errors, changes = (
+            {name: np.stack([of_seed[name] for of_seed in measured]) for name in names}
+            for names in (ACTIVATIONS, RANKINGS)
+        )
+        report(config, errors, changes, run, console)
+        draw(config, errors, changes, run)
+        console.print(f"results in {run.folder}", highlight=False, soft_wrap=True)
+
+
+def measure(config: Config, dataset: Dataset, key: jax.Array) -> dict[str, np.ndarray]:
+    """Measures what one seed gives: for each activation its `linearity`, for each ranking its `perturb_by_rank`."""
+    train_key, delta_key, random_key = jax.random.split(key, 3)
+    measured = {}
+    for activation in ACTIVATIONS:
+        params = train(config, activation, dataset.train, train_key)
+        measured[activation] = linearity(config, activation, params, dataset.test, delta_key)
+    for name, importance in importances(config, params, dataset.train, random_key).items():
+        measured[name] = perturb_by_rank(config, params, importance, dataset.test, delta_key)
+    return {name: np.asarray(values, np.float64) for name, values in measured.items()}
 
 
 def make_model(config: Config, activation: str) -> MLP:
@@ -308,4 +316,4 @@ def draw(config: Config, errors: Mapping[str, np.ndarray], changes: Mapping[str,
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, prog="python -m experiments.sensitivity"))
+    main(parse_settings(Config, "sensitivity"))

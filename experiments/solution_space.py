@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import rich.console
-import tyro
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -37,16 +36,17 @@ from lifelong_jax.geometry import Plane, loss_on_plane, penalty_on_plane, plane_
 from lifelong_jax.methods import cross_entropy
 from lifelong_jax.models import MLP
 from lifelong_jax.plotting import COLORS, draw_low_loss, make_figure
+from lifelong_jax.resuming import compute_once, open_run, parse_settings
 from lifelong_jax.runs import (
     Estimate,
     Run,
+    RunSettings,
     check_settings,
     estimate,
     format_estimate,
     markdown_table,
     print_table,
     progress_bar,
-    start_run,
 )
 from lifelong_jax.studies import init_network
 from lifelong_jax.types import LossFn, Params
@@ -56,8 +56,8 @@ NUM_DRAWN = 140  # of the 280 or so images of two digits
 ELLIPSE = "penalty's ellipse"
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(RunSettings):
     """Draw the losses of two tasks around the solutions that plain training, equal rigidity and EWC arrive at."""
 
     hidden_sizes: tuple[int, ...] = (64,)
@@ -87,9 +87,6 @@ class Config:
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """Initial parameters, order of examples and tasks (140 images of each two digits, drawn at random; permutations),
     one for each. Contours are drawn for the first."""
-
-    output_dir: str = "results"
-    """Results go to a new folder in <output-dir>/solution_space/."""
 
     def __post_init__(self) -> None:
         """Refuses what would fail only after much has run."""
@@ -131,7 +128,8 @@ class Learned(NamedTuple):
       tasks: A and B, training examples.
       solution: the parameters after task A.
       fisher: A's Fisher diagonal there.
-      paths: for each penalty and each stiffness, `[num_epochs + 1, ...]`, the parameters while task B is learned.
+      paths: for each penalty, `[num_stiffness, num_epochs + 1, ...]`, the parameters while task B is learned; what is
+        not drawn is the end alone, `[num_stiffness, 1, ...]`.
       lowest: `[2]`, the losses on A and B that training on it alone reached.
       above: for each penalty, `[num_stiffness, 2]`, how far above these the losses on A and B are after B.
     """
@@ -139,7 +137,7 @@ class Learned(NamedTuple):
     tasks: tuple[Batch, Batch]
     solution: Params
     fisher: Params
-    paths: dict[str, list[Params]]
+    paths: dict[str, Params]
     lowest: np.ndarray
     above: dict[str, np.ndarray]
 
@@ -166,23 +164,28 @@ def main(config: Config) -> None:
       config: the whole configuration.
     """
     console = rich.console.Console()
-    run = start_run(config.output_dir, "solution_space", config)
-    cases = (two_parameters(config), network(config))
-    learned: dict[str, list[Learned]] = {case.name: [] for case in cases}
-    outcomes = {}
-    with progress_bar(console) as bar:
-        line = bar.add_task("learning", total=len(cases) * len(config.seeds), status="")
-        for case in cases:
-            for seed in config.seeds:
-                bar.update(line, status=f"{case.name}, seed {seed}")
-                result = learn(config, case, jax.random.key(seed))
-                run.log(model=case.name, seed=seed, lowest=result.lowest, above=result.above)
-                learned[case.name].append(result)
-                bar.advance(line)
-            outcomes[case.name] = summarize(config, case, learned[case.name])
-    report(config, outcomes, run, console)
-    draw(config, cases, learned, outcomes, run)
-    console.print(f"results in {run.folder}", highlight=False, soft_wrap=True)
+    with open_run(config, "solution_space", console) as run:
+        cases = (two_parameters(config), network(config))
+        learned: dict[str, list[Learned]] = {case.name: [] for case in cases}
+        outcomes = {}
+        with progress_bar(console) as bar:
+            line = bar.add_task("learning", total=len(cases) * len(config.seeds), status="")
+            for case in cases:
+                for seed in config.seeds:
+                    name = f"{case.name}, seed {seed}"
+                    bar.update(line, status=name)
+                    tasks_key, *keys = jax.random.split(jax.random.key(seed), 4)
+                    tasks = case.make_tasks(tasks_key)
+                    drawn = case.is_plane or seed == config.seeds[0]
+                    of_seed = compute_once(run, name, functools.partial(learn, config, case, tasks, keys, drawn))
+                    result = Learned(tasks, **of_seed)
+                    run.log_once(model=case.name, seed=seed, lowest=result.lowest, above=result.above)
+                    learned[case.name].append(result)
+                    bar.advance(line)
+                outcomes[case.name] = summarize(config, case, learned[case.name])
+        report(config, outcomes, run, console)
+        draw(config, cases, learned, outcomes, run)
+        console.print(f"results in {run.folder}", highlight=False, soft_wrap=True)
 
 
 def two_parameters(config: Config) -> Case:
@@ -237,10 +240,15 @@ def network(config: Config) -> Case:
     )
 
 
-def learn(config: Config, case: Case, key: jax.Array) -> Learned:
-    """Learns task A, and from there task B with each penalty at each stiffness."""
-    tasks_key, params_key, a_key, b_key = jax.random.split(key, 4)
-    tasks = case.make_tasks(tasks_key)
+def learn(
+    config: Config, case: Case, tasks: tuple[Batch, Batch], keys: Sequence[jax.Array], drawn: bool
+) -> dict[str, Any]:
+    """Learns task A, and from there task B with each penalty at each stiffness.
+
+    Returns:
+      The fields of `Learned`, but for the tasks.
+    """
+    params_key, a_key, b_key = keys
     start = case.init_params(params_key)
     path = train(config, case, start, init_consolidation(start), 0.0, tasks[0], a_key)
     solution = take(path, -1)
@@ -255,13 +263,15 @@ def learn(config: Config, case: Case, key: jax.Array) -> Learned:
     for name, importance in importances.items():
         consolidation = Consolidation(solution, importance)
         strengths = (0.0,) if name == "plain training" else config.stiffness
-        paths[name] = [
+        with_each = [
             jax.device_get(train(config, case, solution, consolidation, strength, tasks[1], b_key))
             for strength in strengths
         ]
-        losses[name] = np.array([[mean_loss(case, take(path, -1), task) for task in tasks] for path in paths[name]])
+        losses[name] = np.array([[mean_loss(case, take(path, -1), task) for task in tasks] for path in with_each])
+        paths[name] = jax.tree.map(lambda *leaves: np.stack(leaves)[:, 0 if drawn else -1 :], *with_each)
     lowest = np.array([mean_loss(case, solution, tasks[0]), losses["plain training"][0, 1]])
-    return Learned(tasks, solution, fisher, paths, lowest, {name: loss - lowest for name, loss in losses.items()})
+    above = {name: loss - lowest for name, loss in losses.items()}
+    return {"solution": solution, "fisher": fisher, "paths": paths, "lowest": lowest, "above": above}
 
 
 @functools.partial(jax.jit, static_argnames=("config", "case"))
@@ -327,7 +337,7 @@ def plane_of(case: Case, result: Learned, chosen: Mapping[str, int], name: str) 
     """Lays the plane through A's solution, the fine-tuned one, and the one that a penalty arrived at."""
     if case.is_plane:
         return Plane(jnp.zeros(2), (jnp.array([1.0, 0.0]), jnp.array([0.0, 1.0])))
-    ends = (take(result.paths[each][chosen[each]], -1) for each in (PENALTIES[0], name))
+    ends = (take(take(result.paths[each], chosen[each]), -1) for each in (PENALTIES[0], name))
     return plane_through(result.solution, *ends)
 
 
@@ -409,7 +419,7 @@ def draw_panel(config: Config, case: Case, learned: Sequence[Learned], outcome: 
 
     def paths_of(penalty: str) -> list[np.ndarray]:
         seeds = learned if case.is_plane else [result]  # other seeds' paths are in other planes
-        return [path_in(plane, each.paths[penalty][outcome.chosen[penalty]]) for each in seeds]
+        return [path_in(plane, take(each.paths[penalty], outcome.chosen[penalty])) for each in seeds]
 
     shown = [path for each in (PENALTIES if case.is_plane else (PENALTIES[0], third)) for path in paths_of(each)]
     grid = around(plane, result, config, shown, 1.0 if case.is_plane or name == ELLIPSE else 0.4)
@@ -444,4 +454,4 @@ def title_of(outcomes: Mapping[str, Outcome]) -> str:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, prog="python -m experiments.solution_space"))
+    main(parse_settings(Config, "solution_space"))

@@ -12,7 +12,6 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import rich.console
-import tyro
 
 from lifelong_jax import (
     Consolidation,
@@ -23,15 +22,16 @@ from lifelong_jax import (
 from lifelong_jax.datasets import Dataset, hold_out_validation, load_dataset
 from lifelong_jax.models import MLP
 from lifelong_jax.plotting import COLORS, draw_over_seeds, make_figure
+from lifelong_jax.resuming import compute_once, open_run, parse_settings
 from lifelong_jax.runs import (
     Run,
+    RunSettings,
     check_settings,
     estimate,
     format_estimate,
     markdown_table,
     print_table,
     progress_bar,
-    start_run,
 )
 from lifelong_jax.studies import init_network, is_correct, learn_permuted, permuted
 from lifelong_jax.types import Params
@@ -39,8 +39,8 @@ from lifelong_jax.types import Params
 NUM_CLASSES = 10
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(RunSettings):
     """Protect a task by MAS on data without labels: held-out examples, a few of them, or those of one class."""
 
     hidden_sizes: tuple[int, ...] = (64,)
@@ -64,9 +64,6 @@ class Config:
 
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """One split of the data, one pair of tasks, one initialisation and one order of examples for each."""
-
-    output_dir: str = "results"
-    """Results go to a new folder in <output-dir>/unlabelled/."""
 
     def __post_init__(self) -> None:
         """Refuses what would fail only after much has run."""
@@ -111,21 +108,22 @@ def main(config: Config) -> None:
       config: the whole configuration.
     """
     console = rich.console.Console()
-    run = start_run(config.output_dir, "unlabelled", config)
-    dataset = load_dataset("digits")
-    measured = []
-    with progress_bar(console) as bar:
-        line = bar.add_task("", total=len(config.seeds), status="")
-        for seed in config.seeds:
-            bar.update(line, status=f"seed {seed}")
-            of_seed = measure(config, dataset, jax.random.key(seed))
-            run.log(seed=seed, **of_seed._asdict())
-            measured.append(of_seed)
-            bar.advance(line)
-    values = Measured(*(np.stack(column) for column in zip(*measured, strict=True)))
-    report(config, values, run, console)
-    draw(config, values, run)
-    console.print(f"results in {run.folder}", highlight=False, soft_wrap=True)
+    with open_run(config, "unlabelled", console) as run:
+        dataset = load_dataset("digits")
+        measured = []
+        with progress_bar(console) as bar:
+            line = bar.add_task("", total=len(config.seeds), status="")
+            for seed in config.seeds:
+                bar.update(line, status=f"seed {seed}")
+                function = functools.partial(measure, config, dataset, jax.random.key(seed))
+                of_seed = Measured(**compute_once(run, f"seed {seed}", function))
+                run.log_once(seed=seed, **of_seed._asdict())
+                measured.append(of_seed)
+                bar.advance(line)
+        values = Measured(*(np.stack(column) for column in zip(*measured, strict=True)))
+        report(config, values, run, console)
+        draw(config, values, run)
+        console.print(f"results in {run.folder}", highlight=False, soft_wrap=True)
 
 
 def measure(config: Config, dataset: Dataset, key: jax.Array) -> Measured:
@@ -280,4 +278,4 @@ def draw(config: Config, values: Measured, run: Run) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, prog="python -m experiments.unlabelled"))
+    main(parse_settings(Config, "unlabelled"))

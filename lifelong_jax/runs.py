@@ -38,7 +38,7 @@ class Run:
     Attributes:
       folder: where; it holds `config.json` from the start.
       earlier_rows: what was logged before the run was resumed, by `row_key`.
-      stopping: set when the run is asked to stop after the epoch that is being learned.
+      stopping: set when the run is asked to stop at the next checkpoint.
     """
 
     folder: pathlib.Path
@@ -53,6 +53,15 @@ class Run:
         """
         with (self.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(to_json(row)) + "\n")
+
+    def log_once(self, **row: Any) -> None:
+        """Appends a line to `metrics.jsonl`, unless the same is there, from before the run was resumed.
+
+        Args:
+          **row: names and values; arrays become lists, and NaN becomes null.
+        """
+        if to_json(row) not in read_rows(self.folder):
+            self.log(**row)
 
     def keep_rows(self, keep: Callable[[dict[str, Any]], bool]) -> None:
         """Removes rows from `metrics.jsonl`, and what is behind the last whole one.

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import NamedTuple
 
 import chex
 import jax
@@ -35,7 +36,7 @@ from lifelong_jax import (
 )
 from lifelong_jax.checkpoint import load_consolidation, read_metadata
 from lifelong_jax.models import MLP
-from lifelong_jax.resuming import KeptTasks, ResumableSequence, open_run, parse_settings
+from lifelong_jax.resuming import KeptTasks, ResumableSequence, compute_once, open_run, parse_settings
 from lifelong_jax.runs import Run, RunSettings, read_rows
 
 NUM_TASKS, NUM_EPOCHS = 3, 2
@@ -214,6 +215,44 @@ def test_half_a_row_is_no_row(tmp_path):
     assert [row["epochs"] for row in read_rows(tmp_path)] == [1, 2]
 
 
+class NamedNumbers(NamedTuple):
+    inexact: jax.Array
+    boolean: np.ndarray
+    number: float
+
+
+def never():
+    raise AssertionError("computed again")
+
+
+def test_a_part_is_computed_once(tmp_path):
+    run = Run(tmp_path)
+    numbers = NamedNumbers(jnp.array([0.1, np.nan, -np.inf], jnp.float32), np.arange(6).reshape(2, 3) == 4, 1 / 3)
+    expected = {
+        "numbers": {name: np.asarray(leaf) for name, leaf in numbers._asdict().items()},
+        "accuracy": np.float64(0.7),
+    }
+    for function in (lambda: {"numbers": numbers, "accuracy": 0.7}, never):
+        part = compute_once(run, "two parameters, seed 0", function)
+        jax.tree.map(np.testing.assert_array_equal, part, expected)
+        assert jax.tree.map(lambda leaf: leaf.dtype, part) == jax.tree.map(lambda leaf: leaf.dtype, expected)
+
+    (file,) = (tmp_path / "parts").iterdir()
+    whole = file.read_bytes()
+    for damaged in (b"", whole[:-1], whole.replace(np.float64(0.7).tobytes(), np.float64(0.8).tobytes())):
+        file.write_bytes(damaged)
+        with pytest.warns(UserWarning, match=r"seed 0\.npz is computed again, it is damaged"):
+            assert compute_once(run, "two parameters, seed 0", lambda: {"accuracy": 0.9}) == {"accuracy": 0.9}
+
+    def interrupted():
+        run.stopping.set()
+        return {"accuracy": 0.5}
+
+    with pytest.raises(KeyboardInterrupt):
+        compute_once(run, "two parameters, seed 1", interrupted)
+    assert compute_once(run, "two parameters, seed 1", never) == {"accuracy": 0.5}
+
+
 @pytest.mark.usefixtures("often")
 def test_a_script_goes_on_to_the_same_numbers(tmp_path, monkeypatch, capsys):
     # The same objects in every call, so that what is compiled is used again.
@@ -269,7 +308,7 @@ def test_a_signal_stops_with_a_checkpoint(tmp_path, capsys, number, status):
     assert stopped.value.code == status
     assert signal.getsignal(number) is before
     printed = capsys.readouterr().out
-    assert "stopping after this epoch" in printed
+    assert "stopping at the next checkpoint" in printed
     assert f"to go on: python -m experiments.permuted --resume {run.folder}" in printed
     with open_run(dataclasses.replace(settings, resume=str(run.folder)), "permuted", console) as run:
         sequence = ResumableSequence(run, method="ewc", seed=0)

@@ -5,20 +5,34 @@ import json
 import jax
 import numpy as np
 import pytest
-import tyro
 from PIL import Image
 
 from experiments import fisher_curvature, importance, sensitivity, solution_space, unlabelled
 from lifelong_jax import empirical_fisher_diagonal, fisher_diagonal
 from lifelong_jax.methods import cross_entropy
+from lifelong_jax.resuming import parse_settings
 from lifelong_jax.studies import init_network
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
+PART = {solution_space: "learn", fisher_curvature: "measure_seed"}
+"""What computes a part of a study, where it is not `measure`."""
+
+
+def start(study, output_dir, arguments):
+    """Runs a study."""
+    name = study.__name__.split(".")[-1]
+    study.main(parse_settings(study.Config, name, [*arguments.split(), "--output-dir", str(output_dir)]))
+
+
+def results(folder):
+    return [(folder / name).read_text() for name in ("summary.json", "table.md", "metrics.jsonl")]
+
+
 def run(study, output_dir, arguments):
-    """Runs a study; returns its folder and its summary."""
-    study.main(tyro.cli(study.Config, args=[*arguments.split(), "--output-dir", str(output_dir)]))
+    """Runs a study, and again what is left to do, nothing; returns its folder and its summary."""
+    start(study, output_dir, arguments)
     name = study.__name__.split(".")[-1]
     (folder,) = (output_dir / name).iterdir()
     with Image.open(folder / f"{name}.png") as image:
@@ -26,6 +40,12 @@ def run(study, output_dir, arguments):
         assert len(image.convert("RGB").getcolors(image.width * image.height)) > 10
     assert (folder / "table.md").read_text().startswith("| ")
     assert json.loads((folder / "config.json").read_text())["output_dir"] == str(output_dir)
+    before = results(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study, PART.get(study, "measure"), lambda *arguments: pytest.fail("computed again"))
+        patch.setattr(study, "draw", lambda *arguments: None)
+        start(study, output_dir, "--resume")
+    assert results(folder) == before
     return folder, json.loads((folder / "summary.json").read_text())
 
 
@@ -119,6 +139,32 @@ def test_unlabelled(tmp_path):
     assert summary["correlation"]["mean"] > 0.98 > summary["few_correlation"][0]["mean"]
     assert summary["few"][1]["mean"] > summary["few"][0]["mean"]
     assert np.shape(summary["by_class"]) == (10, 10)
+
+
+def test_a_study_goes_on_to_the_same_numbers(tmp_path, monkeypatch):
+    small = "--hidden-sizes 16 --num-epochs 1 --num-unlabelled 1 --seeds 0 1 2"
+    start(unlabelled, tmp_path, small)
+    measure, computed = unlabelled.measure, []
+
+    def interrupt(config, dataset, key):
+        if len(computed) == 1:
+            raise KeyboardInterrupt
+        computed.append(key)
+        return measure(config, dataset, key)
+
+    monkeypatch.setattr(unlabelled, "measure", interrupt)
+    with pytest.raises(SystemExit):
+        start(unlabelled, tmp_path, small)
+    first, second = sorted((tmp_path / "unlabelled").iterdir())
+    computed.append(None)  # and this time it is not interrupted
+    start(unlabelled, tmp_path, "--resume")
+    assert len(computed) == 4
+    assert results(second) == results(first)
+    rows = (second / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (second / "metrics.jsonl").write_text("".join(rows[:-1]) + rows[-1][:9])  # killed between the part and its row
+    start(unlabelled, tmp_path, "--resume")
+    assert len(computed) == 4
+    assert results(second) == results(first)
 
 
 def test_own_class_advantage():
