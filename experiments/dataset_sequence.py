@@ -68,12 +68,15 @@ def main(config: Config) -> None:
         params = network.init(key, x)
         return params if config.pretrained is None else load_pretrained(params, config.pretrained)
 
+    if config.pretrained is not None:  # a file that does not fit is named before anything is learned
+        init_params(jax.random.key(0), datasets[0].train.inputs[0])
+
     experiment = Experiment(
         name="dataset_sequence",
         title=f"{' → '.join(config.datasets)}, task-incremental",
         datasets=datasets,
         make_tasks=lambda datasets, key: dataset_tasks(datasets),
-        task_names=[name.partition(":")[0] for name in config.datasets],
+        task_names=[f"{number}: {name.partition(':')[0]}" for number, name in enumerate(config.datasets, 1)],
         scenario="task",
         apply_fn=network.apply,
         init_params=init_params,

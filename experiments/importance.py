@@ -242,13 +242,13 @@ def draw(config: Config, values: Mapping[str, np.ndarray], run: Run) -> None:
     )
     left, middle, right = figure.subfigures(1, 3, width_ratios=(1.05, 1, 1))
     middle_width = config.squares[len(config.squares) // 2]
-    shown = {
-        "task A": 0,
-        f"B, {middle_width}×{middle_width}": config.squares.index(middle_width) + 1,
-        f"B, {config.squares[-1]}×{config.squares[-1]}": -1,
-    }
+    shown = [
+        ("task A", 0),
+        (f"B, {middle_width}×{middle_width}", config.squares.index(middle_width) + 1),
+        (f"B, {config.squares[-1]}×{config.squares[-1]}", -1),
+    ]
     rows = left.subplots(3, 3)
-    for column, (name, index) in zip(rows.T, shown.items(), strict=True):
+    for column, (name, index) in zip(rows.T, shown, strict=True):
         for axis, image, label in zip(column, values["images"][0, index], ("mean input", "EWC", "MAS"), strict=True):
             draw_image(axis, image, name if label == "mean input" else "")
             if index == 0:
@@ -281,7 +281,7 @@ def draw(config: Config, values: Mapping[str, np.ndarray], run: Run) -> None:
             axis,
             config.squares,
             values["overlap"][..., layer],
-            COLORS[layer],
+            COLORS[layer % len(COLORS)],
             f"layer {layer + 1}",
             marker="o",
             markersize=4,

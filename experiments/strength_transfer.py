@@ -114,6 +114,7 @@ def measure(
                 console,
             )
             row[:] = [metrics.average_accuracy.mean for metrics in summarize(outcomes).values()]
+        accuracy = np.nan_to_num(accuracy)  # where training diverged
         best[normalization] = [strengths[index] for index in accuracy.argmax(axis=1)]
         # The network's best accuracy, less its accuracy at the strength that is best, on average, for the rest.
         for_others = [np.delete(accuracy, index, axis=0).mean(axis=0).argmax() for index in range(len(accuracy))]

@@ -383,12 +383,19 @@ def _importance(
     return importance_fn(_shown(apply_fn, permutation), state, train, key)
 
 
+_MAX_EVALUATED = 512  # examples at once: a large network's activations on a whole test set would not fit
+
+
 @functools.partial(jax.jit, static_argnames=("apply_fn",))
 def _accuracy(
     apply_fn: OutputFn, params: Params, test: Batch, permutation: jax.Array | None, class_mask: jax.Array | None
 ) -> jax.Array:
-    outputs = jax.vmap(_shown(apply_fn, permutation), in_axes=(None, 0))(params, test.inputs)
-    correct = jnp.argmax(mask_logits(outputs, class_mask), axis=-1) == test.labels
+    output_fn = functools.partial(_shown(apply_fn, permutation), params)
+    at_once = len(test.labels) <= _MAX_EVALUATED
+    map_fn = jax.vmap(output_fn) if at_once else functools.partial(jax.lax.map, output_fn, batch_size=_MAX_EVALUATED)
+    outputs = map_fn(test.inputs)
+    predicted = jnp.argmax(mask_logits(outputs, class_mask), axis=-1)
+    correct = predicted.astype(jnp.int32) == test.labels.astype(jnp.int32)
     correct &= ~jnp.isnan(outputs).any(axis=-1)  # argmax would take a NaN for the largest
     return jnp.sum(jnp.where(correct, test.weights, 0)) / jnp.sum(test.weights)
 
@@ -437,7 +444,11 @@ def _check_task(name: str, task: Task, scenario: Scenario, num_features: int, nu
         raise ValueError(
             f"{name}.class_mask has shape {task.class_mask.shape}, but apply_fn returns {num_classes} outputs."
         )
+    if task.class_mask is not None and task.class_mask.dtype != bool:
+        raise TypeError(f"{name}.class_mask has dtype {task.class_mask.dtype}: give bools, one for each class.")
     for part, batch in (("train", task.train), ("test", task.test)):
+        if batch.class_mask is not None:
+            raise ValueError(f"{name}.{part} has a class_mask: the scenario makes it, from the task's own class_mask.")
         _checks.check_batch(f"{name}.{part}", batch, num_classes)
         known = task.class_mask is not None and _checks.is_concrete(batch.labels)
         if known and not task.class_mask[batch.labels].all():

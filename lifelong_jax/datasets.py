@@ -163,7 +163,7 @@ def hold_out_validation(dataset: Dataset, fraction: float, key: jax.Array) -> Da
     """
     loaded = isinstance(dataset.train, Batch)
     num_examples = dataset.train.labels.shape[0] if loaded else len(dataset.train)
-    num_held_out = round(fraction * num_examples)
+    num_held_out = round(fraction * num_examples) if 0 < fraction < 1 else 0
     if not 0 < num_held_out < num_examples:
         raise ValueError(f"fraction {fraction} of {num_examples} examples would leave one of the two parts empty.")
     order = jax.random.permutation(key, num_examples)
@@ -278,6 +278,9 @@ def _prepared_files(name: str, data_dir: str | os.PathLike | None) -> list[pathl
     return prepared
 
 
+_DECODING = 1  # to be raised when images are decoded, resized or split in another way
+
+
 def _cache_file(
     name: str, data_dir: str | os.PathLike | None, image_size: int | None, channels: int | None
 ) -> pathlib.Path:
@@ -288,7 +291,7 @@ def _cache_file(
     else:
         files, shown = _prepared_files(name, data_dir), name.replace("/", "-").replace(":", "-")
     stats = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    digest = hashlib.sha256(repr((name, image_size, channels, stats)).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(repr((_DECODING, name, image_size, channels, stats)).encode()).hexdigest()[:16]
     return platformdirs.user_cache_path("lifelong_jax") / f"{shown}-{digest}.npz"
 
 

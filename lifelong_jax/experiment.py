@@ -125,8 +125,11 @@ class Settings(RunSettings):
         check_settings(
             positive={name: getattr(self, name) for name in names},
             not_negative={**strengths, "tune_grid": self.tune_grid, "decay": self.decay},
-            distinct={name: getattr(self, name) for name in ("methods", "seeds", "tune_grid", "tune_seeds")},
+            distinct={name: getattr(self, name) for name in ("methods", "seeds", "tune_seeds")}
+            | {"tune_grid": [f"{strength:.3g}" for strength in self.tune_grid]},  # as they stand in tables
         )
+        if self.tune and not set(self.methods) & set(dataclasses.asdict(self.strength)):
+            raise ValueError(f"tune: none of the methods {self.methods} has a strength to choose.")
 
 
 class Experiment(NamedTuple):

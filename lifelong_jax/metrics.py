@@ -190,7 +190,8 @@ def intransigence(accuracy_matrix: ArrayLike, joint_accuracy: ArrayLike) -> floa
       0.25
 
     Chaudhry et al. 2018, arXiv 1801.10112, eq. 5, of all tasks; its reference for task j is trained on the tasks up to
-    j, and this one on all.
+    j, and this one on all. In the class-incremental scenario A[j, j] is measured among the classes up to j and m_j
+    among all, so that it can be negative with nothing learned better.
     """
     accuracy = _square(accuracy_matrix)
     return _mean(_of_each_task("joint_accuracy", joint_accuracy, accuracy) - np.diag(accuracy))

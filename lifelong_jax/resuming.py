@@ -25,7 +25,7 @@ from lifelong_jax import _files
 from lifelong_jax.checkpoint import restore_checkpoint, save_checkpoint, save_consolidation
 from lifelong_jax.consolidation import consolidate
 from lifelong_jax.continual import NO_CHECKPOINTS, Checkpoints, Progress, SequenceState
-from lifelong_jax.methods import Method
+from lifelong_jax.methods import Method, finetune
 from lifelong_jax.runs import Run, RunSettings, read_rows, row_key, start_run
 from lifelong_jax.types import Consolidation
 
@@ -333,7 +333,14 @@ class KeptTasks:
           method: its rule and decay consolidate them.
           num_epochs: passes over each task's training examples.
           checkpoints: where the state is kept from then on.
+
+        Raises:
+          ValueError: if nothing is kept, or the method carries more from task to task than what is.
         """
+        if not kept:
+            raise ValueError("kept is empty: without kept tasks, learn_tasks begins with the first one by itself.")
+        if method.carry is not finetune().carry:
+            raise ValueError(f"{method.name} carries its optimiser's state from task to task, which is not kept.")
         self._kept, self._method, self._num_epochs, self._checkpoints = kept, method, num_epochs, checkpoints
 
     def restore(self, start: SequenceState) -> tuple[int, SequenceState]:

@@ -164,7 +164,10 @@ def open_tfds(name: str, folder: pathlib.Path) -> tuple[Source, Source, int]:
     """
     import tensorflow_datasets as tfds  # slow to import, and not needed once the arrays are cached
 
-    builder = tfds.builder(name, data_dir=folder)
+    try:
+        builder = tfds.builder(name, data_dir=folder)
+    except AssertionError as error:  # of a version that TFDS does not know
+        raise ValueError(f"data set {name!r}: {error}") from error
     features, splits = builder.info.features, builder.info.splits
     if not {"image", "label"} <= set(features):
         raise ValueError(f"data set {name!r} has the features {sorted(features)}, but 'image' and 'label' are needed.")

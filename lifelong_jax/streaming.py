@@ -228,7 +228,9 @@ def _add_batch(
     summed, weight = total
     here = jnp.sum(batch.weights)
     means = mean_fn(state, batch, key)
-    return jax.tree.map(lambda s, m: s + here.astype(m.dtype) * m, summed, means), weight + here
+    # Of a batch of nothing but weights 0, a mean is not defined.
+    weighted = jax.tree.map(lambda m: jnp.where(here > 0, here.astype(m.dtype) * m, 0), means)
+    return jax.tree.map(jnp.add, summed, weighted), weight + here
 
 
 def _fill_up(batch: Batch, batch_size: int) -> Batch:

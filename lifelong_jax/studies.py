@@ -102,7 +102,7 @@ def is_correct(model: nn.Module, params: Params, batch: Batch, permutation: jax.
       `[num_examples]`, bool.
     """
     logits = jax.vmap(permuted(model.apply, permutation), in_axes=(None, 0))(params, batch.inputs)
-    return jnp.argmax(logits, axis=-1) == batch.labels
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32) == batch.labels.astype(jnp.int32)
 
 
 @functools.partial(jax.jit, static_argnames=("model",))

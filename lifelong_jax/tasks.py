@@ -190,7 +190,7 @@ def dataset_tasks(datasets: Sequence[tuple[Batch, Batch, int]]) -> list[Task]:
     total = sum(num_classes for _, _, num_classes in datasets)
     tasks, first = [], 0
     for train, test, num_classes in datasets:
-        parts = (batch._replace(labels=batch.labels + first) for batch in (train, test))
+        parts = (batch._replace(labels=batch.labels.astype(jnp.int32) + first) for batch in (train, test))
         outputs = jnp.arange(total)
         tasks.append(Task(*parts, class_mask=(outputs >= first) & (outputs < first + num_classes)))
         first += num_classes
@@ -211,6 +211,9 @@ def active_classes(tasks: Sequence[Task], scenario: Scenario, index: int, latest
     Returns:
       `[num_classes]`, bool, or None where all are active.
 
+    Raises:
+      ValueError: if `scenario` is no such, or a task has no class mask where it needs one.
+
     Example:
       >>> batch = Batch(jnp.zeros((2, 3)), jnp.array([0, 1]), jnp.ones(2))
       >>> tasks = split_tasks(batch, batch, [[0], [1]], num_classes=2)
@@ -219,8 +222,11 @@ def active_classes(tasks: Sequence[Task], scenario: Scenario, index: int, latest
 
     van de Ven and Tolias 2019, arXiv 1904.07734, table 1.
     """
+    _checks.check_choice("scenario", scenario, ("task", "domain", "class"))
     if scenario == "domain":
         return None
+    if any(task.class_mask is None for task in tasks):
+        raise ValueError(f"scenario {scenario!r} needs tasks with class masks.")
     if scenario == "task":
         return tasks[index].class_mask
     return jnp.any(jnp.stack([task.class_mask for task in tasks[: latest + 1]]), axis=0)
