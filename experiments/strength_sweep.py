@@ -159,7 +159,7 @@ def report(
     setting = f"{config.num_tasks} permuted tasks of {config.dataset}, {config.method}"
     print_table(console, f"Average validation accuracy, {setting}: percent (–: diverged)", header, rows)
     (run.folder / "table.md").write_text(markdown_table(header, rows))
-    title = f"{setting}; {finding(accuracy, config.strengths)}"
+    title = f"{setting}\n{finding(accuracy, config.strengths)}"
     console.print(title, highlight=False)
     plot_strength_sweep(accuracy, config.strengths, title, run.folder / "strength_sweep.png")
     console.print(f"results in {run.folder}", highlight=False, soft_wrap=True)
