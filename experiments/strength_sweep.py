@@ -168,7 +168,7 @@ def report(
 def finding(accuracy: dict[str, dict[str, list[Estimate]]], strengths: tuple[float, ...]) -> str:
     """Says which pipelines diverge, and from which strength on."""
     diverged = [
-        f"{optimizer} {place} from λ = {strengths[np.isnan([estimate.mean for estimate in estimates]).argmax()]:.0e}"
+        f"{optimizer} {place} from {strengths[np.isnan([estimate.mean for estimate in estimates]).argmax()]:.0e}"
         for optimizer, places in accuracy.items()
         for place, estimates in places.items()
         if np.isnan([estimate.mean for estimate in estimates]).any()
