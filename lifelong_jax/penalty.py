@@ -21,6 +21,7 @@ whole branch, leaves what it stands for to the rest of the pipeline and takes no
 leaves that have no gradients (integers, functions) and that equinox, too, holds apart as None.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -70,7 +71,8 @@ def quadratic_penalty(params: Params, consolidation: Consolidation, strength: fl
     _checks.check_not_negative("strength", strength)
 
     def of_leaf(theta: jax.Array, anchor: jax.Array, importance: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.asarray(strength, theta.dtype) * (importance * jnp.square(theta - anchor))) / 2
+        change = theta - anchor  # not squared by itself: what does not matter may have gone far, and 0 · inf is NaN
+        return jnp.sum(jnp.asarray(strength, theta.dtype) * (importance * change * change)) / 2
 
     _check_trees("params", params, *consolidation)
     terms = jax.tree.leaves(_map_protected(of_leaf, params, *consolidation, otherwise=lambda branch: None))
@@ -325,7 +327,8 @@ def _map_protected(
     def of_leaf(importance: jax.Array | None, anchor: jax.Array | None, leaf: Params, *others: Params) -> Params:
         if importance is None:
             return otherwise(leaf)
-        dtype = np.result_type(np.float32, *(jnp.result_type(array) for array in (leaf, anchor, importance)))
+        # One by one: NumPy knows no type that bfloat16 and float16 have in common, though float32 is one.
+        dtype = functools.reduce(np.promote_types, map(jnp.result_type, (leaf, anchor, importance)), np.float32)
         return function(*(jnp.asarray(array, dtype) for array in (leaf, anchor, importance, *others)))
 
     # The importance comes first: where it has None, the others may have any branch.
