@@ -139,7 +139,9 @@ def test_every_method_has_a_learner_and_a_strength():
     assert penalised == {field.name for field in dataclasses.fields(config.strength)}
 
 
-@pytest.mark.parametrize("scenario", ["task", "domain", "class"])
+@pytest.mark.parametrize(
+    "scenario", ["class", pytest.param("task", marks=pytest.mark.slow), pytest.param("domain", marks=pytest.mark.slow)]
+)
 def test_split(tmp_path, scenario):
     arguments = ["--scenario", scenario, "--classes-per-task", "4", "--methods", "ewc", "joint", "--seeds", "0"]
     summary = summary_of(run(split, tmp_path, *arguments))
