@@ -25,6 +25,7 @@ from experiments import permuted
 from lifelong_jax import (
     Batch,
     add_quadratic_penalty,
+    comparison,
     consolidate,
     experiment,
     init_consolidation,
@@ -253,12 +254,13 @@ def test_a_part_is_computed_once(tmp_path):
     assert compute_once(run, "two parameters, seed 1", never) == {"accuracy": 0.5}
 
 
-@pytest.mark.usefixtures("often")
 def test_a_script_goes_on_to_the_same_numbers(tmp_path, monkeypatch, capsys):
     # The same objects in every call, so that what is compiled is used again.
     network = MLP((8,), 10)
     monkeypatch.setattr(permuted, "make_network", lambda settings, num_outputs: network)
     monkeypatch.setattr(experiment, "make_optimizer_fn", lambda settings: optimizer_fn)
+    for plot in ("plot_accuracy_curves", "plot_accuracy_matrices"):
+        monkeypatch.setattr(comparison, plot, lambda *arguments: None)
     log = Run.log
 
     def run_until(num_rows, *arguments):
@@ -272,6 +274,8 @@ def test_a_script_goes_on_to_the_same_numbers(tmp_path, monkeypatch, capsys):
 
     tune = ["--tune", "--tune-grid", "1", "10", "--tune-seeds", "7"]
     run_until(-1, *tune)
+    monkeypatch.setattr(resuming, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(resuming, "CHECKPOINT_SHARE", np.inf)
     with pytest.raises(Killed):
         run_until(8, *tune)  # in the second strength
     (first, second) = sorted((tmp_path / "permuted").iterdir())
