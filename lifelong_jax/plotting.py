@@ -1,5 +1,6 @@
 """Pictures of what was learned and what was forgotten. One style for all of them."""
 
+import io
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -127,8 +128,17 @@ def plot_strength_sweep(
     figure.savefig(file)
 
 
-def make_figure(width: float, height: float, title: str = "") -> matplotlib.figure.Figure:
-    """Makes a figure in this module's style, for a picture of one's own. Save it with `figure.savefig(file)`.
+class Figure(matplotlib.figure.Figure):
+    """A matplotlib figure that notebooks show, where it is a cell's last expression."""
+
+    def _repr_png_(self) -> bytes:
+        with io.BytesIO() as file:
+            self.savefig(file, dpi=100)
+            return file.getvalue()
+
+
+def make_figure(width: float, height: float, title: str = "") -> Figure:
+    """Makes a figure in this module's style, for a picture of one's own: `figure.savefig(file)`; notebooks show it.
 
     Args:
       width: in inches; 8.6 fills a page of text, with readable letters.
@@ -139,7 +149,7 @@ def make_figure(width: float, height: float, title: str = "") -> matplotlib.figu
       The figure, whose `subplots` are laid out without overlap.
     """
     # Not by pyplot: it would choose a backend, and keep every figure in memory.
-    figure = matplotlib.figure.Figure(figsize=(width, height), dpi=150, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     if title:
         figure.suptitle(title, fontsize=11)
     return figure
