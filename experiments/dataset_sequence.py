@@ -8,6 +8,7 @@ scenes and Caltech-UCSD birds:
 """
 
 import dataclasses
+import pathlib
 from typing import Literal
 
 import flax.linen as nn
@@ -76,12 +77,18 @@ def main(config: Config) -> None:
         title=f"{' → '.join(config.datasets)}, task-incremental",
         datasets=datasets,
         make_tasks=lambda datasets, key: dataset_tasks(datasets),
-        task_names=[f"{number}: {name.partition(':')[0]}" for number, name in enumerate(config.datasets, 1)],
+        task_names=[short_name(name) for name in config.datasets],
         scenario="task",
         apply_fn=network.apply,
         init_params=init_params,
     )
     run_experiment(config, experiment)
+
+
+def short_name(name: str) -> str:
+    """Names a data set in pictures: a folder of images by its last part, any other by its name."""
+    kind, _, path = name.partition(":")
+    return pathlib.Path(path).name if kind == "folder" else kind
 
 
 def make_trunk_and_heads(config: Config, num_outputs: int) -> nn.Module:

@@ -65,7 +65,9 @@ def plot_accuracy_matrices(
       file: where the PNG goes.
     """
     num_tasks = len(task_names)
-    figure = make_figure(2.0 * len(matrices) + 0.9, 2.7, title)
+    names = [name.removeprefix("task ") for name in task_names]
+    longest = max(map(len, names))
+    figure = make_figure(2.0 * len(matrices) + 0.9 + 0.07 * longest, 2.7 + 0.05 * longest, title)
     axes = figure.subplots(1, len(matrices), sharex=True, sharey=True, squeeze=False)[0]
     ticks = range(0, num_tasks, 1 + num_tasks // 11)
     for axis, (method, matrix) in zip(axes, matrices.items(), strict=True):
@@ -78,8 +80,9 @@ def plot_accuracy_matrices(
                     axis.text(column + 1, row + 1, text, ha="center", va="center", color=shade, fontsize=8)
         axis.set_title(method)
         axis.set_xlabel("tested on task")
-        axis.set_xticks([tick + 1 for tick in ticks], [task_names[tick].removeprefix("task ") for tick in ticks])
-        axis.set_yticks([tick + 1 for tick in ticks], [task_names[tick].removeprefix("task ") for tick in ticks])
+        rotation = {"rotation": 30, "ha": "right"} if longest > 4 else {}
+        axis.set_xticks([tick + 1 for tick in ticks], [names[tick] for tick in ticks], **rotation)
+        axis.set_yticks([tick + 1 for tick in ticks], [names[tick] for tick in ticks])
     axes[0].set_ylabel("after learning task")
     figure.colorbar(image, ax=list(axes), label="test accuracy", shrink=0.8)
     figure.savefig(file)

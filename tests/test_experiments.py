@@ -175,6 +175,7 @@ def test_add_digit(tmp_path):
     assert summary["finetune"]["first_task_accuracy"]["mean"] < 0.5
 
 
+@pytest.mark.slow
 def test_dataset_sequence(tmp_path):
     arguments = ["--methods", "finetune", "mas", "--network", "cnn", "--image-size", "10", "--seeds", "0"]
     summary = summary_of(run(dataset_sequence, tmp_path, *arguments))
@@ -233,6 +234,7 @@ def test_strength_sweep(tmp_path, capsys):
     assert str(folder) in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_strength_transfer(tmp_path, monkeypatch):
     monkeypatch.setattr(strength_transfer, "DECADES", {"none": [0, 4], "mean": [-4, 0], "max": [0, 4]})
     config = tyro.cli(strength_transfer.Config, args=["--num-tasks", "2", "--num-epochs", "1", "--seeds", "0"])
