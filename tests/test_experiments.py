@@ -217,6 +217,7 @@ def test_permuted_names_a_data_set_that_is_not_there(tmp_path):
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 def test_strength_sweep(tmp_path, capsys):
     small = ["--num-tasks", "2", "--hidden-sizes", "16", "--num-epochs", "2", "--seeds", "0"]
     arguments = [*small, "--strengths", "1", "1e12", "--output-dir", str(tmp_path)]
@@ -247,6 +248,7 @@ def test_strength_transfer(tmp_path, monkeypatch):
     assert "| 8 |" in (folder / "table.md").read_text()
 
 
+@pytest.mark.slow
 def test_reconsolidate(tmp_path, capsys):
     small = [
         "--num-tasks",
