@@ -45,7 +45,7 @@ INPUTS = jax.random.normal(jax.random.key(0), (20, 6))
 BATCH = Batch(INPUTS, jnp.argmax(INPUTS[:, :3], axis=-1), jnp.ones(20))
 TASKS = permuted_tasks(BATCH, BATCH, NUM_TASKS, jax.random.key(1))
 PARAMS = {"w": jax.random.normal(jax.random.key(2), (6, 3)), "b": jnp.zeros(3)}
-SMALL = ["--num-tasks", "2", "--hidden-sizes", "8", "--num-epochs", "2", "--methods", "ewc", "joint", "--seeds", "0"]
+SMALL = ["--num-tasks", "2", "--hidden-sizes", "8", "--num-epochs", "2", "--methods", "ewc", "--seeds", "0"]
 CONSOLE = rich.console.Console()
 
 
@@ -286,7 +286,7 @@ def test_a_script_goes_on_to_the_same_numbers(tmp_path, monkeypatch, capsys):
     for name in ("config.json", "strength.json", "tuning.md"):
         assert (first / name).read_text() == (second / name).read_text()
     ours, theirs = (json.loads((folder / "summary.json").read_text())["methods"] for folder in (first, second))
-    assert all(timeless([ours[name]]) == timeless([theirs[name]]) for name in ("ewc", "joint"))
+    assert timeless([ours["ewc"]]) == timeless([theirs["ewc"]])
     assert not list(second.rglob("checkpoints"))  # what is finished needs none
     assert len(list(second.rglob("task-*.safetensors"))) == 2
     capsys.readouterr()
