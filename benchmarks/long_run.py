@@ -1,6 +1,6 @@
 """Measures whether a long run grows, and what checkpoints cost a short one, and prints Markdown tables.
 
-    python benchmarks/long_run.py
+    python -m benchmarks.long_run
 
 One network learns 200 permuted tasks of the bundled digits with EWC, an epoch each, logged and kept as the scripts do.
 The first table has, at points of the sequence, the process's memory, the arrays alive on the device, the compilations
