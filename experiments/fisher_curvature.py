@@ -29,6 +29,7 @@ from lifelong_jax.resuming import compute_once, open_run, parse_settings
 from lifelong_jax.runs import (
     Run,
     RunSettings,
+    Seeds,
     check_settings,
     estimate,
     format_estimate,
@@ -61,7 +62,7 @@ class Config(RunSettings):
     learning_rate: float = 0.01
     """The step size of Adam."""
 
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: Seeds = (0, 1, 2)
     """One initialisation and one order of examples for each."""
 
     def __post_init__(self) -> None:

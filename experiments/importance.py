@@ -28,6 +28,7 @@ from lifelong_jax.resuming import compute_once, open_run, parse_settings
 from lifelong_jax.runs import (
     Run,
     RunSettings,
+    Seeds,
     check_settings,
     estimate,
     format_estimate,
@@ -64,7 +65,7 @@ class Config(RunSettings):
     strength: float = 100.0
     """λ of EWC, which keeps task A while B is learned."""
 
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    seeds: Seeds = (0, 1, 2, 3, 4)
     """One initialisation, one order of examples and one set of permutations for each."""
 
     def __post_init__(self) -> None:

@@ -38,6 +38,7 @@ from lifelong_jax.runs import (
     Estimate,
     Run,
     RunSettings,
+    Seeds,
     check_settings,
     estimate,
     format_estimate,
@@ -87,7 +88,7 @@ class Config(RunSettings):
     learning_rate: float = 0.01
     """The step size of SGD with momentum 0.9, with the penalty's proximal step."""
 
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: Seeds = (0, 1, 2)
     """One sequence of tasks, one initialisation and one order of examples for each."""
 
     def __post_init__(self) -> None:

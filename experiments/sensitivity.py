@@ -26,6 +26,7 @@ from lifelong_jax.resuming import compute_once, open_run, parse_settings
 from lifelong_jax.runs import (
     Run,
     RunSettings,
+    Seeds,
     check_settings,
     estimate,
     format_estimate,
@@ -68,7 +69,7 @@ class Config(RunSettings):
     num_draws: int = 10
     """Random perturbations per network, and per group."""
 
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    seeds: Seeds = (0, 1, 2, 3, 4)
     """One initialisation and one order of examples for each."""
 
     def __post_init__(self) -> None:

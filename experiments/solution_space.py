@@ -41,6 +41,7 @@ from lifelong_jax.runs import (
     Estimate,
     Run,
     RunSettings,
+    Seeds,
     check_settings,
     estimate,
     format_estimate,
@@ -84,7 +85,7 @@ class Config(RunSettings):
     grid_size: int = 41
     """Points to a side of the planes in which losses are computed."""
 
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    seeds: Seeds = (0, 1, 2, 3, 4)
     """Initial parameters, order of examples and tasks (140 images of each two digits, drawn at random; permutations),
     one for each. Contours are drawn for the first."""
 

@@ -7,29 +7,40 @@ accuracies are on validation data, a fifth of the training data.
 
 import dataclasses
 import functools
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import numpy as np
 import optax
 import rich.console
+import tyro
 
 from lifelong_jax import (
     add_quadratic_penalty,
-    learn_tasks,
     methods,
     permuted_tasks,
     proximal_adam,
     proximal_quadratic_penalty,
 )
-from lifelong_jax.comparison import Summary, compare, summarize
 from lifelong_jax.continual import OptimizerFn
 from lifelong_jax.datasets import hold_out_validation
 from lifelong_jax.experiment import load_or_exit
 from lifelong_jax.models import MLP
 from lifelong_jax.plotting import plot_strength_sweep
 from lifelong_jax.resuming import open_run, parse_settings
-from lifelong_jax.runs import Estimate, Run, RunSettings, check_settings, format_estimate, markdown_table, print_table
+from lifelong_jax.runs import (
+    Estimate,
+    Numbers,
+    Run,
+    RunSettings,
+    Seeds,
+    check_settings,
+    format_estimate,
+    markdown_table,
+    print_table,
+)
+from lifelong_jax.sweep import learn_sweep
+from lifelong_jax.tuning import average_accuracies, sweep_strengths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +59,7 @@ class Config(RunSettings):
     optimizers: tuple[Literal["sgd", "adam"], ...] = ("sgd", "adam")
     """A panel of the picture for each."""
 
-    strengths: tuple[float, ...] = tuple(10.0**decade for decade in range(-3, 10))
+    strengths: Annotated[Numbers, tyro.conf.arg(name="strength")] = tuple(10.0**decade for decade in range(-3, 10))
     """The strengths, λ."""
 
     num_tasks: int = 3
@@ -69,7 +80,7 @@ class Config(RunSettings):
     adam_learning_rate: float = 2e-3
     """The step size of Adam."""
 
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: Seeds = (0, 1, 2)
     """One sequence of tasks, one initialisation and one order of examples for each."""
 
     def __post_init__(self) -> None:
@@ -95,24 +106,29 @@ def main(config: Config) -> None:
     method = {"l2": methods.l2(), "ewc": methods.ewc(), "mas": methods.mas()}[config.method]
     pipelines = make_pipelines(config)
     learners = {
-        learner_name(optimizer, place, strength): functools.partial(
-            learn_tasks, method, model.apply, optimizer_fn, strength=strength, batch_size=config.batch_size
+        f"{optimizer} {place}": functools.partial(
+            learn_sweep,
+            method,
+            model.apply,
+            optimizer_fn,
+            num_epochs=config.num_epochs,
+            batch_size=config.batch_size,
         )
         for optimizer in config.optimizers
         for place, optimizer_fn in pipelines[optimizer].items()
-        for strength in config.strengths
     }
     with open_run(config, "strength_sweep", console) as run:
-        outcomes = compare(
+        matrices = sweep_strengths(
             learners,
+            config.strengths,
             lambda key: permuted_tasks(dataset.train, dataset.test, config.num_tasks, key),
             model.init,
             config.seeds,
-            config.num_epochs,
             run,
             console,
         )
-        report(config, {name: list(pipelines[name]) for name in config.optimizers}, summarize(outcomes), run, console)
+        accuracies = {name: average_accuracies(of_learner) for name, of_learner in matrices.items()}
+        report(config, {name: list(pipelines[name]) for name in config.optimizers}, accuracies, run, console)
 
 
 def make_pipelines(config: Config) -> dict[str, dict[str, OptimizerFn]]:
@@ -133,21 +149,21 @@ def make_pipelines(config: Config) -> dict[str, dict[str, OptimizerFn]]:
     return {"sgd": places(optax.identity(), config.sgd_learning_rate), "adam": adam}
 
 
-def learner_name(optimizer: str, place: str, strength: float) -> str:
-    """Names a learner as it stands in the log."""
-    return f"{optimizer} {place} {strength:.3g}"
-
-
 def report(
-    config: Config, places: dict[str, list[str]], summary: dict[str, Summary], run: Run, console: rich.console.Console
+    config: Config,
+    places: dict[str, list[str]],
+    accuracies: dict[str, list[Estimate]],
+    run: Run,
+    console: rich.console.Console,
 ) -> None:
     """Prints the table; writes `summary.json`, `table.md` and `strength_sweep.png`."""
-    run.write_summary({"learners": {name: metrics.average_accuracy for name, metrics in summary.items()}})
+    by_strength = {
+        name: dict(zip(map("{:.3g}".format, config.strengths), of_learner, strict=True))
+        for name, of_learner in accuracies.items()
+    }
+    run.write_summary({"average_accuracy": by_strength})
     accuracy = {
-        optimizer: {
-            place: [summary[learner_name(optimizer, place, strength)].average_accuracy for strength in config.strengths]
-            for place in places[optimizer]
-        }
+        optimizer: {place: accuracies[f"{optimizer} {place}"] for place in places[optimizer]}
         for optimizer in config.optimizers
     }
     header = ["strength", *(f"{optimizer} {place}" for optimizer in accuracy for place in accuracy[optimizer])]

@@ -17,18 +17,18 @@ import rich.console
 
 from lifelong_jax import (
     TrainingState,
-    learn_tasks,
     methods,
     normalize_importance,
     permuted_tasks,
     proximal_quadratic_penalty,
 )
-from lifelong_jax.comparison import compare, summarize
 from lifelong_jax.datasets import hold_out_validation, load_dataset
 from lifelong_jax.methods import Method
 from lifelong_jax.models import MLP
 from lifelong_jax.resuming import open_run, parse_settings
-from lifelong_jax.runs import Run, RunSettings, check_settings, markdown_table, print_table
+from lifelong_jax.runs import Run, RunSettings, Seeds, check_settings, markdown_table, print_table
+from lifelong_jax.sweep import learn_sweep
+from lifelong_jax.tuning import average_accuracies, sweep_strengths
 from lifelong_jax.types import Batch, OutputFn, Params
 
 DECADES = {"none": range(0, 11), "mean": range(-8, 3), "max": range(-2, 9)}
@@ -57,7 +57,7 @@ class Config(RunSettings):
     learning_rate: float = 0.1
     """The step size of SGD, with the penalty's proximal step."""
 
-    seeds: tuple[int, ...] = (0, 1)
+    seeds: Seeds = (0, 1)
     """One sequence of tasks, one initialisation and one order of examples for each."""
 
     def __post_init__(self) -> None:
@@ -98,22 +98,25 @@ def measure(
                 rate = config.learning_rate
                 return optax.chain(optax.sgd(rate), proximal_quadratic_penalty(rate, strength))
 
-            learners = {
-                f"{normalization} {hidden_sizes} {strength:.2g}": functools.partial(
-                    learn_tasks, method, model.apply, optimizer_fn, strength=strength, batch_size=config.batch_size
-                )
-                for strength in strengths
-            }
-            outcomes = compare(
-                learners,
+            name = f"{normalization} {hidden_sizes}"
+            learner = functools.partial(
+                learn_sweep,
+                method,
+                model.apply,
+                optimizer_fn,
+                num_epochs=config.num_epochs,
+                batch_size=config.batch_size,
+            )
+            matrices = sweep_strengths(
+                {name: learner},
+                strengths,
                 lambda key: permuted_tasks(dataset.train, dataset.test, config.num_tasks, key),
                 model.init,
                 config.seeds,
-                config.num_epochs,
                 run,
                 console,
             )
-            row[:] = [metrics.average_accuracy.mean for metrics in summarize(outcomes).values()]
+            row[:] = [estimate.mean for estimate in average_accuracies(matrices[name])]
         accuracy = np.nan_to_num(accuracy)  # where training diverged
         best[normalization] = [strengths[index] for index in accuracy.argmax(axis=1)]
         # The network's best accuracy, less its accuracy at the strength that is best, on average, for the rest.

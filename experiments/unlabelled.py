@@ -26,6 +26,7 @@ from lifelong_jax.resuming import compute_once, open_run, parse_settings
 from lifelong_jax.runs import (
     Run,
     RunSettings,
+    Seeds,
     check_settings,
     estimate,
     format_estimate,
@@ -62,7 +63,7 @@ class Config(RunSettings):
     """Numbers of held-out examples that the importance is computed on; ascending. There are 718, as many as A and B
     are trained on."""
 
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    seeds: Seeds = (0, 1, 2, 3, 4)
     """One split of the data, one pair of tasks, one initialisation and one order of examples for each."""
 
     def __post_init__(self) -> None:

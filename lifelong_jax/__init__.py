@@ -1,7 +1,8 @@
 """Continual learning in JAX: exact parameter importances (EWC, MAS), and a quadratic penalty for any optax pipeline."""
 
 from lifelong_jax.consolidation import consolidate, init_consolidation, merge, normalize_importance
-from lifelong_jax.continual import LearnedSequence, Progress, evaluate, learn_jointly, learn_tasks
+from lifelong_jax.continual import LearnedSequence, Progress, learn_jointly, learn_tasks
+from lifelong_jax.evaluation import evaluate
 from lifelong_jax.importance import empirical_fisher_diagonal, fisher_diagonal, local_mas_importance, mas_importance
 from lifelong_jax.methods import Method, ewc, finetune, l2, local_mas, mas, rwalk, si
 from lifelong_jax.metrics import (

@@ -16,10 +16,11 @@ import optax
 
 from lifelong_jax import _checks, methods
 from lifelong_jax.consolidation import consolidate, init_consolidation
+from lifelong_jax.evaluation import evaluate
 from lifelong_jax.methods import Method
-from lifelong_jax.tasks import Scenario, active_classes, joint_examples, mask_logits, present, with_class_mask
+from lifelong_jax.tasks import Scenario, active_classes, joint_examples, shown, with_class_mask
 from lifelong_jax.training import TrainingInfo, TrainingState, init_training, learn_task
-from lifelong_jax.types import Batch, Consolidation, Example, OutputFn, Params, Task
+from lifelong_jax.types import Batch, Consolidation, OutputFn, Params, Task
 
 OptimizerFn: TypeAlias = Callable[[jax.Array], optax.GradientTransformation]
 """`optimizer_fn(strength) -> optimizer`: a function of λ, which is traced, so that one compilation serves every λ."""
@@ -170,7 +171,7 @@ def learn_tasks(
       >>> learned.accuracy_matrix.shape
       (3, 3)
     """
-    _check(apply_fn, params, tasks, scenario, num_epochs, batch_size)
+    check_sequence(apply_fn, params, tasks, scenario, num_epochs, batch_size)
     _checks.check_not_negative("strength", strength)
     _checks.check_choice("method.rule", method.rule, ("separate", "latest"))
     _checks.check_not_negative("method.decay", method.decay)
@@ -240,7 +241,7 @@ def learn_jointly(
       ValueError: as for `learn_tasks`.
       FloatingPointError: if training diverged.
     """
-    _check(apply_fn, params, tasks, scenario, num_epochs, batch_size)
+    check_sequence(apply_fn, params, tasks, scenario, num_epochs, batch_size)
     wrap_optimizer = methods.finetune().wrap_optimizer
     none = jnp.zeros(())
     learn = functools.partial(_learn_epoch, apply_fn, optimizer_fn, wrap_optimizer, batch_size=batch_size)
@@ -255,31 +256,6 @@ def learn_jointly(
             state = state._replace(accuracy_matrix=_with_row(state.accuracy_matrix, len(tasks) - 1, accuracies))
         checkpoints.save((epoch + 1) * len(tasks), state)
     return _learned(state)
-
-
-def evaluate(apply_fn: OutputFn, params: Params, tasks: Sequence[Task], scenario: Scenario = "domain") -> list[float]:
-    """Measures the accuracy on each task's test set.
-
-    Args:
-      apply_fn: `apply_fn(params, x) -> [num_classes]`, one example's logits, without batch axis.
-      params: the parameters.
-      tasks: the tasks; in "class", those learned so far.
-      scenario: which outputs are active; see `active_classes`.
-
-    Returns:
-      A fraction for each task.
-
-    Example:
-      >>> batch = Batch(jnp.eye(2), jnp.array([0, 0]), jnp.ones(2))
-      >>> evaluate(lambda params, x: params * x, jnp.array(1.0), [Task(batch, batch)])
-      [0.5]
-    """
-    class_masks = [active_classes(tasks, scenario, index, len(tasks) - 1) for index in range(len(tasks))]
-    accuracies = [
-        _accuracy(apply_fn, params, task.test, task.permutation, class_mask)
-        for task, class_mask in zip(tasks, class_masks, strict=True)
-    ]
-    return [float(accuracy) for accuracy in accuracies]
 
 
 def _start(
@@ -305,7 +281,7 @@ def _train_epoch(
 ) -> tuple[SequenceState, float]:
     """Returns the state and the mean loss. The arrays of the former state are freed."""
     (training, info), seconds = _timed(learn, state.training, state.consolidation, strength, *shown)
-    loss = float(info.loss.sum()) / int(info.num_steps)
+    loss = float(info.loss.sum()) / int(info.num_steps.sum())
     # The last step's update comes after the last loss.
     if not (math.isfinite(loss) and all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(training.params))):
         raise FloatingPointError(
@@ -360,7 +336,7 @@ def _learn_epoch(
     batch_size: int,
 ) -> tuple[TrainingState, TrainingInfo]:
     return learn_task(
-        methods.cross_entropy(_shown(apply_fn, permutation)),
+        methods.cross_entropy(shown(apply_fn, permutation)),
         wrap_optimizer(optimizer_fn(strength)),
         state,
         consolidation,
@@ -380,31 +356,7 @@ def _importance(
     permutation: jax.Array | None,
     key: jax.Array,
 ) -> Params:
-    return importance_fn(_shown(apply_fn, permutation), state, train, key)
-
-
-_MAX_EVALUATED = 512  # examples at once: a large network's activations on a whole test set would not fit
-
-
-@functools.partial(jax.jit, static_argnames=("apply_fn",))
-def _accuracy(
-    apply_fn: OutputFn, params: Params, test: Batch, permutation: jax.Array | None, class_mask: jax.Array | None
-) -> jax.Array:
-    output_fn = functools.partial(_shown(apply_fn, permutation), params)
-    at_once = len(test.labels) <= _MAX_EVALUATED
-    map_fn = jax.vmap(output_fn) if at_once else functools.partial(jax.lax.map, output_fn, batch_size=_MAX_EVALUATED)
-    outputs = map_fn(test.inputs)
-    predicted = jnp.argmax(mask_logits(outputs, class_mask), axis=-1)
-    correct = predicted.astype(jnp.int32) == test.labels.astype(jnp.int32)
-    correct &= ~jnp.isnan(outputs).any(axis=-1)  # argmax would take a NaN for the largest
-    return jnp.sum(jnp.where(correct, test.weights, 0)) / jnp.sum(test.weights)
-
-
-def _shown(apply_fn: OutputFn, permutation: jax.Array | None) -> OutputFn:
-    def output_fn(params: Params, x: Example) -> jax.Array:
-        return apply_fn(params, present(x, permutation))
-
-    return output_fn
+    return importance_fn(shown(apply_fn, permutation), state, train, key)
 
 
 def _timed(function: Callable, *args: object) -> tuple[object, float]:
@@ -415,9 +367,23 @@ def _timed(function: Callable, *args: object) -> tuple[object, float]:
     return result, time.perf_counter() - start
 
 
-def _check(
+def check_sequence(
     apply_fn: OutputFn, params: Params, tasks: Sequence[Task], scenario: Scenario, num_epochs: int, batch_size: int
 ) -> None:
+    """Raises a clear error where something does not fit, before anything is computed; see `learn_tasks`.
+
+    Args:
+      apply_fn: one example's logits.
+      params: where training starts.
+      tasks: the sequence.
+      scenario: "task", "domain" or "class".
+      num_epochs: passes over each task's training examples.
+      batch_size: examples per step.
+
+    Raises:
+      ValueError: if tasks, scenario, sizes or labels do not fit each other.
+      TypeError: if a dtype does not.
+    """
     if not tasks:
         raise ValueError("tasks is empty: there is nothing to learn.")
     _checks.check_choice("scenario", scenario, ("task", "domain", "class"))

@@ -3,31 +3,37 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
-import numpy as np
 import optax
 import rich.console
+import tyro
 
 from lifelong_jax import methods
-from lifelong_jax.comparison import Learner, compare, report_comparison, summarize
+from lifelong_jax.comparison import Learner, compare, report_comparison
 from lifelong_jax.continual import OptimizerFn, learn_jointly, learn_tasks
 from lifelong_jax.datasets import Dataset, hold_out_validation, load_dataset
+from lifelong_jax.methods import Method
 from lifelong_jax.models import CNN, MLP
 from lifelong_jax.penalty import add_quadratic_penalty, proximal_adam, proximal_quadratic_penalty
 from lifelong_jax.resuming import open_run
-from lifelong_jax.runs import Run, RunSettings, check_settings, format_estimate, markdown_table, print_table
+from lifelong_jax.runs import Numbers, Run, RunSettings, Seeds, check_settings
+from lifelong_jax.sweep import learn_sweep
 from lifelong_jax.tasks import Scenario
+from lifelong_jax.tuning import choose_strengths, sweep_strengths
 from lifelong_jax.types import Example, OutputFn, Params, Task
 
 MOMENTUM = 0.9
 
+STRENGTHS = tuple(float(f"{10 ** (half_decade / 2):.3g}") for half_decade in range(-8, 13))
+"""What --tune chooses from."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Strength:
-    """The strength of the penalty, λ, for each method that has one. `--tune` chooses them anew."""
+    """The strength of the penalty, λ, for each method that has one. `--strength` and `--tune` choose them anew."""
 
     l2: float
     """λ of l2."""
@@ -100,17 +106,15 @@ class Settings(RunSettings):
     decay: float = 1.0
     """What the earlier tasks' importance is multiplied by at each new task; rwalk has averages instead."""
 
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    """One sequence of tasks, one initialisation and one order of examples for each."""
+    seeds: Seeds = (0, 1, 2, 3, 4)
+    """One sequence of tasks, one initialisation and one order of examples for each: 0-4, or 0,2,4."""
+
+    strengths: Annotated[Numbers, tyro.conf.arg(name="strength")] = ()
+    """Strengths to choose from, for every method that has one, such as 1,10,100: each is learned from all seeds on four
+    fifths of the training data and tested on the rest. The best ones are then used, with all the training data."""
 
     tune: bool = False
-    """First choose each method's strength, on a fifth of the training data, which is then given back."""
-
-    tune_grid: tuple[float, ...] = tuple(float(f"{10 ** (half_decade / 2):.3g}") for half_decade in range(-8, 13))
-    """The strengths tried by --tune, for every method alike."""
-
-    tune_seeds: tuple[int, ...] = (100, 101)
-    """The seeds of --tune; other ones than the reported."""
+    """Choose from 21 strengths over ten decades in this way."""
 
     data_dir: str | None = None
     """Where TFDS keeps prepared data sets; by default TFDS_DATA_DIR, else ~/tensorflow_datasets."""
@@ -124,11 +128,14 @@ class Settings(RunSettings):
         strengths = {f"strength.{name}": value for name, value in dataclasses.asdict(self.strength).items()}
         check_settings(
             positive={name: getattr(self, name) for name in names},
-            not_negative={**strengths, "tune_grid": self.tune_grid, "decay": self.decay},
-            distinct={name: getattr(self, name) for name in ("methods", "seeds", "tune_seeds")}
-            | {"tune_grid": [f"{strength:.3g}" for strength in self.tune_grid]},  # as they stand in tables
+            not_negative={**strengths, "strength": self.strengths, "decay": self.decay},
+            distinct={"methods": self.methods, "seeds": self.seeds},
         )
-        if self.tune and not set(self.methods) & set(dataclasses.asdict(self.strength)):
+        if self.tune and self.strengths:
+            raise ValueError("tune chooses from its own strengths: leave out either --tune or --strength.")
+        if self.strengths:
+            check_settings(distinct={"strength": [f"{strength:.3g}" for strength in self.strengths]})  # as in tables
+        if (self.tune or self.strengths) and not set(self.methods) & set(dataclasses.asdict(self.strength)):
             raise ValueError(f"tune: none of the methods {self.methods} has a strength to choose.")
 
 
@@ -165,9 +172,13 @@ def run_experiment(settings: Settings, experiment: Experiment) -> None:
     """
     console = rich.console.Console()
     with open_run(settings, experiment.name, console) as run:
-        learn = functools.partial(make_learner, settings, experiment, make_optimizer_fn(settings))
-        strength = tune(settings, experiment, learn, run, console) if settings.tune else settings.strength
-        learners = {name: learn(name, getattr(strength, name, 0.0)) for name in settings.methods}
+        optimizer_fn = make_optimizer_fn(settings)
+        choose = settings.tune or settings.strengths
+        strength = tune(settings, experiment, optimizer_fn, run, console) if choose else settings.strength
+        learners = {
+            name: make_learner(settings, experiment, optimizer_fn, name, getattr(strength, name, 0.0))
+            for name in settings.methods
+        }
         outcomes = compare(
             learners,
             functools.partial(experiment.make_tasks, experiment.datasets),
@@ -251,7 +262,21 @@ def make_learner(
     options = {"scenario": experiment.scenario, "batch_size": settings.batch_size}
     if name == "joint":
         return functools.partial(learn_jointly, experiment.apply_fn, optimizer_fn, **options)
-    method = {
+    method = make_method(settings, name)
+    return functools.partial(learn_tasks, method, experiment.apply_fn, optimizer_fn, strength=strength, **options)
+
+
+def make_method(settings: Settings, name: str) -> Method:
+    """Makes the method that a name stands for.
+
+    Args:
+      settings: they have the methods' own settings.
+      name: one of those that `settings.methods` may hold, but for joint.
+
+    Returns:
+      The method.
+    """
+    return {
         "finetune": methods.finetune(),
         "l2": methods.l2(settings.consolidation, settings.decay),
         "ewc": methods.ewc(settings.fisher, settings.consolidation, settings.decay),
@@ -260,55 +285,49 @@ def make_learner(
         "si": methods.si(settings.consolidation, settings.decay),
         "rwalk": methods.rwalk(),
     }[name]
-    return functools.partial(learn_tasks, method, experiment.apply_fn, optimizer_fn, strength=strength, **options)
 
 
 def tune(
-    settings: Settings,
-    experiment: Experiment,
-    learn: Callable[[str, float], Learner],
-    run: Run,
-    console: rich.console.Console,
+    settings: Settings, experiment: Experiment, optimizer_fn: OptimizerFn, run: Run, console: rich.console.Console
 ) -> Strength:
     """Chooses each method's strength by its average accuracy on validation data, taken from the training data.
 
     Args:
-      settings: they have the grid and the seeds.
+      settings: they have the strengths and the seeds.
       experiment: what is learned.
-      learn: `learn(name, strength) -> learner`.
-      run: where the log, `tuning.md` and `strength.json` go.
+      optimizer_fn: from `make_optimizer_fn`.
+      run: where the log, `tuning.md`, `tuning.png` and `strength.json` go.
       console: where the table is printed.
 
     Returns:
-      The strengths, the best of the grid for the methods that are compared.
+      The strengths, the best ones for the methods that are compared.
     """
-    names = [field.name for field in dataclasses.fields(Strength) if field.name in settings.methods]
-    learners = {f"{name} {strength:.3g}": learn(name, strength) for name in names for strength in settings.tune_grid}
+    learners = {
+        field.name: functools.partial(
+            learn_sweep,
+            make_method(settings, field.name),
+            experiment.apply_fn,
+            optimizer_fn,
+            scenario=experiment.scenario,
+            num_epochs=settings.num_epochs,
+            batch_size=settings.batch_size,
+        )
+        for field in dataclasses.fields(Strength)
+        if field.name in settings.methods
+    }
+    strengths = sorted(settings.strengths or STRENGTHS)
     datasets = [hold_out_validation(dataset, 0.2, jax.random.key(0)) for dataset in experiment.datasets]
-    make_tasks = functools.partial(experiment.make_tasks, datasets)
-    outcomes = compare(
+    matrices = sweep_strengths(
         learners,
-        make_tasks,
+        strengths,
+        functools.partial(experiment.make_tasks, datasets),
         experiment.init_params,
-        settings.tune_seeds,
-        settings.num_epochs,
+        settings.seeds,
         run,
         console,
         split="validation",
     )
-    accuracy = {name: of_learner.average_accuracy for name, of_learner in summarize(outcomes).items()}
-    header = ["strength", *names]
-    rows = [
-        [f"{strength:.3g}", *(format_estimate(accuracy[f"{name} {strength:.3g}"], 100) for name in names)]
-        for strength in settings.tune_grid
-    ]
-    print_table(console, "Average accuracy on validation data, percent", header, rows)
-    (run.folder / "tuning.md").write_text(markdown_table(header, rows))
-
-    def validation_accuracy(strength: float, name: str) -> float:
-        return np.nan_to_num(accuracy[f"{name} {strength:.3g}"].mean)
-
-    best = {name: max(settings.tune_grid, key=functools.partial(validation_accuracy, name=name)) for name in names}
+    best = choose_strengths(matrices, strengths, run, console)
     console.print("chosen: " + ", ".join(f"--strength.{name} {strength:.3g}" for name, strength in best.items()))
     chosen = dataclasses.replace(settings.strength, **best)
     run.write_json("strength.json", dataclasses.asdict(chosen))

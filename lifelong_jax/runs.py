@@ -8,15 +8,85 @@ import math
 import pathlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import rich.console
 import rich.progress
 import rich.table
+import tyro
 from numpy.typing import ArrayLike
 
 from lifelong_jax import _files
+
+
+def parse_seeds(words: Sequence[str]) -> tuple[int, ...]:
+    """Reads seeds from a command line.
+
+    Args:
+      words: integers, and ranges that include their ends; between commas, or a word each.
+
+    Returns:
+      The seeds.
+
+    Raises:
+      ValueError: if that is not what they are.
+
+    Example:
+      >>> parse_seeds(["0-3", "7,9"])
+      (0, 1, 2, 3, 7, 9)
+    """
+    seeds: list[int] = []
+    for part in ",".join(words).split(","):
+        first, _, last = part.partition("-")
+        if not (first.isdecimal() and (last or first).isdecimal()):
+            raise ValueError(f"give integers and ranges, such as 0-4 or 0,2,4, not {part!r}")
+        seeds += range(int(first), int(last or first) + 1)
+    return tuple(seeds)
+
+
+def parse_numbers(words: Sequence[str]) -> tuple[float, ...]:
+    """Reads numbers from a command line.
+
+    Args:
+      words: numbers, between commas, or a word each.
+
+    Returns:
+      The numbers.
+
+    Raises:
+      ValueError: if that is not what they are.
+
+    Example:
+      >>> parse_numbers(["1,10", "1e3"])
+      (1.0, 10.0, 1000.0)
+    """
+    return tuple(float(part) for part in ",".join(words).split(","))
+
+
+Seeds: TypeAlias = Annotated[
+    tuple[int, ...],
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="0-9",
+        instance_from_str=parse_seeds,
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda seeds: [",".join(map(str, seeds))],
+    ),
+]
+"""Seeds as a setting: on a command line, `0-9` or `0,2,4`."""
+
+Numbers: TypeAlias = Annotated[
+    tuple[float, ...],
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="1,10,100",
+        instance_from_str=parse_numbers,
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda numbers: [",".join(f"{number:g}" for number in numbers)],
+    ),
+]
+"""Numbers as a setting: on a command line, `1,10,100`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -137,7 +137,7 @@ def learn_stream(
             state = state._replace(key=key)
             if not all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params)):
                 _check_finite(math.nan, epoch, num_steps - 1)
-    return state, TrainingInfo(jnp.asarray(losses, loss.dtype), jnp.asarray(num_steps))
+    return state, TrainingInfo(jnp.asarray(losses, loss.dtype), jnp.full(num_epochs, num_steps))
 
 
 def mean_over_stream(

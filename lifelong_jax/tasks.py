@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lifelong_jax import _checks
-from lifelong_jax.types import Batch, Task
+from lifelong_jax.types import Batch, Example, OutputFn, Params, Task
 
 Scenario: TypeAlias = Literal["task", "domain", "class"]
 """What is known of the task at test time: see `active_classes`."""
@@ -65,6 +65,27 @@ def present(x: jax.Array, permutation: jax.Array | None) -> jax.Array:
              [2, 1]], dtype=int32)
     """
     return x if permutation is None else x.reshape(-1)[permutation].reshape(x.shape)
+
+
+def shown(apply_fn: OutputFn, permutation: jax.Array | None) -> OutputFn:
+    """Makes a network see its inputs as a task shows them.
+
+    Args:
+      apply_fn: `apply_fn(params, x) -> [num_classes]`, one example's outputs.
+      permutation: the task's, as for `present`.
+
+    Returns:
+      `output_fn(params, x) = apply_fn(params, present(x, permutation))`.
+
+    Example:
+      >>> shown(lambda params, x: params * x, jnp.array([1, 0]))(2, jnp.array([3, 4]))
+      Array([8, 6], dtype=int32)
+    """
+
+    def output_fn(params: Params, x: Example) -> jax.Array:
+        return apply_fn(params, present(x, permutation))
+
+    return output_fn
 
 
 def rotated_tasks(train: Batch, test: Batch, angles: Sequence[float]) -> list[Task]:

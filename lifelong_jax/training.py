@@ -29,8 +29,10 @@ class TrainingInfo(NamedTuple):
     """What people look at.
 
     Attributes:
-      loss: `[num_epochs, max_steps]`, the mean loss of each step's batch, without the penalty; 0 behind the last step.
-      num_steps: how many steps an epoch had: as many as it takes to see each example whose weight is not 0.
+      loss: `[num_epochs, num_batches]`, the mean loss of each step's batch, without the penalty; 0 behind an epoch's
+        last step.
+      num_steps: `[num_epochs]`, how many steps each epoch had: as many as it takes to see each example whose weight is
+        not 0, unless `max_steps` ended it.
     """
 
     loss: jax.Array
@@ -66,6 +68,7 @@ def learn_task(
     *,
     num_epochs: int,
     batch_size: int,
+    max_steps: int | None = None,
     weights: jax.Array | None = None,
 ) -> tuple[TrainingState, TrainingInfo]:
     """Trains on one task's examples, reshuffled each epoch.
@@ -84,14 +87,15 @@ def learn_task(
       examples: a tree of arrays `[num_examples, ...]`: this task's training data.
       num_epochs: passes over the examples.
       batch_size: examples per step.
+      max_steps: where training ends within these epochs, or None for their end.
       weights: `[num_examples]`, 0 for padding, or None for ones.
 
     Returns:
       The state after the last step, and the losses.
 
     Raises:
-      ValueError: if there are no examples, or leaves disagree on their number, or if `num_epochs` or `batch_size` is
-        not a positive integer, or if the loss is no scalar.
+      ValueError: if there are no examples, or leaves disagree on their number, or if `num_epochs`, `batch_size` or
+        `max_steps` is not a positive integer, or if the loss is no scalar.
       TypeError: if a leaf of the parameters is not floating-point.
 
     Example:
@@ -105,14 +109,15 @@ def learn_task(
     _checks.check_examples("examples", examples, weights)
     _checks.check_positive_integer("num_epochs", num_epochs)
     _checks.check_positive_integer("batch_size", batch_size)
+    _checks.check_positive_integer("max_steps", max_steps, optional=True)
     _checks.check_params("state.params", state.params)
     examples, weights = jax.tree.map(jnp.asarray, (examples, weights))
     optimizer = optax.with_extra_args_support(optimizer)
     num_examples = jax.tree.leaves(examples)[0].shape[0]
     batch_size = min(batch_size, num_examples)
-    max_steps = -(-num_examples // batch_size)
+    num_batches = -(-num_examples // batch_size)
     padded = weights is not None
-    num_steps = -(-jnp.sum(weights > 0) // batch_size) if padded else max_steps
+    num_steps = -(-jnp.sum(weights > 0) // batch_size) if padded else num_batches
     if not padded:
         weights = jnp.ones(num_examples)
 
@@ -138,20 +143,21 @@ def learn_task(
         updates, opt_state = optimizer.update(grads, opt_state, params, **extra_args)
         return optax.apply_updates(params, updates), opt_state, losses.at[index].set(loss)
 
-    def epoch(state: TrainingState, _: None) -> tuple[TrainingState, jax.Array]:
+    def epoch(state: TrainingState, index: jax.Array) -> tuple[TrainingState, tuple[jax.Array, jax.Array]]:
         key, shuffle_key = jax.random.split(state.key)
         order = jax.random.permutation(shuffle_key, num_examples)
         if padded:
             order = order[jnp.argsort(weights[order] == 0, stable=True)]  # padding last, behind the last step
         # The last batch is filled up with an index past the end, which `step` gives weight 0.
-        order = jnp.pad(order, (0, max_steps * batch_size - num_examples), constant_values=num_examples)
+        order = jnp.pad(order, (0, num_batches * batch_size - num_examples), constant_values=num_examples)
+        steps = num_steps if max_steps is None else jnp.clip(max_steps - index * num_steps, 0, num_steps)
         params, opt_state, losses = jax.lax.fori_loop(
             0,
-            num_steps,
-            functools.partial(step, order=order.reshape(max_steps, batch_size)),
-            (state.params, state.opt_state, jnp.zeros(max_steps, loss_dtype)),
+            steps,
+            functools.partial(step, order=order.reshape(num_batches, batch_size)),
+            (state.params, state.opt_state, jnp.zeros(num_batches, loss_dtype)),
         )
-        return TrainingState(params, opt_state, key), losses
+        return TrainingState(params, opt_state, key), (losses, jnp.asarray(steps))
 
-    state, losses = jax.lax.scan(epoch, state, length=num_epochs)
-    return state, TrainingInfo(losses, jnp.asarray(num_steps))
+    state, (losses, num_steps) = jax.lax.scan(epoch, state, jnp.arange(num_epochs))
+    return state, TrainingInfo(losses, num_steps)

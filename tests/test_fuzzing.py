@@ -292,6 +292,8 @@ def test_importances_of_a_linear_model_in_closed_form(num_examples):
                 "gaussian": wide**2,
                 "mas": np.abs(2 * slope * wide**2),
             }
+        gradients = {name: of_name if name == "mas" else np.sqrt(of_name) for name, of_name in by_hand.items()}
+        largest = float(jnp.finfo(w.dtype).max) if floating(w) else np.inf
         results = {
             "empirical": attempt(
                 lambda: empirical_fisher_diagonal(squared_error, params, {"x": x, "y": y}, **options), *names
@@ -304,11 +306,11 @@ def test_importances_of_a_linear_model_in_closed_form(num_examples):
         for name, result in results.items():
             if result is None:
                 assert not valid, name
-            elif valid and np.isfinite(by_hand[name]).all():
+            elif valid and (gradients[name] <= largest).all():  # beyond, a gradient is infinite
                 expected = np.sum(share * by_hand[name]) / share.sum()
                 if 1e-30 < expected < 1e30 or expected == 0:
                     np.testing.assert_allclose(float(result["w"]), expected, rtol=2e-2, atol=1e-30)
-            elif valid:
+            elif valid and not np.isfinite(by_hand[name]).all():
                 assert not np.isfinite(float(result["w"])), f"{name}: {result} of {by_hand[name]}"
 
     inputs = arrays(st.sampled_from([(3,), (3,), (3,), (0,), (1,)]), st.sampled_from(["float32", "float32", "int32"]))

@@ -1,0 +1,70 @@
+"""The accuracy of a network on tasks: what the evaluator does, which alone sees the test sets."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from lifelong_jax.tasks import Scenario, active_classes, mask_logits, shown
+from lifelong_jax.types import Batch, OutputFn, Params, Task
+
+_MAX_EVALUATED = 512  # examples at once: a large network's activations on a whole test set would not fit
+
+
+@functools.partial(jax.jit, static_argnames=("apply_fn",))
+def accuracy(
+    apply_fn: OutputFn, params: Params, test: Batch, permutation: jax.Array | None, class_mask: jax.Array | None
+) -> jax.Array:
+    """Measures the accuracy on one test set.
+
+        Σ_n weights[n] · (argmax of the active outputs for example n = labels[n]) / Σ_n weights[n]
+
+    Args:
+      apply_fn: `apply_fn(params, x) -> [num_classes]`, one example's logits, without batch axis.
+      params: the parameters.
+      test: the examples.
+      permutation: as a task shows them; see `present`.
+      class_mask: `[num_classes]`, bool, the active outputs, or None for all of them.
+
+    Returns:
+      A fraction. An output that is NaN is wrong.
+
+    Example:
+      >>> test = Batch(jnp.eye(2), jnp.array([0, 0]), jnp.ones(2))
+      >>> accuracy(lambda params, x: params * x, jnp.array(1.0), test, None, None)
+      Array(0.5, dtype=float32)
+    """
+    output_fn = functools.partial(shown(apply_fn, permutation), params)
+    at_once = len(test.labels) <= _MAX_EVALUATED
+    map_fn = jax.vmap(output_fn) if at_once else functools.partial(jax.lax.map, output_fn, batch_size=_MAX_EVALUATED)
+    outputs = map_fn(test.inputs)
+    predicted = jnp.argmax(mask_logits(outputs, class_mask), axis=-1)
+    correct = predicted.astype(jnp.int32) == test.labels.astype(jnp.int32)
+    correct &= ~jnp.isnan(outputs).any(axis=-1)  # argmax would take a NaN for the largest
+    return jnp.sum(jnp.where(correct, test.weights, 0)) / jnp.sum(test.weights)
+
+
+def evaluate(apply_fn: OutputFn, params: Params, tasks: Sequence[Task], scenario: Scenario = "domain") -> list[float]:
+    """Measures the accuracy on each task's test set.
+
+    Args:
+      apply_fn: `apply_fn(params, x) -> [num_classes]`, one example's logits, without batch axis.
+      params: the parameters.
+      tasks: the tasks; in "class", those learned so far.
+      scenario: which outputs are active; see `active_classes`.
+
+    Returns:
+      A fraction for each task.
+
+    Example:
+      >>> batch = Batch(jnp.eye(2), jnp.array([0, 0]), jnp.ones(2))
+      >>> evaluate(lambda params, x: params * x, jnp.array(1.0), [Task(batch, batch)])
+      [0.5]
+    """
+    class_masks = [active_classes(tasks, scenario, index, len(tasks) - 1) for index in range(len(tasks))]
+    accuracies = [
+        accuracy(apply_fn, params, task.test, task.permutation, class_mask)
+        for task, class_mask in zip(tasks, class_masks, strict=True)
+    ]
+    return [float(accuracy) for accuracy in accuracies]
