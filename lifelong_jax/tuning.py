@@ -144,11 +144,31 @@ def choose_strengths(
     print_table(console, title, header, rows)
     (run.folder / "tuning.md").write_text(markdown_table(header, rows))
     plot_strength_sweep({"": accuracies}, strengths, "Average accuracy on validation data", run.folder / "tuning.png")
-    best = {name: _best(of_learner) for name, of_learner in accuracies.items()}
-    for name, index in best.items():
-        if index is None:
-            raise SystemExit(f"error: {name} diverged at every strength: lower the learning rate.")
-    return {name: float(strengths[index]) for name, index in best.items()}
+    return {name: best_strength(of_learner, strengths, name) for name, of_learner in accuracies.items()}
+
+
+def best_strength(accuracies: Sequence[Estimate], strengths: Sequence[float], name: str = "training") -> float:
+    """Chooses the strength at which the accuracy is best.
+
+    Args:
+      accuracies: from `average_accuracies`, on validation data.
+      strengths: λ.
+      name: of what learned.
+
+    Returns:
+      One of the strengths, none at which it diverged.
+
+    Raises:
+      SystemExit: if it diverged at every one.
+
+    Example:
+      >>> best_strength([estimate([0.5]), estimate([0.7]), estimate([np.nan])], [1.0, 10.0, 100.0])
+      10.0
+    """
+    best = _best(accuracies)
+    if best is None:
+        raise SystemExit(f"error: {name} diverged at every strength: lower the learning rate.")
+    return float(strengths[best])
 
 
 def _best(accuracies: Sequence[Estimate]) -> int | None:
