@@ -85,10 +85,11 @@ class SequenceState(NamedTuple):
 
 
 class Checkpoints(Protocol):
-    """Where a sequence's state is kept, for it to go on from there should it be stopped: `resuming.Sequence`, say."""
+    """Where a sequence's state is kept, to go on from there should it be stopped: `resuming.ResumableSequence`, say."""
 
-    def restore(self, start: SequenceState) -> tuple[int, SequenceState]:
-        """Says how many epochs have been learned, and gives the state after them; 0 and `start` where none is kept."""
+    def restore(self, start: SequenceState, num_epochs: int) -> tuple[int, SequenceState]:
+        """Says how many epochs, `num_epochs` a task, have been learned, and gives the state after them; 0 and `start`
+        where none is kept."""
 
     def save(self, epochs: int, state: SequenceState) -> None:
         """Is told the state after each epoch. It must copy what it keeps: the next epoch frees the arrays."""
@@ -100,7 +101,7 @@ class Checkpoints(Protocol):
 class NoCheckpoints:
     """Keeps nothing: a sequence that is stopped begins anew."""
 
-    def restore(self, start: SequenceState) -> tuple[int, SequenceState]:
+    def restore(self, start: SequenceState, num_epochs: int) -> tuple[int, SequenceState]:
         """Starts."""
         return 0, start
 
@@ -183,7 +184,7 @@ def learn_tasks(
     learn = functools.partial(_learn_epoch, apply_fn, optimizer_fn, method.wrap_optimizer, batch_size=batch_size)
     known_ahead = scenario != "class"
     initial_accuracies = evaluate(apply_fn, params, tasks, scenario) if known_ahead else [math.nan] * len(tasks)
-    epochs, state = checkpoints.restore(_start(optimizer, params, key, initial_accuracies))
+    epochs, state = checkpoints.restore(_start(optimizer, params, key, initial_accuracies), num_epochs)
     for index in range(epochs // num_epochs, len(tasks)):
         train_key, importance_key = jax.random.split(jax.random.fold_in(key, index))
         examples = with_class_mask(tasks[index].train, active_classes(tasks, scenario, index, index))
@@ -259,7 +260,7 @@ def learn_jointly(
     learn = functools.partial(_learn_epoch, apply_fn, optimizer_fn, wrap_optimizer, batch_size=batch_size)
     shown = (joint_examples(tasks, scenario), None)
     start = _start(wrap_optimizer(optimizer_fn(none)), params, key, [math.nan] * len(tasks))
-    epochs, state = checkpoints.restore(start)
+    epochs, state = checkpoints.restore(start, num_epochs)
     for epoch in range(epochs // len(tasks), num_epochs):
         state, loss = _train_epoch(learn, state, none, shown, epoch)
         accuracies = evaluate(apply_fn, state.training.params, tasks, scenario)

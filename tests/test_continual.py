@@ -16,6 +16,7 @@ from lifelong_jax import (
     continual,
     evaluate,
     fisher_diagonal,
+    init_consolidation,
     learn_jointly,
     learn_tasks,
     methods,
@@ -24,6 +25,7 @@ from lifelong_jax import (
     training,
 )
 from lifelong_jax.models import MLP
+from lifelong_jax.resuming import KeptTasks
 
 NUM_TASKS, NUM_EPOCHS = 3, 2
 SGD = optax.sgd(0.1, momentum=0.9)
@@ -292,3 +294,17 @@ def test_bad_input():
     diverging = {"params": jax.tree.map(lambda leaf: leaf * jnp.inf, make_params()), "tasks": make_tasks()}
     with pytest.raises(FloatingPointError, match="training diverged in epoch 1: lower the learning rate"):
         learn_jointly(apply_fn, optimizer_fn, **diverging, key=jax.random.key(2), num_epochs=2, batch_size=20)
+
+
+def test_kept_tasks_of_another_number_of_epochs():
+    params = make_params()
+    kept = KeptTasks([init_consolidation(params)], methods.ewc(), NUM_EPOCHS + 1)
+    with pytest.raises(ValueError, match="num_epochs is 3 for KeptTasks, but 2 for the sequence"):
+        learn(
+            methods.ewc(),
+            params=params,
+            tasks=make_tasks(),
+            key=jax.random.key(2),
+            strength=1.0,
+            checkpoints=kept,
+        )
