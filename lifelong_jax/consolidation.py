@@ -14,7 +14,7 @@ from lifelong_jax.types import Consolidation, Params
 
 Rule: TypeAlias = Literal["separate", "latest"]
 
-_OVERFLOW = "It overflows: scale them down, by normalize_importance, say, and the strength up."
+_OVERFLOW = "It overflows: scale the importances down, by normalize_importance, say, and the strength up."
 
 
 def init_consolidation(params: Params) -> Consolidation:
@@ -93,7 +93,7 @@ def consolidate(
 
     _checks.check_finite("params", params)
     total = _add(consolidation, params, importance, rule, decay, weight)
-    _checks.check_finite("the sum of importances", total.importance, hint=_OVERFLOW)
+    _checks.check_finite("decay · consolidation.importance + weight · importance", total.importance, hint=_OVERFLOW)
     return total
 
 
@@ -143,7 +143,7 @@ def merge(consolidations: Sequence[Consolidation], strengths: Sequence[float | j
         )
         _checks.check_importance(f"{name}.importance", consolidation.importance)
         merged = _add(merged, *consolidation, rule="separate", decay=1.0, weight=strength)
-    _checks.check_finite("the sum of importances", merged.importance, hint=_OVERFLOW)
+    _checks.check_finite("Σ strengths · consolidations.importance", merged.importance, hint=_OVERFLOW)
     return merged
 
 
