@@ -112,12 +112,13 @@ def main(config: Config) -> None:
 def measure(config: Config, dataset: Dataset, key: jax.Array) -> dict[str, np.ndarray]:
     """Measures what one seed gives: for each activation its `linearity`, for each ranking its `perturb_by_rank`."""
     train_key, delta_key, random_key = jax.random.split(key, 3)
-    measured = {}
-    for activation in ACTIVATIONS:
-        params = train(config, activation, dataset.train, train_key)
-        measured[activation] = linearity(config, activation, params, dataset.test, delta_key)
-    for name, importance in importances(config, params, dataset.train, random_key).items():
-        measured[name] = perturb_by_rank(config, params, importance, dataset.test, delta_key)
+    trained = {activation: train(config, activation, dataset.train, train_key) for activation in ACTIVATIONS}
+    measured = {
+        activation: linearity(config, activation, params, dataset.test, delta_key)
+        for activation, params in trained.items()
+    }
+    for name, importance in importances(config, trained["relu"], dataset.train, random_key).items():
+        measured[name] = perturb_by_rank(config, trained["relu"], importance, dataset.test, delta_key)
     return {name: np.asarray(values, np.float64) for name, values in measured.items()}
 
 

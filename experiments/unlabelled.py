@@ -38,6 +38,7 @@ from lifelong_jax.studies import init_network, is_correct, learn_permuted, permu
 from lifelong_jax.types import Params
 
 NUM_CLASSES = 10
+NUM_HELD_OUT = 718  # half of the bundled digits' training data
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,6 +75,9 @@ class Config(RunSettings):
             not_negative={"strength": self.strength},
             distinct={"seeds": self.seeds, "num_unlabelled": self.num_unlabelled},
         )
+        numbers = self.num_unlabelled
+        if numbers != tuple(sorted(numbers)) or numbers[-1] > NUM_HELD_OUT:
+            raise ValueError(f"num_unlabelled must be ascending and at most {NUM_HELD_OUT}, not {numbers}.")
 
 
 class Measured(NamedTuple):
@@ -131,7 +135,7 @@ def measure(config: Config, dataset: Dataset, key: jax.Array) -> Measured:
     """Learns A, and then B once for each source of the importance."""
     split_key, tasks_key, init_key, a_key, b_key = jax.random.split(key, 5)
     halves = hold_out_validation(dataset, 0.5, split_key)
-    size = halves.test.labels.size
+    size = NUM_HELD_OUT
     train, unlabelled = (jax.tree.map(lambda leaf: leaf[:size], half) for half in (halves.train, halves.test))
     shown_a, shown_b = (task.permutation for task in permuted_tasks(train, dataset.test, 2, tasks_key))
     model = MLP(config.hidden_sizes, NUM_CLASSES)

@@ -1,10 +1,10 @@
 """Continual learning in JAX: exact parameter importances (EWC, MAS), and a quadratic penalty for any optax pipeline."""
 
 from lifelong_jax.consolidation import consolidate, init_consolidation, merge, normalize_importance
-from lifelong_jax.continual import LearnedSequence, Progress, learn_jointly, learn_tasks
+from lifelong_jax.continual import Checkpoints, LearnedSequence, Progress, learn_jointly, learn_tasks
 from lifelong_jax.evaluation import evaluate
 from lifelong_jax.importance import empirical_fisher_diagonal, fisher_diagonal, local_mas_importance, mas_importance
-from lifelong_jax.methods import Method, ewc, finetune, l2, local_mas, mas, rwalk, si
+from lifelong_jax.methods import Method, cross_entropy, ewc, finetune, l2, local_mas, mas, rwalk, si
 from lifelong_jax.metrics import (
     average_accuracy,
     average_incremental_accuracy,
@@ -44,6 +44,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Batch",
+    "Checkpoints",
     "Consolidation",
     "LearnedSequence",
     "Method",
@@ -58,6 +59,7 @@ __all__ = [
     "backward_transfer",
     "consolidate",
     "continue_walk",
+    "cross_entropy",
     "dataset_tasks",
     "empirical_fisher_diagonal",
     "evaluate",

@@ -14,6 +14,8 @@ from lifelong_jax.types import Consolidation, Params
 
 Rule: TypeAlias = Literal["separate", "latest"]
 
+_OVERFLOW = "It overflows: scale the importances down, by normalize_importance, say, and the strength up."
+
 
 def init_consolidation(params: Params) -> Consolidation:
     """Makes the consolidation of no tasks: importance 0 everywhere, so that the first task needs no case of its own.
@@ -70,7 +72,7 @@ def consolidate(
     Raises:
       TypeError: if a leaf is not floating-point.
       ValueError: if the trees differ in structure or shapes, if `rule` is unknown, or, outside of jit, if an importance
-        is NaN, infinite or negative, or `decay` or `weight` negative.
+        is NaN, infinite or negative, or the sum overflows, or `decay` or `weight` is negative.
 
     Example:
       >>> first = consolidate(init_consolidation(jnp.array(0.0)), jnp.array(1.0), jnp.array(3.0))
@@ -90,7 +92,9 @@ def consolidate(
     _checks.check_importance("importance", importance)
 
     _checks.check_finite("params", params)
-    return _add(consolidation, params, importance, rule, decay, weight)
+    total = _add(consolidation, params, importance, rule, decay, weight)
+    _checks.check_finite("decay · consolidation.importance + weight · importance", total.importance, hint=_OVERFLOW)
+    return total
 
 
 def merge(consolidations: Sequence[Consolidation], strengths: Sequence[float | jax.Array]) -> Consolidation:
@@ -111,7 +115,8 @@ def merge(consolidations: Sequence[Consolidation], strengths: Sequence[float | j
 
     Raises:
       ValueError: if there are no consolidations, if there is not one strength for each, if the trees differ in
-        structure or shapes, or, outside of jit, if an importance is NaN, infinite or negative, or a strength is.
+        structure or shapes, or, outside of jit, if an importance is NaN, infinite or negative, or a strength is, or the
+        sum overflows.
 
     Example:
       >>> near, far = Consolidation(jnp.array(1.0), jnp.array(3.0)), Consolidation(jnp.array(5.0), jnp.array(0.5))
@@ -138,6 +143,7 @@ def merge(consolidations: Sequence[Consolidation], strengths: Sequence[float | j
         )
         _checks.check_importance(f"{name}.importance", consolidation.importance)
         merged = _add(merged, *consolidation, rule="separate", decay=1.0, weight=strength)
+    _checks.check_finite("Σ strengths · consolidations.importance", merged.importance, hint=_OVERFLOW)
     return merged
 
 

@@ -5,6 +5,7 @@ The trainer is handed one task's training examples and nothing else; only the ev
 
 import functools
 import math
+import operator
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol, TypeAlias
@@ -84,10 +85,11 @@ class SequenceState(NamedTuple):
 
 
 class Checkpoints(Protocol):
-    """Where a sequence's state is kept, for it to go on from there should it be stopped: `resuming.Sequence`, say."""
+    """Where a sequence's state is kept, to go on from there should it be stopped: `resuming.ResumableSequence`, say."""
 
-    def restore(self, start: SequenceState) -> tuple[int, SequenceState]:
-        """Says how many epochs have been learned, and gives the state after them; 0 and `start` where none is kept."""
+    def restore(self, start: SequenceState, num_epochs: int) -> tuple[int, SequenceState]:
+        """Says how many epochs, `num_epochs` a task, have been learned, and gives the state after them; 0 and `start`
+        where none is kept."""
 
     def save(self, epochs: int, state: SequenceState) -> None:
         """Is told the state after each epoch. It must copy what it keeps: the next epoch frees the arrays."""
@@ -99,7 +101,7 @@ class Checkpoints(Protocol):
 class NoCheckpoints:
     """Keeps nothing: a sequence that is stopped begins anew."""
 
-    def restore(self, start: SequenceState) -> tuple[int, SequenceState]:
+    def restore(self, start: SequenceState, num_epochs: int) -> tuple[int, SequenceState]:
         """Starts."""
         return 0, start
 
@@ -156,8 +158,9 @@ def learn_tasks(
 
     Raises:
       ValueError: if there are no tasks, epochs or examples per step, if tasks differ in shape, labels are out of range
-        or not among their task's classes, if class masks lack, or are there and the scenario takes none, if `strength`
-        is negative, or the method's rule or decay is no such.
+        or not among their task's classes, if a permutation does not hold each feature once, if class masks lack, or are
+        there and the scenario takes none, if `apply_fn` does not return one example's logits, if `strength` is not a
+        number, or negative, or the method's rule or decay is no such.
       FloatingPointError: if training diverged.
 
     Example:
@@ -172,6 +175,7 @@ def learn_tasks(
       (3, 3)
     """
     check_sequence(apply_fn, params, tasks, scenario, num_epochs, batch_size)
+    _checks.check_number("strength", strength)
     _checks.check_not_negative("strength", strength)
     _checks.check_choice("method.rule", method.rule, ("separate", "latest"))
     _checks.check_not_negative("method.decay", method.decay)
@@ -180,7 +184,7 @@ def learn_tasks(
     learn = functools.partial(_learn_epoch, apply_fn, optimizer_fn, method.wrap_optimizer, batch_size=batch_size)
     known_ahead = scenario != "class"
     initial_accuracies = evaluate(apply_fn, params, tasks, scenario) if known_ahead else [math.nan] * len(tasks)
-    epochs, state = checkpoints.restore(_start(optimizer, params, key, initial_accuracies))
+    epochs, state = checkpoints.restore(_start(optimizer, params, key, initial_accuracies), num_epochs)
     for index in range(epochs // num_epochs, len(tasks)):
         train_key, importance_key = jax.random.split(jax.random.fold_in(key, index))
         examples = with_class_mask(tasks[index].train, active_classes(tasks, scenario, index, index))
@@ -240,6 +244,15 @@ def learn_jointly(
     Raises:
       ValueError: as for `learn_tasks`.
       FloatingPointError: if training diverged.
+
+    Example:
+      >>> from lifelong_jax import permuted_tasks
+      >>> batch = Batch(jnp.eye(4), jnp.arange(4) % 2, jnp.ones(4))
+      >>> tasks = permuted_tasks(batch, batch, 3, jax.random.key(0))
+      >>> joint = learn_jointly(lambda w, x: x @ w, lambda strength: optax.sgd(1.0), jnp.zeros((4, 2)), tasks,
+      ...                       jax.random.key(1), num_epochs=10, batch_size=2)
+      >>> np.isnan(joint.accuracy_matrix).all(axis=1)
+      array([ True,  True, False])
     """
     check_sequence(apply_fn, params, tasks, scenario, num_epochs, batch_size)
     wrap_optimizer = methods.finetune().wrap_optimizer
@@ -247,7 +260,7 @@ def learn_jointly(
     learn = functools.partial(_learn_epoch, apply_fn, optimizer_fn, wrap_optimizer, batch_size=batch_size)
     shown = (joint_examples(tasks, scenario), None)
     start = _start(wrap_optimizer(optimizer_fn(none)), params, key, [math.nan] * len(tasks))
-    epochs, state = checkpoints.restore(start)
+    epochs, state = checkpoints.restore(start, num_epochs)
     for epoch in range(epochs // len(tasks), num_epochs):
         state, loss = _train_epoch(learn, state, none, shown, epoch)
         accuracies = evaluate(apply_fn, state.training.params, tasks, scenario)
@@ -284,9 +297,9 @@ def _train_epoch(
     loss = float(info.loss.sum()) / int(info.num_steps.sum())
     # The last step's update comes after the last loss.
     if not (math.isfinite(loss) and all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(training.params))):
+        advice = f" at strength {strength:g}: lower it or the learning rate, or use the proximal penalty"
         raise FloatingPointError(
-            f"training diverged in epoch {epoch + 1} at strength {strength:g}: lower it or the learning rate, or use "
-            "the proximal penalty"
+            f"training diverged in epoch {epoch + 1}{advice if strength > 0 else ': lower the learning rate'}"
         )
     return state._replace(training=training, training_seconds=state.training_seconds + seconds), loss
 
@@ -390,17 +403,21 @@ def check_sequence(
     _checks.check_positive_integer("num_epochs", num_epochs)
     _checks.check_positive_integer("batch_size", batch_size)
     x = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), tasks[0].train.inputs)
-    num_classes = jax.eval_shape(apply_fn, params, x).shape[-1]
+    logits = jax.eval_shape(apply_fn, params, x)
+    if not isinstance(logits, jax.ShapeDtypeStruct) or logits.ndim != 1:
+        raise ValueError(
+            f"apply_fn must return [num_classes] for one example, which comes without batch axis, not arrays of shape "
+            f"{jax.tree.map(operator.attrgetter('shape'), logits)}."
+        )
+    (num_classes,) = logits.shape
     for index, task in enumerate(tasks):
         _checks.check_same_structure(f"tasks[{index}]", task, "tasks[0]", tasks[0])
         _check_task(f"tasks[{index}]", task, scenario, math.prod(x.shape), num_classes)
 
 
 def _check_task(name: str, task: Task, scenario: Scenario, num_features: int, num_classes: int) -> None:
-    if task.permutation is not None and task.permutation.shape != (num_features,):
-        raise ValueError(
-            f"{name}.permutation has shape {task.permutation.shape}, but an input has {num_features} features."
-        )
+    if task.permutation is not None:
+        _check_permutation(f"{name}.permutation", task.permutation, num_features)
     if (task.class_mask is None) != (scenario == "domain"):
         has, takes = ("no", "needs one") if task.class_mask is None else ("a", "takes none")
         raise ValueError(
@@ -419,3 +436,12 @@ def _check_task(name: str, task: Task, scenario: Scenario, num_features: int, nu
         known = task.class_mask is not None and _checks.is_concrete(batch.labels)
         if known and not task.class_mask[batch.labels].all():
             raise ValueError(f"{name} has labels that are not among its classes, those that its class_mask names.")
+
+
+def _check_permutation(name: str, permutation: jax.Array, num_features: int) -> None:
+    if permutation.shape != (num_features,):
+        raise ValueError(f"{name} has shape {permutation.shape}, but an input has {num_features} features.")
+    if not jnp.issubdtype(permutation.dtype, jnp.integer):
+        raise TypeError(f"{name} has dtype {permutation.dtype}, but where a feature was is an integer.")
+    if _checks.is_concrete(permutation) and not np.array_equal(np.sort(permutation), np.arange(num_features)):
+        raise ValueError(f"{name} must hold each of 0 to {num_features - 1} once: it says where each feature was.")

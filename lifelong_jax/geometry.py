@@ -71,7 +71,11 @@ def plane_coordinates(plane: Plane, params: Params) -> np.ndarray:
 
     Returns:
       `[2]`, float64.
+
+    Raises:
+      ValueError: if the trees differ in structure or shapes.
     """
+    _checks.check_same_structure("params", params, "plane.origin", plane.origin)
     offset = _flatten(params) - _flatten(plane.origin)
     return np.array([_flatten(axis) @ offset for axis in plane.axes])
 
@@ -84,10 +88,15 @@ def plane_point(plane: Plane, coordinates: ArrayLike) -> Params:
       coordinates: `[2]`.
 
     Returns:
-      A tree like the plane's origin.
+      A tree like the plane's origin, computed in float32 at least and rounded to its dtypes.
     """
-    first, second = coordinates
-    return jax.tree.map(lambda origin, a, b: origin + first * a + second * b, plane.origin, *plane.axes)
+
+    def of_leaf(origin: jax.Array, *axes: jax.Array) -> jax.Array:
+        dtype = np.promote_types(axes[0].dtype, np.float32)
+        steps = (jnp.asarray(x, dtype) * axis.astype(dtype) for x, axis in zip(coordinates, axes, strict=True))
+        return sum(steps, start=jnp.asarray(origin, dtype)).astype(axes[0].dtype)
+
+    return jax.tree.map(of_leaf, plane.origin, *plane.axes)
 
 
 def loss_on_plane(loss_fn: LossFn, plane: Plane, first: ArrayLike, second: ArrayLike, examples: Examples) -> np.ndarray:
@@ -102,7 +111,7 @@ def loss_on_plane(loss_fn: LossFn, plane: Plane, first: ArrayLike, second: Array
       examples: a tree of arrays `[num_examples, ...]`.
 
     Returns:
-      `[num_rows, num_columns]`, float32.
+      `[num_rows, num_columns]`, float32 or, where the losses are, wider.
 
     Example:
       >>> plane = plane_through(jnp.zeros(2), jnp.array([1.0, 0.0]), jnp.array([0.0, 1.0]))
@@ -111,7 +120,7 @@ def loss_on_plane(loss_fn: LossFn, plane: Plane, first: ArrayLike, second: Array
     """
     _checks.check_examples("examples", examples, None)
     rows, columns = np.meshgrid(second, first, indexing="ij")
-    grid = jnp.asarray(np.stack([columns, rows], axis=-1).reshape(-1, 2), jnp.float32)
+    grid = jnp.asarray(np.stack([columns, rows], axis=-1).reshape(-1, 2))
     return np.asarray(_mean_losses(loss_fn, plane, grid, examples)).reshape(rows.shape)
 
 
@@ -128,11 +137,15 @@ def penalty_on_plane(plane: Plane, importance: Params) -> np.ndarray:
     Returns:
       M, `[2, 2]`, float64.
 
+    Raises:
+      ValueError: if the trees differ in structure or shapes.
+
     Example:
       >>> plane = plane_through(jnp.zeros(2), jnp.array([1.0, 0.0]), jnp.array([0.0, 1.0]))
       >>> penalty_on_plane(plane, jnp.array([2.0, 3.0])).tolist()
       [[2.0, 0.0], [0.0, 3.0]]
     """
+    _checks.check_same_structure("importance", importance, "plane.origin", plane.origin)
     axes = np.stack([_flatten(axis) for axis in plane.axes])
     return axes * _flatten(importance) @ axes.T
 
@@ -171,7 +184,8 @@ def importance_overlap(importance: Params, other: Params) -> float:
 @functools.partial(jax.jit, static_argnums=0)
 def _mean_losses(loss_fn: LossFn, plane: Plane, grid: jax.Array, examples: Examples) -> jax.Array:
     def mean_loss(coordinates: jax.Array) -> jax.Array:
-        return jnp.mean(jax.vmap(loss_fn, in_axes=(None, 0))(plane_point(plane, coordinates), examples))
+        losses = jax.vmap(loss_fn, in_axes=(None, 0))(plane_point(plane, coordinates), examples)
+        return jnp.mean(losses, dtype=np.promote_types(losses.dtype, np.float32))
 
     # Point by point: all at once would need memory for as many copies of the parameters.
     return jax.lax.map(mean_loss, grid, batch_size=8)

@@ -122,7 +122,7 @@ def forgetting_ratio(accuracy_matrix: ArrayLike, chance: ArrayLike, joint_accura
     Serrà et al. 2018, arXiv 1801.01423, section 4.1.
     """
     accuracy = _square(accuracy_matrix)
-    chance = np.broadcast_to(np.asarray(chance, np.float64), len(accuracy))
+    chance = _of_each_task("chance", chance if np.ndim(chance) else np.full(len(accuracy), chance), accuracy)
     joint_accuracy = _of_each_task("joint_accuracy", joint_accuracy, accuracy)
     return _mean((accuracy[-1] - chance) / (joint_accuracy - chance) - 1)
 

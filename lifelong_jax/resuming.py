@@ -235,11 +235,12 @@ class ResumableSequence:
         self.run.log(event="sequence", **self._labels, **measured)
         _files.discard(self._folder / "checkpoints")
 
-    def restore(self, start: SequenceState) -> tuple[int, SequenceState]:
+    def restore(self, start: SequenceState, num_epochs: int) -> tuple[int, SequenceState]:
         """See `continual.Checkpoints`. What was logged after the checkpoint is dropped.
 
         Args:
           start: where the sequence would start.
+          num_epochs: passes over each task's training examples.
 
         Returns:
           The number of epochs learned, and the state.
@@ -330,8 +331,8 @@ class KeptTasks:
 
         Args:
           kept: each task's own parameters and importance, in order; from `load_consolidation`, say.
-          method: its rule and decay consolidate them.
-          num_epochs: passes over each task's training examples.
+          method: its rule and decay consolidate them. What is learned from then on, that of `learn_tasks` consolidates.
+          num_epochs: passes over each task's training examples, as for `learn_tasks`.
           checkpoints: where the state is kept from then on.
 
         Raises:
@@ -343,22 +344,30 @@ class KeptTasks:
             raise ValueError(f"{method.name} carries its optimiser's state from task to task, which is not kept.")
         self._kept, self._method, self._num_epochs, self._checkpoints = kept, method, num_epochs, checkpoints
 
-    def restore(self, start: SequenceState) -> tuple[int, SequenceState]:
+    def restore(self, start: SequenceState, num_epochs: int) -> tuple[int, SequenceState]:
         """See `continual.Checkpoints`.
 
         Args:
           start: where the sequence would start.
+          num_epochs: passes over each task's training examples.
 
         Returns:
           The number of epochs learned, and the state.
+
+        Raises:
+          ValueError: if the sequence's number of epochs is another one than that of these tasks.
         """
+        if num_epochs != self._num_epochs:
+            raise ValueError(f"num_epochs is {self._num_epochs} for KeptTasks, but {num_epochs} for the sequence.")
         rule, decay = self._method.rule, self._method.decay
         consolidation = start.consolidation
         for task in self._kept:
             consolidation = consolidate(consolidation, task.anchor, task.importance, rule=rule, decay=decay)
         training = start.training._replace(params=self._kept[-1].anchor)
-        epochs, state = self._checkpoints.restore(start._replace(training=training, consolidation=consolidation))
-        return max(epochs, len(self._kept) * self._num_epochs), state
+        epochs, state = self._checkpoints.restore(
+            start._replace(training=training, consolidation=consolidation), num_epochs
+        )
+        return max(epochs, len(self._kept) * num_epochs), state
 
     def save(self, epochs: int, state: SequenceState) -> None:
         """See `continual.Checkpoints`.

@@ -12,6 +12,7 @@ A jaxpr may be shared by several call sites, so a use is named by its path of eq
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -286,7 +287,8 @@ def layer_outputs(output_fn: Callable[[Params, Example], jax.Array], params: Par
             "output_fn returns an output that it has passed through layer_output, or makes no use of parameters after "
             "it: mark all layers but the last, which ends with the function."
         )
-    dtype = np.result_type(np.float32, *(output.dtype for output in (*marked, outputs)))
+    # One by one: NumPy knows no type that bfloat16 and float16 have in common, though float32 is one.
+    dtype = functools.reduce(np.promote_types, (output.dtype for output in (*marked, outputs)), np.float32)
     return jnp.concatenate([output.ravel().astype(dtype) for output in (*marked, outputs)])
 
 

@@ -32,6 +32,7 @@ def permuted_tasks(train: Batch, test: Batch, num_tasks: int, key: jax.Array) ->
 
     Raises:
       ValueError: if `num_tasks` is not a positive integer, or train and test inputs differ in shape per example.
+      TypeError: if a data set was opened and not loaded.
 
     Example:
       >>> batch = Batch(jnp.zeros((5, 2, 3)), jnp.zeros(5, int), jnp.ones(5))
@@ -41,6 +42,7 @@ def permuted_tasks(train: Batch, test: Batch, num_tasks: int, key: jax.Array) ->
     Goodfellow et al. 2013, arXiv 1312.6211; Kirkpatrick et al. 2017, doi 10.1073/pnas.1611835114.
     """
     _checks.check_positive_integer("num_tasks", num_tasks)
+    _check_loaded(train, test)
     shape = train.inputs.shape[1:]
     if test.inputs.shape[1:] != shape:
         raise ValueError(f"test inputs have shape {test.inputs.shape[1:]} per example, but train inputs have {shape}.")
@@ -94,15 +96,16 @@ def rotated_tasks(train: Batch, test: Batch, angles: Sequence[float]) -> list[Ta
     Pixels are interpolated linearly, and 0 outside of the image.
 
     Args:
-      train: training examples, inputs `[num_train, height, width, channels]`.
-      test: test examples, inputs `[num_test, height, width, channels]`.
+      train: training examples, inputs `[num_train, height, width, channels]`, floating.
+      test: test examples, inputs `[num_test, height, width, channels]`, floating.
       angles: degrees, counter-clockwise, one for each task.
 
     Returns:
-      A task for each angle.
+      A task for each angle, in the dtypes of the inputs.
 
     Raises:
-      ValueError: if there is no angle, or the inputs are not images.
+      ValueError: if there is no angle, or one is not finite, or the inputs are not images.
+      TypeError: if pixels are not floating-point, or a data set was opened and not loaded.
 
     Example:
       >>> batch = Batch(jnp.arange(4.0).reshape(1, 2, 2, 1), jnp.zeros(1, int), jnp.ones(1))
@@ -113,11 +116,18 @@ def rotated_tasks(train: Batch, test: Batch, angles: Sequence[float]) -> list[Ta
     """
     if not len(angles):
         raise ValueError("angles is empty: give one for each task.")
+    _checks.check_finite("angles", list(angles), hint="Give degrees.")
+    _check_loaded(train, test)
     for name, batch in (("train", train), ("test", test)):
         if batch.inputs.ndim != 4:
             raise ValueError(
                 f"{name}.inputs has shape {batch.inputs.shape}, but images [num_examples, height, width, channels] are "
                 f"needed."
+            )
+        if not jnp.issubdtype(batch.inputs.dtype, jnp.floating):
+            raise TypeError(
+                f"{name}.inputs has dtype {batch.inputs.dtype}, but pixels between others are to be interpolated: make "
+                f"them floating-point, by datasets.scale_bytes, say."
             )
     return [
         Task(*(batch._replace(inputs=_rotate(batch.inputs, jnp.float32(angle))) for batch in (train, test)))
@@ -142,7 +152,8 @@ def split_tasks(
       A task for each group.
 
     Raises:
-      ValueError: if a class is out of range, stands twice, or has no examples.
+      ValueError: if a class is out of range, stands twice, or has no examples of weight above 0.
+      TypeError: if a data set was opened and not loaded.
 
     Example:
       >>> batch = Batch(jnp.zeros((5, 2)), jnp.array([0, 1, 2, 3, 3]), jnp.ones(5))
@@ -152,6 +163,7 @@ def split_tasks(
 
     Zenke et al. 2017, arXiv 1703.04200; scenarios: van de Ven and Tolias 2019, arXiv 1904.07734.
     """
+    _check_loaded(train, test)
     classes = [int(label) for group in class_groups for label in group]
     valid = len(set(classes)) == len(classes) and all(0 <= label < num_classes for label in classes)
     if not (valid and classes and all(len(group) for group in class_groups)):
@@ -164,7 +176,7 @@ def split_tasks(
         parts = []
         for name, batch in (("train", train), ("test", test)):
             labels = np.asarray(batch.labels)
-            lacking = sorted(set(group) - set(labels.tolist()))
+            lacking = sorted(set(group) - set(labels[np.asarray(batch.weights) > 0].tolist()))
             if lacking:
                 raise ValueError(f"{name} has no examples of the classes {lacking}.")
             part = jax.tree.map(operator.itemgetter(np.flatnonzero(np.isin(labels, group))), batch)
@@ -192,6 +204,7 @@ def dataset_tasks(datasets: Sequence[tuple[Batch, Batch, int]]) -> list[Task]:
 
     Raises:
       ValueError: if there are no data sets, their inputs differ in shape per example, or labels are out of range.
+      TypeError: if a data set was opened and not loaded.
 
     Example:
       >>> batch = Batch(jnp.zeros((5, 2)), jnp.zeros(5, int), jnp.ones(5))
@@ -202,6 +215,8 @@ def dataset_tasks(datasets: Sequence[tuple[Batch, Batch, int]]) -> list[Task]:
     """
     if not datasets:
         raise ValueError("datasets is empty: give one for each task.")
+    for index, (train, test, _) in enumerate(datasets):
+        _check_loaded(train, test, f"datasets[{index}].")
     shapes = [batch.inputs.shape[1:] for train, test, _ in datasets for batch in (train, test)]
     if len(set(shapes)) > 1:
         raise ValueError(f"inputs must have one shape per example, but have {sorted(set(shapes))}: resize them.")
@@ -330,8 +345,19 @@ def with_class_mask(batch: Batch, class_mask: jax.Array | None) -> Batch:
     return batch._replace(class_mask=jnp.broadcast_to(class_mask, (len(batch.labels), *class_mask.shape)))
 
 
+def _check_loaded(train: Batch, test: Batch, of: str = "") -> None:
+    for name, batch in (("train", train), ("test", test)):
+        if not isinstance(batch, Batch):
+            raise TypeError(
+                f"{of}{name} is a {type(batch).__name__}, but a Batch is needed: load the data by load_dataset, as "
+                f"open_dataset reads no images."
+            )
+
+
 @jax.jit
 def _rotate(images: jax.Array, angle: jax.Array) -> jax.Array:
+    dtype = np.promote_types(images.dtype, np.float32)
+    angle = angle.astype(dtype)
     height, width = images.shape[1:3]
     middle_row, middle_column = (height - 1) / 2, (width - 1) / 2
     rows = jnp.arange(height, dtype=angle.dtype)[:, None] - middle_row
@@ -343,7 +369,8 @@ def _rotate(images: jax.Array, angle: jax.Array) -> jax.Array:
     def rotate_channel(channel: jax.Array) -> jax.Array:
         return jax.scipy.ndimage.map_coordinates(channel, sources, order=1, mode="constant")
 
-    return jax.vmap(jax.vmap(rotate_channel, in_axes=-1, out_axes=-1))(images)
+    rotated = jax.vmap(jax.vmap(rotate_channel, in_axes=-1, out_axes=-1))(images.astype(dtype))
+    return rotated.astype(images.dtype)
 
 
 def _pad_tasks(tasks: list[Task]) -> list[Task]:

@@ -273,6 +273,19 @@ def test_bad_importances_are_refused_naming_the_leaf(bad):
         consolidate(init_consolidation(params), params, importance)
 
 
+@pytest.mark.parametrize("rule", ["separate", "latest"])
+def test_a_sum_of_importances_that_overflows_is_refused_naming_the_leaf(rule):
+    task = {"w": jnp.ones(2)}, {"w": jnp.array([1.0, 3e38])}
+    first = consolidate(init_consolidation(task[0]), *task, rule=rule)
+    assert np.isfinite(first.anchor["w"]).all()
+    message = r"importance\['w'\] has entries that are NaN or infinite\. It overflows"
+    for kept, weight in ((first, 1.0), (init_consolidation(task[0]), 1e4)):
+        with pytest.raises(ValueError, match=message):
+            consolidate(kept, *task, rule=rule, weight=weight)
+    with pytest.raises(ValueError, match=message):
+        merge([first, first], [1.0, 1.0])
+
+
 @pytest.mark.parametrize(
     ("params", "importance", "message"),
     [

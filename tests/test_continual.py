@@ -16,6 +16,7 @@ from lifelong_jax import (
     continual,
     evaluate,
     fisher_diagonal,
+    init_consolidation,
     learn_jointly,
     learn_tasks,
     methods,
@@ -24,6 +25,7 @@ from lifelong_jax import (
     training,
 )
 from lifelong_jax.models import MLP
+from lifelong_jax.resuming import KeptTasks
 
 NUM_TASKS, NUM_EPOCHS = 3, 2
 SGD = optax.sgd(0.1, momentum=0.9)
@@ -269,7 +271,40 @@ def test_bad_input():
         learn(methods.ewc(), **{**arguments, "tasks": mislabelled})
     with pytest.raises(ValueError, match=r"tasks\[0\].permutation has shape \(5,\), but an input has 6 features"):
         learn(methods.ewc(), **{**arguments, "tasks": [tasks[0]._replace(permutation=jnp.arange(5))]})
+    for wrong in ([0, 0, 1, 2, 3, 4], [1, 2, 3, 4, 5, 6], [-1, 0, 1, 2, 3, 4]):
+        no_permutation = [tasks[0], tasks[1]._replace(permutation=jnp.array(wrong))]
+        with pytest.raises(ValueError, match=r"tasks\[1\].permutation must hold each of 0 to 5 once"):
+            learn(methods.ewc(), **{**arguments, "tasks": no_permutation})
+    with pytest.raises(TypeError, match=r"tasks\[0\].permutation has dtype float32"):
+        learn(methods.ewc(), **{**arguments, "tasks": [tasks[0]._replace(permutation=jnp.arange(6.0))]})
+    for wrong in (jnp.ones(2), jnp.ones(1), [1.0], "1", None):
+        with pytest.raises(ValueError, match="strength must be a number, not "):
+            learn(methods.ewc(), **{**arguments, "strength": wrong})
+    for wrong, shape in (
+        (lambda params, x: apply_fn(params, x).sum(), r"\(\)"),
+        (lambda params, x: apply_fn(params, x)[None], r"\(1, 3\)"),
+        (lambda params, x: (apply_fn(params, x), x), r"\(\(3,\), \(6,\)\)"),
+    ):
+        with pytest.raises(ValueError, match=rf"apply_fn must return \[num_classes\] .*, not .* shape {shape}"):
+            learn(methods.ewc(), **arguments, apply_fn=wrong)
     with pytest.raises(ValueError, match="num_epochs must be an integer of at least 1"):
         learn(methods.ewc(), **arguments, num_epochs=0)
     with pytest.raises(FloatingPointError, match=r"training diverged in epoch \d at strength 1e\+20"):
         learn(methods.l2(), **{**arguments, "strength": 1e20}, num_epochs=4)
+    diverging = {"params": jax.tree.map(lambda leaf: leaf * jnp.inf, make_params()), "tasks": make_tasks()}
+    with pytest.raises(FloatingPointError, match="training diverged in epoch 1: lower the learning rate"):
+        learn_jointly(apply_fn, optimizer_fn, **diverging, key=jax.random.key(2), num_epochs=2, batch_size=20)
+
+
+def test_kept_tasks_of_another_number_of_epochs():
+    params = make_params()
+    kept = KeptTasks([init_consolidation(params)], methods.ewc(), NUM_EPOCHS + 1)
+    with pytest.raises(ValueError, match="num_epochs is 3 for KeptTasks, but 2 for the sequence"):
+        learn(
+            methods.ewc(),
+            params=params,
+            tasks=make_tasks(),
+            key=jax.random.key(2),
+            strength=1.0,
+            checkpoints=kept,
+        )

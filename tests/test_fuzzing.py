@@ -128,6 +128,10 @@ def fit(*all_trees):
     return len(structures) == 1 and len({tuple(map(np.shape, jax.tree.leaves(tree))) for tree in all_trees}) == 1
 
 
+def fits_float32(leaves):
+    return all((leaf <= float(jnp.finfo(jnp.float32).max)).all() for leaf in leaves)
+
+
 def assert_close(tree, expected, rtol=1e-2):
     """Equal, within the precision of the narrowest dtype, as far as float32 can hold what is expected."""
     leaves = doubles(tree)
@@ -162,14 +166,16 @@ def test_consolidate(num_examples):
         )
         numbers = not_negative(decay, weight)
         valid = fit(*drawn) and floating(drawn) and finite(params) and not_negative(importance, incoming) and numbers
+        pairs = zip(doubles(importance), doubles(incoming), strict=True) if valid else []
+        expected = [decay * old + weight * new for old, new in pairs]
         if kept is None:
-            assert not (valid and rule != "newest")
+            assert not (valid and fits_float32(expected) and rule != "newest")
             return
+        assert fits_float32(expected)
         assert fit(anchor, importance, params, incoming)
         assert numbers
         if not (valid and finite(anchor)):
             return
-        expected = [decay * old + weight * new for old, new in zip(doubles(importance), doubles(incoming), strict=True)]
         assert_close(kept.importance, expected)
         if rule == "latest":
             assert_close(kept.anchor, doubles(params))
@@ -191,11 +197,15 @@ def test_merge(num_examples):
             lambda: merge(kept, strengths), "consolidations", "strengths", r"strengths[0]", r"strengths[1]"
         )
         valid = fit(*drawn) and floating(drawn) and not_negative(drawn[1], drawn[3])
+        valid = valid and len(strengths) == 2 and not_negative(strengths)
+        pairs = zip(doubles(drawn[1]), doubles(drawn[3]), strict=True) if valid else []
+        expected = [strengths[0] * ours + strengths[1] * theirs for ours, theirs in pairs]
         if merged is None:
-            assert not (valid and len(strengths) == 2 and not_negative(strengths))
-        elif valid and finite(drawn):
-            pairs = zip(doubles(drawn[1]), doubles(drawn[3]), strict=True)
-            assert_close(merged.importance, [strengths[0] * ours + strengths[1] * theirs for ours, theirs in pairs])
+            assert not (valid and fits_float32(expected))
+            return
+        assert fits_float32(expected)
+        if valid and finite(drawn):
+            assert_close(merged.importance, expected)
 
     fuzz(num_examples, check, several_trees(4), st.lists(NUMBERS, min_size=1, max_size=3))
 

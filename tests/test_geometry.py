@@ -1,5 +1,6 @@
 """Planes against arithmetic by hand, and the overlap of importances against the Fréchet distance of whole matrices."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -66,6 +67,28 @@ def test_loss_and_penalty_on_a_plane():
         for column, x in enumerate(first):
             at = np.array([x, y])
             np.testing.assert_allclose(losses[row, column], 2 * (at @ matrix @ at) / 2, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float64])
+def test_planes_keep_the_dtype_of_the_parameters(dtype):
+    with jax.enable_x64(dtype == jnp.float64):
+        plane = plane_through(jnp.zeros(2, dtype), jnp.array([1, 0], dtype), jnp.array([0, 1], dtype))
+        for coordinates in ([1.0, 2.0], np.array([1.0, 2.0]), jnp.array([1.0, 2.0], jnp.float32)):
+            point = plane_point(plane, coordinates)
+            assert point.dtype == dtype
+            np.testing.assert_array_equal(point.astype(jnp.float32), [1, 2])
+        x = jnp.array([[1, 1], [3, 1]], dtype)
+        losses = loss_on_plane(lambda params, x: jnp.sum(x * params), plane, [0.0, 1.0], [2.0], x)
+        assert losses.dtype == np.promote_types(dtype, np.float32)
+        np.testing.assert_array_equal(losses, [[2, 4]])
+
+
+def test_what_is_laid_in_a_plane_is_like_its_origin():
+    plane = plane_through(*POINTS)
+    with pytest.raises(ValueError, match=r"importance\['b'\] has shape \(1,\), but plane.origin\['b'\] has \(\)"):
+        penalty_on_plane(plane, {"w": jnp.ones((2, 2)), "b": jnp.ones(1)})
+    with pytest.raises(ValueError, match=r"params and plane.origin must be trees of one structure"):
+        plane_coordinates(plane, jnp.ones(1))
 
 
 def test_overlap_is_that_of_the_frechet_distance():

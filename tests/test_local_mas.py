@@ -146,6 +146,21 @@ def test_the_method_on_the_librarys_network(class_mask):
     np.testing.assert_allclose(importance["Dense_0"]["kernel"], expected, rtol=1e-5)
 
 
+def test_layers_may_have_dtypes_that_have_none_in_common():
+    params, inputs = make_params(jnp.float32), make_inputs(jnp.float32)
+
+    def mixed(params, x):
+        hidden = layer_output(dense(params[0], x).astype(jnp.bfloat16))
+        return dense(params[1], hidden.astype(jnp.float32)).astype(jnp.float16)
+
+    def single(params, x):
+        return dense(params[1], layer_output(dense(params[0], x)))
+
+    importance = local_mas_importance(mixed, params[:2], inputs)
+    expected = local_mas_importance(single, params[:2], inputs)
+    chex.assert_trees_all_close(importance, expected, rtol=2e-2, atol=1e-3)
+
+
 def test_bad_marks():
     params, inputs = make_params(jnp.float32), make_inputs(jnp.float32)
 

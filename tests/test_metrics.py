@@ -99,3 +99,9 @@ def test_sizes_must_match(metric):
         ValueError, match=r"(initial|joint)_accuracy must be \[num_tasks\] = \(3,\), not of shape \(2,\)"
     ):
         metric(MATRIX, [0.5, 0.5])
+
+
+@pytest.mark.parametrize("chance", [[0.1, 0.1], np.full((1, 3), 0.1)])
+def test_chance_is_a_number_or_one_for_each_task(chance):
+    with pytest.raises(ValueError, match=r"chance must be \[num_tasks\] = \(3,\), not of shape"):
+        forgetting_ratio(MATRIX, chance, [1.0, 0.8, 0.9])

@@ -9,6 +9,7 @@ from PIL import Image
 
 from experiments import fisher_curvature, importance, sensitivity, solution_space, unlabelled
 from lifelong_jax import empirical_fisher_diagonal, fisher_diagonal
+from lifelong_jax.datasets import Dataset
 from lifelong_jax.methods import cross_entropy
 from lifelong_jax.resuming import parse_settings
 from lifelong_jax.studies import init_network
@@ -113,6 +114,16 @@ def test_sensitivity(tmp_path):
     assert max(change) < 2 * min(change)
 
 
+def test_sensitivity_perturbs_the_relu_network_wherever_it_stands(monkeypatch):
+    monkeypatch.setattr(sensitivity, "ACTIVATIONS", ("relu", "tanh"))
+    monkeypatch.setattr(sensitivity, "train", lambda config, activation, batch, key: activation)
+    monkeypatch.setattr(sensitivity, "linearity", lambda config, activation, params, batch, key: activation == params)
+    monkeypatch.setattr(sensitivity, "importances", lambda config, params, batch, key: {"MAS": params})
+    monkeypatch.setattr(sensitivity, "perturb_by_rank", lambda config, params, omega, *_: params == omega == "relu")
+    measured = sensitivity.measure(sensitivity.Config(), Dataset(None, None, 10), jax.random.key(0))
+    assert measured == {"relu": 1, "tanh": 1, "MAS": 1}
+
+
 def test_importance(tmp_path):
     small = "--hidden-sizes 16 --num-epochs 8 --squares 0 4 8 --seeds 0 1"
     _, summary = run(importance, tmp_path, small)
@@ -139,6 +150,12 @@ def test_unlabelled(tmp_path):
     assert summary["correlation"]["mean"] > 0.98 > summary["few_correlation"][0]["mean"]
     assert summary["few"][1]["mean"] > summary["few"][0]["mean"]
     assert np.shape(summary["by_class"]) == (10, 10)
+
+
+@pytest.mark.parametrize("counts", [(10, 3), (1, 719)])
+def test_unlabelled_refuses_numbers_of_examples_that_there_are_not(counts):
+    with pytest.raises(ValueError, match="num_unlabelled must be ascending and at most 718"):
+        unlabelled.Config(num_unlabelled=counts)
 
 
 def test_a_study_goes_on_to_the_same_numbers(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from lifelong_jax import Batch, dataset_tasks, joint_examples, permuted_tasks, present, rotated_tasks, split_tasks
+from lifelong_jax.datasets import open_dataset
 
 
 def make_batch(num_examples, shape=(2, 3)):
@@ -61,6 +62,15 @@ def test_rotated_tasks_turn_counter_clockwise():
     assert (tasks[3].train.inputs[:, 0, 0] != train.inputs[:, 0, 0]).any()
 
 
+def test_rotated_tasks_keep_the_dtype():
+    images = make_batch(2, (2, 2, 1))
+    for dtype in (jnp.float16, jnp.bfloat16):
+        narrow = images._replace(inputs=images.inputs.astype(dtype))
+        turned = rotated_tasks(narrow, narrow, [90])[0].train.inputs
+        assert turned.dtype == dtype
+        np.testing.assert_allclose(turned.astype(jnp.float32), np.rot90(images.inputs, 1, axes=(1, 2)), atol=1e-5)
+
+
 def test_split_tasks_take_any_groups_and_pad_the_smaller_ones():
     labels = jnp.array([0, 1, 2, 3, 3, 1, 0, 2, 2])
     train = Batch(jnp.arange(9.0)[:, None], labels, jnp.ones(9))
@@ -98,12 +108,34 @@ def test_bad_input():
         rotated_tasks(make_batch(5, (3, 3, 1)), make_batch(5, (3, 3, 1)), [])
     with pytest.raises(ValueError, match=r"test.inputs has shape \(5, 2, 3\), but images"):
         rotated_tasks(make_batch(5, (3, 3, 1)), make_batch(5), [0.0])
+    images = make_batch(5, (3, 3, 1))
+    for angle in (np.nan, np.inf):
+        with pytest.raises(ValueError, match=r"angles\[1\] has entries that are NaN or infinite"):
+            rotated_tasks(images, images, [0.0, angle])
+    with pytest.raises(TypeError, match=r"test.inputs has dtype uint8, but .*scale_bytes"):
+        rotated_tasks(images, images._replace(inputs=images.inputs.astype(jnp.uint8)), [0.0])
     for groups in ([[0, 1], [1]], [[0, 2]], [[0], []], []):
         with pytest.raises(ValueError, match="class_groups must hold classes from 0 to 1"):
             split_tasks(make_batch(5), make_batch(5), groups, num_classes=2)
     with pytest.raises(ValueError, match=r"test has no examples of the classes \[1\]"):
         split_tasks(make_batch(5), make_batch(1), [[0, 1]], num_classes=2)
+    batch = make_batch(5)
+    unweighted = batch._replace(weights=(batch.labels == 0).astype(jnp.float32))
+    with pytest.raises(ValueError, match=r"train has no examples of the classes \[1\]"):
+        split_tasks(unweighted, batch, [[0, 1]], num_classes=2)
     with pytest.raises(ValueError, match="datasets is empty"):
         dataset_tasks([])
     with pytest.raises(ValueError, match="inputs must have one shape per example"):
         dataset_tasks([(make_batch(5), make_batch(5, (3, 3)), 2)])
+
+
+def test_a_data_set_that_was_not_loaded():
+    opened, batch = open_dataset("digits"), make_batch(5)
+    for make_tasks in (
+        lambda: dataset_tasks([(batch, batch, 2), opened]),
+        lambda: split_tasks(batch, opened.test, [[0]], num_classes=2),
+        lambda: permuted_tasks(opened.train, batch, 2, jax.random.key(0)),
+        lambda: rotated_tasks(opened.train, opened.test, [0.0]),
+    ):
+        with pytest.raises(TypeError, match=r"(train|test) is a FittedSource, .* load_dataset"):
+            make_tasks()
