@@ -1,0 +1,227 @@
+"""The machine's floor: the bare time of a run's matrix products, at their fastest, for the benchmarks to divide by.
+
+A floor is what a run would take if it did nothing but its products, in float32, by XLA, on all cores: `find_floor`
+tries batch sizes where these are free, weights kept as `[in, out]` and as `[out, in]`, cotangents of classes one by one
+and stacked, and takes the fastest. Each is one compiled loop over batches that differ, and each
+step reads of the last one's results, so that no product can be left out, made smaller or moved out of the loop
+(`tests/test_benchmarks.py` counts them in what XLA compiled). Nothing else of a run is in it: no activation, no loss,
+no shuffling, no optimiser.
+"""
+
+import concurrent.futures
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.timing import time_call
+
+NUM_BATCHES = 4  # that a loop goes through, over and over
+SCREENED = 1024  # examples, to see which of several ways is the fastest
+BATCH_SIZES = (64, 256, 512, 1024, 2048)  # to try where a run may take any
+
+
+class Linear(NamedTuple):
+    """How a layer's weights are kept, `[out, in]` if transposed, and the three products with them."""
+
+    transposed: bool
+
+    def forward(self, inputs: jax.Array, weights: jax.Array) -> jax.Array:
+        """Computes the layer's outputs."""
+        return inputs @ (weights.T if self.transposed else weights)
+
+    def back(self, cotangents: jax.Array, weights: jax.Array) -> jax.Array:
+        """Computes the cotangents at the layer's inputs."""
+        return cotangents @ (weights if self.transposed else weights.T)
+
+    def outer(self, inputs: jax.Array, cotangents: jax.Array) -> jax.Array:
+        """Computes what has the weights' shape: gradients, or sums of squares."""
+        return cotangents.T @ inputs if self.transposed else inputs.T @ cotangents
+
+
+def evaluation_products(linear: Linear, weights: list[jax.Array], x: jax.Array) -> list[jax.Array]:
+    """Computes the products of a forward pass: the outputs of all layers."""
+    outputs = list(itertools.accumulate(weights, linear.forward, initial=x))
+    return outputs[1:]
+
+
+def training_products(linear: Linear, weights: list[jax.Array], x: jax.Array) -> list[jax.Array]:
+    """Computes those of a gradient: by all weights, and by the activations between the layers."""
+    *inputs, logits = [x, *evaluation_products(linear, weights, x)]
+    cotangents = _pull_back(linear, weights, logits)
+    return [linear.outer(*pair) for pair in zip(inputs, [*cotangents, logits], strict=True)]
+
+
+def importance_products(
+    linear: Linear, weights: list[jax.Array], x: jax.Array, stacked: bool = False
+) -> list[jax.Array]:
+    """Computes those of an exact Fisher diagonal: a cotangent pulled back per class, one product by all weights."""
+    *inputs, logits = [x, *evaluation_products(linear, weights, x)]
+    scores = jnp.eye(logits.shape[-1])[:, None] - logits  # [num_classes, num_examples, num_classes]
+    if stacked:
+        pulled_back = _pull_back(linear, weights, scores.reshape(-1, logits.shape[-1]))
+        pulled_back = [cotangents[: len(x)] for cotangents in jax.lax.optimization_barrier(pulled_back)]
+    else:
+        rest = _in_turn(lambda c: _pull_back(linear, weights, c), scores[1:], len(scores) - 1)
+        pulled_back = _pull_back(linear, weights, scores[0] + 1e-9 * rest)
+    return [linear.outer(*pair) for pair in zip(inputs, [*pulled_back, logits], strict=True)]
+
+
+def _pull_back(linear: Linear, weights: list[jax.Array], cotangents: jax.Array) -> list[jax.Array]:
+    """Computes the cotangents between the layers, the first layer's outputs first."""
+    return list(itertools.accumulate(weights[:0:-1], linear.back, initial=cotangents))[:0:-1]
+
+
+def _in_turn(step: Callable, batches: jax.Array, count: jax.Array | int) -> jax.Array:
+    """Makes `count` steps, each on a batch to which next to nothing of the last step's results is added."""
+
+    def body(index: jax.Array, last: jax.Array) -> jax.Array:
+        results = jax.lax.optimization_barrier(step(batches[index % len(batches)] + 1e-9 * last))
+        return sum(result[0, 0] for result in results)  # of whole results: what is behind the barrier stays
+
+    return jax.lax.fori_loop(0, count, body, jnp.zeros(()))
+
+
+def loop(products: Callable, weights: list[jax.Array], batches: jax.Array, count: jax.Array) -> jax.Array:
+    """Computes the products for `count` batches, `[num_batches, batch_size, in]` in turn; returns a checksum."""
+    return _in_turn(functools.partial(products, weights), batches, count)
+
+
+PRODUCTS = {
+    "training": {"": training_products},
+    "importance": {
+        "classes one by one": importance_products,
+        "classes stacked": functools.partial(importance_products, stacked=True),
+    },
+    "evaluation": {"": evaluation_products},
+}
+
+
+def flops(part: str, sizes: Sequence[int]) -> int:
+    """Counts a part's floating-point operations per example: two for each multiply-add of its products."""
+    by_layer = [rows * columns for rows, columns in itertools.pairwise(sizes)]
+    forward, back = sum(by_layer), sum(by_layer[1:])
+    return (
+        2 * {"training": 2 * forward + back, "importance": 2 * forward + sizes[-1] * back, "evaluation": forward}[part]
+    )
+
+
+class AtOnce(NamedTuple):
+    """How many runs' products are computed at once: by `vmap`, and by threads."""
+
+    vmapped: int = 1
+    threads: int = 1
+
+
+class Floor(NamedTuple):
+    """One part's products, in the fastest way that was found.
+
+    Attributes:
+      how: the way.
+      flops: of one run.
+      steps: that one run needs.
+      at_once: how many runs are computed at once.
+      call: `call(num_steps)` computes them for all these runs.
+    """
+
+    how: str
+    flops: float
+    steps: float
+    at_once: int
+    call: Callable[[int], None]
+
+    def seconds(self) -> float:
+        """Times one run's share."""
+        whole = math.ceil(self.steps)
+        return time_call(functools.partial(self.call, whole)) * self.steps / whole / self.at_once
+
+
+def find_floor(
+    part: str,
+    sizes: Sequence[int],
+    num_examples: int,
+    batch_sizes: Sequence[int],
+    ways: Sequence[AtOnce] = (AtOnce(),),
+) -> Floor:
+    """Tries all ways to compute a part's products on a few examples, and returns the fastest.
+
+    Args:
+      part: "training", "importance" or "evaluation".
+      sizes: the widths of a dense network, its input's first.
+      num_examples: of one run in all, one epoch's or task's after the other.
+      batch_sizes: to try; of training, that which the run has.
+      ways: how many runs to try at once.
+
+    Returns:
+      The floor of all examples.
+    """
+    calls, found = [], []
+    for how, batch_size, at_once, call in _all_ways(part, sizes, num_examples, batch_sizes, ways):
+        runs, count = at_once.vmapped * at_once.threads, max(1, SCREENED // batch_size)
+        calls.append((functools.partial(call, count), count * batch_size * runs))
+        calls[-1][0]()  # what is allocated first is slow
+        found.append(Floor(how, flops(part, sizes) * num_examples, num_examples / batch_size, runs, call))
+    turns = [[time_call(call) / examples for call, examples in calls] for _ in range(3)]
+    return found[int(np.argmin(np.min(turns, axis=0)))]
+
+
+def _all_ways(
+    part: str, sizes: Sequence[int], num_examples: int, batch_sizes: Sequence[int], ways: Sequence[AtOnce]
+) -> Iterator[tuple[str, int, AtOnce, Callable[[int], None]]]:
+    tried = itertools.product(
+        PRODUCTS[part].items(), (False, True), sorted({min(b, num_examples) for b in batch_sizes})
+    )
+    for (name, products), transposed, batch_size in tried:
+        for vmapped, of_vmapped in itertools.groupby(sorted(ways), key=lambda way: way.vmapped):
+            function = functools.partial(loop, functools.partial(products, Linear(transposed)))
+            compiled, arguments = compile_loop(function, sizes, batch_size, transposed, vmapped)
+            for way in of_vmapped:
+                kept = "[out, in]" if transposed else "[in, out]"
+                how = [f"batches of {batch_size}", f"weights {kept}", name]
+                how += [f"{vmapped} runs by vmap"] * (vmapped > 1) + [f"{way.threads} threads"] * (way.threads > 1)
+                call = functools.partial(_call, compiled, arguments, way.threads)
+                yield ", ".join(filter(None, how)), batch_size, way, call
+
+
+def compile_loop(
+    function: Callable, sizes: Sequence[int], batch_size: int, transposed: bool, vmapped: int = 1
+) -> tuple[Callable, tuple[list[jax.Array], jax.Array]]:
+    """Compiles a loop for several runs, and draws weights and batches for it; the number of steps is an argument."""
+    *keys, input_key = jax.random.split(jax.random.key(0), len(sizes))
+    leading = (vmapped,) if vmapped > 1 else ()
+    weights = [
+        jax.random.normal(key, (*leading, *((columns, rows) if transposed else (rows, columns)))) / math.sqrt(rows)
+        for key, (rows, columns) in zip(keys, itertools.pairwise(sizes), strict=True)
+    ]
+    batches = jax.random.normal(input_key, (*leading, NUM_BATCHES, batch_size, sizes[0]))
+    of_all = jax.vmap(function, in_axes=(0, 0, None)) if vmapped > 1 else function
+    return jax.jit(of_all).lower(weights, batches, jnp.int32(1)).compile(), (weights, batches)
+
+
+def _call(compiled: Callable, arguments: tuple[Any, ...], num_threads: int, num_steps: int) -> None:
+    count = jnp.int32(num_steps)
+    if num_threads == 1:
+        jax.block_until_ready(compiled(*arguments, count))
+        return
+    with concurrent.futures.ThreadPoolExecutor(num_threads) as executor:
+        list(executor.map(lambda _: jax.block_until_ready(compiled(*arguments, count)), range(num_threads)))
+
+
+def machine(size: int = 2048) -> str:
+    """Describes the machine, and how fast it multiplies large square matrices."""
+    matrix = jax.random.normal(jax.random.key(0), (size, size))
+    square = jax.jit(jnp.matmul)
+    square(matrix, matrix)
+    rates = [
+        f"{2 * size**3 / min(time_call(lambda: square(matrix, matrix)) for _ in range(5)) / 1e9:.0f} GFLOP/s by XLA"
+    ]
+    if jax.default_backend() == "cpu":
+        array = np.asarray(matrix)
+        rates.append(f"{2 * size**3 / min(time_call(lambda: array @ array) for _ in range(5)) / 1e9:.0f} by NumPy")
+    device = f"{jax.devices()[0].device_kind}, {jax.device_count()} device(s), JAX {jax.__version__}"
+    return f"{device}; a {size}×{size} product: {', '.join(rates)}\n"

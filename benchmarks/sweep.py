@@ -1,0 +1,188 @@
+"""Measures how many runs per second a sweep makes, one by one and several at once, and prints a Markdown table.
+
+    python -m benchmarks.sweep
+    python -m benchmarks.sweep --setting mnist
+
+A run learns three permuted tasks with EWC, the exact Fisher, and Adam, and evaluates all tasks before and after each;
+runs differ in seed and strength. `learn_tasks` is the loop on the host, one run after the other. `learn_sweep` makes
+one program of several runs by `vmap`. On a CPU, programs of one run are also run by as many threads as there are cores,
+as `sweep_strengths` does. All ways take turns in one process. Runs per second are medians over the turns, with
+quartiles. Each way is called once before; the time that tracing, lowering and compiling took in that call is shown (the
+threads run what the program of one run has compiled).
+
+The floor is the same run's matrix products, bare and at their fastest (`benchmarks/floor.py`): those of all training
+steps, of the Fisher, and of the evaluations that the program makes; alone on all cores, in as many threads as cores,
+or of several runs by `vmap`, whichever is the fastest per run. Its runs per second, those of its fastest turn, are the
+most that this machine could make if it computed nothing but products.
+"""
+
+import argparse
+import concurrent.futures
+import functools
+import os
+import statistics
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import optax
+
+from benchmarks import floor
+from benchmarks.floor import AtOnce, Floor
+from benchmarks.timing import CompilationClock, quartiles, time_call, timed
+from lifelong_jax import add_quadratic_penalty, ewc, learn_tasks, permuted_tasks
+from lifelong_jax.datasets import load_dataset
+from lifelong_jax.models import MLP
+from lifelong_jax.runs import markdown_table
+from lifelong_jax.sweep import SweepRun, learn_sweep
+
+NUM_TASKS = 3
+STRENGTHS = (1.0, 10.0, 100.0, 1000.0)
+BATCH_SIZES = (64, 256, 1024)  # that the floors of the Fisher and of evaluation try
+
+
+class Setting(NamedTuple):
+    """What a run learns, and with what."""
+
+    hidden_sizes: tuple[int, ...]
+    batch_size: int
+    num_epochs: int
+    num_examples: int | None  # None for all; to test on, a sixth of these
+
+
+SETTINGS = {"digits": Setting((256, 256), 32, 5, None), "mnist": Setting((400, 400), 128, 1, 12000)}
+
+
+def main() -> None:
+    """Prints the table."""
+    on_cpu = jax.default_backend() == "cpu"
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--setting", choices=SETTINGS, default="digits", help="data, network and batch size")
+    parser.add_argument("--turns", type=int, default=5, help="turns that each way takes")
+    parser.add_argument("--runs", type=int, nargs="+", default=[1, 4, 16] if on_cpu else [1, 16, 128], help="at once")
+    parser.add_argument("--examples", type=int, help="training examples per task, and a sixth of these to test on")
+    parser.add_argument("--epochs", type=int, help="passes over each task")
+    arguments = parser.parse_args()
+    setting = SETTINGS[arguments.setting]
+    setting = setting._replace(
+        num_examples=arguments.examples or setting.num_examples, num_epochs=arguments.epochs or setting.num_epochs
+    )
+    threads = (os.cpu_count() or 1) if on_cpu else 1
+    print(floor.machine())
+    runs, model = make_runs(arguments.setting, setting, max(*arguments.runs, threads))
+    ways = make_ways(model, runs, setting, arguments.runs, threads)
+    clock, compilation = CompilationClock(), {}
+    for name, (_, learn) in ways.items():
+        with timed(clock) as timer:
+            learn()
+        compilation[name] = timer.compilation[0]
+    tried = [AtOnce(), *(AtOnce(vmapped=count) for count in arguments.runs if count > 1)]
+    tried += [AtOnce(threads=threads)] if threads > 1 else []
+    floors = make_floors(runs[0], setting, model.num_outputs, tried)
+    rates, of_floor = take_turns(ways, floors, arguments.turns)
+    print_rates(ways, rates, compilation, of_floor)
+    rows = [[part, f"{bare.flops / 1e9:.2f}", bare.how] for part, bare in floors.items()]
+    print(markdown_table(["floor", "GFLOP per run", "fastest way"], rows))
+
+
+def make_runs(name: str, setting: Setting, num_runs: int) -> tuple[list[SweepRun], MLP]:
+    """Makes runs of several seeds at several strengths; those of a seed have their tasks in common."""
+    dataset = load_dataset(name)
+    train, test = dataset.train, dataset.test
+    if setting.num_examples is not None:
+        train = jax.tree.map(lambda leaf: leaf[: setting.num_examples], train)
+        test = jax.tree.map(lambda leaf: leaf[: max(1, setting.num_examples // 6)], test)
+    model = MLP(setting.hidden_sizes, dataset.num_classes)
+    init = jax.jit(model.init)
+
+    @functools.cache
+    def begin(seed: int) -> SweepRun:
+        tasks_key, params_key, key = jax.random.split(jax.random.key(seed), 3)
+        return SweepRun(init(params_key, train.inputs[0]), permuted_tasks(train, test, NUM_TASKS, tasks_key), key, 0.0)
+
+    places = [divmod(index, len(STRENGTHS)) for index in range(num_runs)]
+    return [begin(seed)._replace(strength=STRENGTHS[number]) for seed, number in places], model
+
+
+def optimizer_fn(strength: jax.Array) -> optax.GradientTransformation:
+    """Makes Adam with the penalty in the loss."""
+    return optax.chain(add_quadratic_penalty(strength), optax.adam(1e-3))
+
+
+def make_ways(
+    model: MLP, runs: Sequence[SweepRun], setting: Setting, numbers: Sequence[int], threads: int
+) -> dict[str, tuple[int, Callable[[], object]]]:
+    """Makes the ways: by name, how many runs a call makes, and the call."""
+    method, options = ewc(), {"num_epochs": setting.num_epochs, "batch_size": setting.batch_size}
+    apply_fn = model.apply
+
+    def by_host(run: SweepRun) -> object:
+        learned = learn_tasks(
+            method, apply_fn, optimizer_fn, run.params, run.tasks, run.key, strength=run.strength, **options
+        )
+        return jax.block_until_ready(learned.params)
+
+    def by_program(*at_once: SweepRun) -> object:
+        return learn_sweep(method, apply_fn, optimizer_fn, at_once, **options)
+
+    def by_threads() -> None:
+        with concurrent.futures.ThreadPoolExecutor(threads) as executor:
+            list(executor.map(by_program, runs[:threads]))
+
+    ways: dict[str, tuple[int, Callable[[], object]]] = {"`learn_tasks`": (1, functools.partial(by_host, runs[0]))}
+    for number in numbers:
+        ways[f"`learn_sweep` of {number}"] = (number, functools.partial(by_program, *runs[:number]))
+    if threads > 1:
+        ways[f"`learn_sweep` of 1, in {threads} threads"] = (threads, by_threads)
+    return ways
+
+
+def make_floors(run: SweepRun, setting: Setting, num_classes: int, tried: Sequence[AtOnce]) -> dict[str, Floor]:
+    """Finds the fastest way to compute the products of each part of a run."""
+    train, test = run.tasks[0].train, run.tasks[0].test
+    sizes = (train.inputs[0].size, *setting.hidden_sizes, num_classes)
+    num_train, num_test = len(train.labels), len(test.labels)
+    num_trained = NUM_TASKS * setting.num_epochs * -(-num_train // setting.batch_size) * setting.batch_size
+    num_tested = NUM_TASKS * (NUM_TASKS + 1) * num_test
+    by_task, by_test_set = ([min(size, number) for size in BATCH_SIZES] for number in (num_train, num_test))
+    return {
+        "training": floor.find_floor("training", sizes, num_trained, [setting.batch_size], tried),
+        "importance": floor.find_floor("importance", sizes, NUM_TASKS * num_train, by_task, tried),
+        "evaluation": floor.find_floor("evaluation", sizes, num_tested, by_test_set, tried),
+    }
+
+
+def take_turns(
+    ways: dict[str, tuple[int, Callable[[], object]]], floors: dict[str, Floor], turns: int
+) -> tuple[dict[str, list[float]], list[float]]:
+    """Times all ways and the floors in each turn; returns their runs per second."""
+    rates: dict[str, list[float]] = {name: [] for name in ways}
+    of_floor = []
+    for turn in range(turns):
+        for name in list(ways)[:: 1 if turn % 2 else -1]:
+            num_runs, learn = ways[name]
+            rates[name].append(num_runs / time_call(learn))
+        of_floor.append(1 / sum(bare.seconds() for bare in floors.values()))
+    return rates, of_floor
+
+
+def print_rates(
+    ways: dict[str, tuple[int, Callable[[], object]]],
+    rates: dict[str, list[float]],
+    compilation: dict[str, float],
+    of_floor: list[float],
+) -> None:
+    """Prints the table; times the floor are a run's share of the time over the floor's."""
+    digits = 2 if statistics.median(of_floor) > 1 else 4
+    header = ["way", "runs at once", "runs per second", "times the floor", "compilation, s"]
+    rows = []
+    for name, (num_runs, _) in ways.items():
+        times = max(of_floor) / statistics.median(rates[name])
+        rate = quartiles(rates[name], digits)
+        rows.append([name, str(num_runs), rate, f"{times:.2f}", f"{compilation[name]:.1f}"])
+    rows.append(["products alone", "–", quartiles(of_floor, digits), "1.00", "–"])
+    print(markdown_table(header, rows))
+
+
+if __name__ == "__main__":
+    main()

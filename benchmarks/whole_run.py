@@ -1,0 +1,236 @@
+"""Measures a whole run of permuted MNIST, part by part, beside the machine's floor, and prints Markdown tables.
+
+    python -m benchmarks.whole_run
+
+Five permuted tasks, MLP 784-1000-1000-10, one epoch each, batch 128, Adam, EWC with the exact Fisher of all 60,000
+examples of each task. `learn_tasks`, the loop on the host, is broken into its parts; `learn_sweep` of one run is one
+program, of which only compilation stands apart. Each turn has each of them anew, compilation included, and the floors.
+Importing and decoding the data are left out: loading is from the cache.
+
+The floor is the same matrix products, bare and at their fastest (`benchmarks/floor.py`): those of every training step;
+of the Fisher, ten cotangents pulled back per example among them; and of the test images of each task learned so far,
+after each task. The practical floor adds Adam's memory traffic: its update alone, the penalty's gradient included, for
+every step. Seconds are medians over the turns, with quartiles; a floor is the least of all its times, and a ratio that
+of the median over the floor.
+"""
+
+import argparse
+import functools
+import itertools
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from benchmarks import floor
+from benchmarks.timing import CompilationClock, quartiles, time_call, timed
+from lifelong_jax import add_quadratic_penalty, continual, ewc, learn_tasks, permuted_tasks
+from lifelong_jax.datasets import load_dataset
+from lifelong_jax.metrics import average_accuracy
+from lifelong_jax.models import MLP
+from lifelong_jax.runs import markdown_table
+from lifelong_jax.sweep import SweepRun, learn_sweep
+
+SIZES = (784, 1000, 1000, 10)
+MODEL = MLP(SIZES[1:-1], SIZES[-1])
+NUM_TASKS = 5
+BATCH_SIZE = 128
+LEARNING_RATE = 1e-3
+STRENGTH = 100.0
+FLOOR_REPEATS = 2  # in each turn
+PARTS = ("training", "importance", "evaluation")
+
+
+def optimizer_fn(strength: jax.Array) -> optax.GradientTransformation:
+    """Makes Adam with the penalty in the loss."""
+    return optax.chain(add_quadratic_penalty(strength), optax.adam(LEARNING_RATE))
+
+
+def main() -> None:
+    """Prints the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--turns", type=int, default=3, help="whole runs of each way")
+    parser.add_argument(
+        "--examples", type=int, help="training examples, and a sixth of these to test on; all by default"
+    )
+    arguments = parser.parse_args()
+    run = start(arguments.examples)  # fills the cache of decoded data
+    num_train, num_test = (len(batch.labels) for batch in (run.tasks[0].train, run.tasks[0].test))
+    clock = CompilationClock()
+    print(floor.machine())
+    floors, update = find_floors(num_train, num_test), PenalisedAdam()
+    updates = NUM_TASKS * -(-num_train // BATCH_SIZE)
+    ways = {"learn_tasks": learn_by_host, "learn_sweep": learn_as_program}
+    measured: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
+    least = dict.fromkeys([*floors, "updates"], float("inf"))
+    for turn in range(arguments.turns):
+        for way in list(ways)[:: 1 if turn % 2 else -1]:
+            jax.clear_caches()
+            measured[way].append(ways[way](arguments.examples, clock))
+        for _ in range(FLOOR_REPEATS):
+            times = {part: NUM_TASKS * bare.seconds() for part, bare in floors.items()}
+            times["updates"] = updates * update.seconds()
+            least = {part: min(least[part], times[part]) for part in times}
+    print_parts(measured["learn_tasks"], floors, least)
+    print_ways(measured, least)
+    print_floors(floors, update, least, updates)
+
+
+def start(num_examples: int | None) -> SweepRun:
+    """Loads the data, makes the tasks and draws the parameters."""
+    dataset = load_dataset("mnist")
+    if num_examples is None:
+        train, test = dataset.train, dataset.test
+    else:
+        train = jax.tree.map(lambda leaf: leaf[:num_examples], dataset.train)
+        test = jax.tree.map(lambda leaf: leaf[: max(1, num_examples // 6)], dataset.test)
+    tasks_key, params_key, key = jax.random.split(jax.random.key(0), 3)
+    tasks = permuted_tasks(train, test, NUM_TASKS, tasks_key)
+    run = SweepRun(jax.jit(MODEL.init)(params_key, train.inputs[0]), tasks, key, STRENGTH)
+    return jax.block_until_ready(run)
+
+
+def learn_by_host(num_examples: int | None, clock: CompilationClock) -> dict[str, float]:
+    """Makes the whole run by `learn_tasks`; returns the seconds of its parts, and the accuracy."""
+    evaluations: list[tuple[int, float]] = []
+    evaluate = continual.evaluate
+
+    def timed_evaluate(apply_fn: Callable, params: Any, tasks: Sequence[Any], *scenario: Any) -> list[float]:
+        jax.block_until_ready(params)
+        with timed(clock) as timer:
+            accuracies = evaluate(apply_fn, params, tasks, *scenario)
+        evaluations.append((len(tasks), timer.seconds[0]))
+        return accuracies
+
+    with timed(clock) as loading:
+        run = start(num_examples)
+    settings = {"num_epochs": 1, "batch_size": BATCH_SIZE, "strength": run.strength}
+    with timed(clock) as learning, mock.patch.object(continual, "evaluate", timed_evaluate):
+        learned = learn_tasks(ewc(), MODEL.apply, optimizer_fn, run.params, run.tasks, run.key, **settings)
+        jax.block_until_ready((learned.params, learned.consolidation))
+    parts = {
+        "loading": loading.seconds[0],
+        "compilation": loading.compilation[0] + learning.compilation[0],
+        "training": learned.training_seconds,
+        "importance": learned.importance_seconds,
+        "evaluation": sum(seconds for _, seconds in evaluations),
+    }
+    total = sum(timer.seconds[0] + timer.compilation[0] for timer in (loading, learning))
+    parts |= {"the rest": total - sum(parts.values()), "total": total}
+    accuracy = average_accuracy(learned.accuracy_matrix)
+    return parts | {"evaluations": sum(count for count, _ in evaluations), "accuracy": accuracy}
+
+
+def learn_as_program(num_examples: int | None, clock: CompilationClock) -> dict[str, float]:
+    """Makes the whole run by `learn_sweep`; likewise."""
+    with timed(clock) as loading:
+        run = start(num_examples)
+    with timed(clock) as learning:
+        swept = learn_sweep(ewc(), MODEL.apply, optimizer_fn, [run], num_epochs=1, batch_size=BATCH_SIZE)
+    parts = {"loading": loading.seconds[0], "compilation": loading.compilation[0] + learning.compilation[0]}
+    total = sum(parts.values()) + learning.seconds[0]
+    measured = np.isfinite(swept.initial_accuracies).sum() + np.isfinite(swept.accuracy_matrix).sum()
+    accuracy = average_accuracy(swept.accuracy_matrix[0])
+    return parts | {"total": total, "evaluations": int(measured), "accuracy": accuracy}
+
+
+def find_floors(num_train: int, num_test: int) -> dict[str, floor.Floor]:
+    """Finds the fastest way to compute each part's products, for a task's share of the run."""
+    steps = -(-num_train // BATCH_SIZE)
+    batch_sizes = [min(size, num_test) for size in floor.BATCH_SIZES]
+    return {
+        "training": floor.find_floor("training", SIZES, steps * BATCH_SIZE, [BATCH_SIZE]),
+        "importance": floor.find_floor("importance", SIZES, num_train, floor.BATCH_SIZES),
+        # Of one task after the first, of two after the second, and so on: so many a task in the mean.
+        "evaluation": floor.find_floor("evaluation", SIZES, num_test * (NUM_TASKS + 1) // 2, batch_sizes),
+    }
+
+
+class PenalisedAdam:
+    """Adam's update with the penalty's gradient, alone, of arrays as large as all parameters."""
+
+    def __init__(self) -> None:
+        """Draws the arrays and compiles the update in two ways: in a loop, and by itself."""
+        self.size = sum((rows + 1) * columns for rows, columns in itertools.pairwise(SIZES))
+        arrays = [jax.random.uniform(key, (self.size,)) for key in jax.random.split(jax.random.key(0), 6)]
+        self.state, self.given = tuple(arrays[:3]), tuple(arrays[3:])
+        self.count = jnp.int32(20)
+        # The constants are arguments, or they would be multiplied beforehand.
+        compile_fn = functools.partial(jax.jit, donate_argnums=0)
+        self.loop = compile_fn(self._updates).lower(self.state, self.given, self.count).compile()
+        self.once = compile_fn(self._update).lower(self.state, self.given, jnp.int32(1)).compile()
+
+    @staticmethod
+    def _update(state: tuple[jax.Array, ...], given: tuple[jax.Array, ...], count: jax.Array) -> tuple[jax.Array, ...]:
+        params, mean, square = state
+        gradient, anchor, importance = given
+        gradient = gradient + STRENGTH * importance * (params - anchor)
+        mean, square = 0.9 * mean + 0.1 * gradient, 0.999 * square + 0.001 * gradient**2
+        step = mean / (1 - 0.9**count) / (jnp.sqrt(square / (1 - 0.999**count)) + 1e-8)
+        return params - LEARNING_RATE * step, mean, square
+
+    @classmethod
+    def _updates(cls, state: tuple[jax.Array, ...], given: tuple[jax.Array, ...], count: jax.Array) -> Any:
+        return jax.lax.fori_loop(1, count + 1, lambda index, state: cls._update(state, given, index), state)
+
+    def seconds(self) -> float:
+        """Times one update, in the faster of the two ways."""
+
+        def in_loop() -> None:
+            self.state = jax.block_until_ready(self.loop(self.state, self.given, self.count))
+
+        def by_itself() -> None:
+            for index in range(int(self.count)):
+                self.state = self.once(self.state, self.given, jnp.int32(index + 1))
+            jax.block_until_ready(self.state)
+
+        return min(time_call(way) for way in (in_loop, by_itself)) / int(self.count)
+
+
+def print_parts(measured: list[dict[str, float]], floors: dict[str, floor.Floor], least: dict[str, float]) -> None:
+    """Prints the parts of the loop on the host."""
+    bare = {part: least[part] for part in PARTS} | {"total": sum(least[part] for part in PARTS)}
+    rows = []
+    for part in ("loading", "compilation", *PARTS, "the rest", "total"):
+        seconds = [turn[part] for turn in measured]
+        cells = [f"{bare[part]:.2f}", f"{statistics.median(seconds) / bare[part]:.2f}"] if part in bare else ["–", "–"]
+        rows.append([part, quartiles(seconds), *cells])
+    print(markdown_table(["part of `learn_tasks`", "seconds", "floor, s", "times the floor"], rows))
+
+
+def print_ways(measured: dict[str, list[dict[str, float]]], least: dict[str, float]) -> None:
+    """Prints the whole run in both ways, beside both floors."""
+    products = sum(least[part] for part in PARTS)
+    rows = []
+    for way, turns in measured.items():
+        seconds = {part: [turn[part] for turn in turns] for part in ("loading", "compilation", "total")}
+        total = statistics.median(seconds["total"])
+        rows.append([f"`{way}`", *(quartiles(values) for values in seconds.values())])
+        rows[-1] += [f"{total / products:.2f}", f"{total / (products + least['updates']):.2f}"]
+        rows[-1] += [f"{turns[0]['evaluations']}", f"{100 * turns[0]['accuracy']:.2f}"]
+    needed = f"{NUM_TASKS * (NUM_TASKS + 1) // 2}"
+    rows.append(["products alone", "–", "–", f"{products:.2f}", "1.00", "–", needed, "–"])
+    rows.append(["with Adam's traffic", "–", "–", f"{products + least['updates']:.2f}", "–", "1.00", needed, "–"])
+    header = ["way", "loading, s", "compilation, s", "total, s", "times the floor", "times the practical floor"]
+    print(markdown_table([*header, "test sets evaluated", "average accuracy, %"], rows))
+
+
+def print_floors(floors: dict[str, floor.Floor], update: PenalisedAdam, least: dict[str, float], updates: int) -> None:
+    """Prints what the floors are made of."""
+    rows = []
+    for part, bare in floors.items():
+        gigaflops = NUM_TASKS * bare.flops / 1e9
+        rows.append([part, f"{gigaflops:.0f} GFLOP", f"{gigaflops / least[part]:.0f} GFLOP/s", bare.how])
+    gigabytes = updates * 9 * 4 * update.size / 1e9
+    rate, how = f"{gigabytes / least['updates']:.1f} GB/s", "6 arrays read, 3 written"
+    rows.append([f"Adam, {updates} updates", f"{gigabytes:.0f} GB", rate, how])
+    print(markdown_table(["floor", "amount", "rate", "fastest way"], rows))
+
+
+if __name__ == "__main__":
+    main()
