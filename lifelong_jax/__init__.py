@@ -24,6 +24,7 @@ from lifelong_jax.penalty import (
 )
 from lifelong_jax.riemannian_walk import continue_walk, riemannian_walk, rwalk_importance
 from lifelong_jax.structured import explain
+from lifelong_jax.sweep import SweepAccuracies, SweepRun, learn_sweep
 from lifelong_jax.tapping import layer_output
 from lifelong_jax.tasks import (
     active_classes,
@@ -49,6 +50,8 @@ __all__ = [
     "LearnedSequence",
     "Method",
     "Progress",
+    "SweepAccuracies",
+    "SweepRun",
     "Task",
     "TrainingInfo",
     "TrainingState",
@@ -78,6 +81,7 @@ __all__ = [
     "l2",
     "layer_output",
     "learn_jointly",
+    "learn_sweep",
     "learn_task",
     "learn_tasks",
     "local_mas",
