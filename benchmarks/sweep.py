@@ -4,11 +4,11 @@
     python -m benchmarks.sweep --setting mnist
 
 A run learns three permuted tasks with EWC, the exact Fisher, and Adam, and evaluates all tasks before and after each;
-runs differ in seed and strength. `learn_tasks` is the loop on the host, one run after the other. `learn_sweep` makes
-one program of several runs by `vmap`. On a CPU, programs of one run are also run by as many threads as there are cores,
-as `sweep_strengths` does. All ways take turns in one process. Runs per second are medians over the turns, with
-quartiles. Each way is called once before; the time that tracing, lowering and compiling took in that call is shown (the
-threads run what the program of one run has compiled).
+runs differ in seed and strength. `learn_tasks` is the loop on the host, one run after the other; it evaluates after
+each epoch too. `learn_sweep` makes one program of several runs by `vmap`. On a CPU, programs of one run are also run by
+as many threads as there are cores, as `sweep_strengths` does. All ways take turns in one process. Runs per second are
+medians over the turns, with quartiles. Each way is called once before; the time that tracing, lowering and compiling
+took in that call is shown (the threads run what the program of one run has compiled).
 
 The floor is the same run's matrix products, bare and at their fastest (`benchmarks/floor.py`): those of all training
 steps, of the Fisher, and of the evaluations that the program makes; alone on all cores, in as many threads as cores,
@@ -38,7 +38,7 @@ from lifelong_jax.sweep import SweepRun, learn_sweep
 
 NUM_TASKS = 3
 STRENGTHS = (1.0, 10.0, 100.0, 1000.0)
-BATCH_SIZES = (64, 256, 1024)  # that the floors of the Fisher and of evaluation try
+BATCH_SIZES = (64, 256, 512)  # that the floors of the Fisher and of evaluation try
 
 
 class Setting(NamedTuple):

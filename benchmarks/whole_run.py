@@ -9,9 +9,10 @@ Importing and decoding the data are left out: loading is from the cache.
 
 The floor is the same matrix products, bare and at their fastest (`benchmarks/floor.py`): those of every training step;
 of the Fisher, ten cotangents pulled back per example among them; and of the test images of each task learned so far,
-after each task. The practical floor adds Adam's memory traffic: its update alone, the penalty's gradient included, for
-every step. Seconds are medians over the turns, with quartiles; a floor is the least of all its times, and a ratio that
-of the median over the floor.
+after each task. Both ways evaluate more than that: `learn_tasks` all tasks before the first and after each, and those
+learned so far after each epoch; `learn_sweep` the former. The second table says how many. The practical floor adds
+Adam's memory traffic: its update alone, the penalty's gradient included, for every step. Seconds are medians over the
+turns, with quartiles; a floor is the least of all its times, and a ratio that of the median over the floor.
 """
 
 import argparse
