@@ -148,9 +148,12 @@ def sum_over_batches(
         part = part._replace(weights=jnp.where(chosen < len(batch.labels), part.weights, 0))
         gradient = jax.grad(loss_fn)(params, part)
         summed, count = total
-        return (jax.tree.map(lambda a, g: a + of_gradient(g), summed, gradient), count + part.weights.any()), None
+        return (
+            jax.tree.map(lambda a, g: a + of_gradient(g), summed, gradient),
+            count + part.weights.any().astype(count.dtype),
+        ), None
 
-    start = (jax.tree.map(jnp.zeros_like, params), jnp.zeros((), jnp.int32))
+    start = (jax.tree.map(jnp.zeros_like, params), jnp.zeros(()))
     return jax.lax.scan(add, start, order.reshape(num_batches, batch_size))[0]
 
 
@@ -188,7 +191,7 @@ def mas_of_batches(batch_size: int, over_outputs: Callable[[jax.Array, jax.Array
 
 def mean_of_active(squares: jax.Array, class_mask: jax.Array | None) -> jax.Array:
     """Averages over the active outputs."""
-    return jnp.mean(squares) if class_mask is None else jnp.sum(squares) / jnp.sum(class_mask)
+    return jnp.mean(squares) if class_mask is None else jnp.sum(squares) / jnp.sum(class_mask, dtype=squares.dtype)
 
 
 def sum_of_all(squares: jax.Array, class_mask: jax.Array | None) -> jax.Array:

@@ -203,7 +203,7 @@ def learn_tasks(
                 state, kept = _consolidate_task(method, apply_fn, state, shown, importance_key)
                 checkpoints.keep_task(index, kept, method.name, int(jnp.sum(examples.weights > 0)))
                 if known_ahead:
-                    accuracies = evaluate(apply_fn, kept.anchor, tasks, scenario)
+                    accuracies = accuracies + evaluate(apply_fn, kept.anchor, tasks[index + 1 :], scenario)
                 state = state._replace(accuracy_matrix=_with_row(state.accuracy_matrix, index, accuracies))
             checkpoints.save(epochs, state)
     return _learned(state)

@@ -1,0 +1,205 @@
+"""The sources' own importances against what they are by hand; the script end to end on small data."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from experiments import published, reproduce
+from lifelong_jax import Batch, init_training, learn_task, methods
+from lifelong_jax.consolidation import init_consolidation
+from lifelong_jax.datasets import load_dataset
+
+NUM_EXAMPLES, NUM_REAL = 13, 11
+MASK = jnp.array([True, True, False])
+KEY = jax.random.key(3)
+
+
+def apply_fn(params, x):
+    return jnp.tanh(x @ params["first"]) @ params["second"]
+
+
+@pytest.fixture(scope="module")
+def state():
+    keys = jax.random.split(jax.random.key(0))
+    params = {"first": jax.random.normal(keys[0], (4, 5)), "second": jax.random.normal(keys[1], (5, 3))}
+    return init_training(optax.sgd(0.1), params, jax.random.key(1))
+
+
+@pytest.fixture(scope="module")
+def batch():
+    keys = jax.random.split(jax.random.key(2))
+    inputs = jax.random.normal(keys[0], (NUM_EXAMPLES, 4))
+    labels = jax.random.randint(keys[1], (NUM_EXAMPLES,), 0, 2)
+    weights = (jnp.arange(NUM_EXAMPLES) < NUM_REAL).astype(jnp.float32)
+    return Batch(inputs, labels, weights, jnp.broadcast_to(MASK, (NUM_EXAMPLES, 3)))
+
+
+def loss_at(label):
+    def loss_fn(params, x):
+        return -jax.nn.log_softmax(apply_fn(params, x)[:2])[label]  # the active outputs alone
+
+    return loss_fn
+
+
+def shuffled(batch_size):
+    """The batches that a pass makes of the real examples, shuffled with `KEY`."""
+    order = np.array([n for n in np.asarray(jax.random.permutation(KEY, NUM_EXAMPLES)) if n < NUM_REAL])
+    return [order[start : start + batch_size] for start in range(0, NUM_REAL, batch_size)]
+
+
+def mean_over(batches, of_batch):
+    return jax.tree.map(lambda *leaves: sum(leaves) / len(batches), *[of_batch(chosen) for chosen in batches])
+
+
+def assert_close(ours, expected):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), ours, expected)
+
+
+def test_fisher_at_prediction(state, batch):
+    def squared(n):
+        label = int(jnp.argmax(apply_fn(state.params, batch.inputs[n])[:2]))
+        return jax.tree.map(jnp.square, jax.grad(loss_at(label))(state.params, batch.inputs[n]))
+
+    expected = mean_over(range(NUM_REAL), squared)
+    assert_close(published.fisher_at_prediction(apply_fn, state, batch, KEY), expected)
+
+
+def test_fisher_of_few_examples_is_exact_on_them(state, batch):
+    exact = methods.ewc("exact").importance_fn(apply_fn, state, batch, KEY)
+    assert_close(published.fisher_of_500(apply_fn, state, batch, KEY), exact)  # there are fewer than 500
+    many = jax.tree.map(lambda x: jnp.tile(x, (100,) + (1,) * (x.ndim - 1)), batch)
+    drawn = published.fisher_of_500(apply_fn, state, many, KEY)
+    assert_close(jax.tree.map(jnp.shape, drawn), jax.tree.map(jnp.shape, exact))
+    ratio = sum(map(jnp.sum, jax.tree.leaves(drawn))) / sum(map(jnp.sum, jax.tree.leaves(exact)))
+    assert 0.7 < ratio < 1.4
+    assert ratio != 1
+
+
+def test_squared_gradients_of_batches(state, batch, monkeypatch):
+    def squared(chosen):
+        def loss_fn(params):
+            losses = [loss_at(int(batch.labels[n]))(params, batch.inputs[n]) for n in chosen]
+            return sum(losses) / len(losses)
+
+        return jax.tree.map(jnp.square, jax.grad(loss_fn)(state.params))
+
+    sum_over_batches = published.sum_over_batches
+    monkeypatch.setattr(
+        published, "sum_over_batches", lambda *arguments, batch_size: sum_over_batches(*arguments, batch_size=4)
+    )
+    expected = mean_over(shuffled(4), squared)
+    assert_close(published.squared_batch_gradient(apply_fn, state, batch, KEY), expected)
+
+
+@pytest.mark.parametrize("over_outputs", [published.mean_of_active, published.sum_of_all])
+def test_mas_of_batches(state, batch, over_outputs):
+    def absolute(chosen):
+        def loss_fn(params):
+            squares = [jnp.square(apply_fn(params, batch.inputs[n])[:2]) for n in chosen]
+            reduce = jnp.mean if over_outputs is published.mean_of_active else jnp.sum
+            return sum(map(reduce, squares)) / len(squares)
+
+        return jax.tree.map(jnp.abs, jax.grad(loss_fn)(state.params))
+
+    ours = published.mas_of_batches(4, over_outputs)(apply_fn, state, batch, KEY)
+    assert_close(ours, mean_over(shuffled(4), absolute))
+
+
+def test_scaled_mas(state, batch):
+    leaves = jax.tree.leaves(published.scaled_mas(apply_fn, state, batch, KEY))
+    assert min(leaf.min() for leaf in leaves) == 0
+    assert max(leaf.max() for leaf in leaves) == 1
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_synaptic_intelligence_without_the_maximum(batch):
+    # A penalty that pulls hard, so that some paths lead uphill.
+    method = published.ROWS[2].entries[2].method
+    optimizer = method.wrap_optimizer(optax.adam(0.3))
+    params = {"first": jnp.ones((4, 5)), "second": jnp.ones((5, 3))}
+    state = init_training(optimizer, params, KEY)
+    loss_fn = methods.cross_entropy(apply_fn)
+    state, _ = learn_task(
+        loss_fn, optimizer, state, init_consolidation(params), batch, num_epochs=4, batch_size=4, weights=batch.weights
+    )
+    ours = jax.tree.leaves(method.importance_fn(apply_fn, state, batch, KEY))
+    clipped = jax.tree.leaves(methods.si().importance_fn(apply_fn, state, batch, KEY))
+    assert any((leaf < 0).any() for leaf in ours)
+    assert_close([jnp.maximum(leaf, 0) for leaf in ours], clipped)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_the_optimisers_state_is_kept():
+    adam = optax.adam(0.1)
+    params = jnp.ones(2)
+    _, last = adam.update(params, adam.init(params), params)
+    for method in (published.FINETUNE, published.ROWS[2].entries[2].method):
+        optimizer = method.wrap_optimizer(adam)
+        fresh, ended = optimizer.init(params), optimizer.init(params)
+        if hasattr(ended, "inner_state"):
+            ended = ended._replace(inner_state=last, path=jnp.ones(2))
+            carried = method.carry(fresh, ended)
+            assert (carried.path == 0).all()
+            carried = carried.inner_state
+        else:
+            carried = method.carry(fresh, last)
+        assert carried is last
+
+
+def test_initialisations_have_the_sources_scales():
+    params = published.uniform_init((400,), KEY, jnp.zeros((32, 32, 1)))["params"]
+    for layer, fan_in in (("Dense_0", 1024), ("Dense_1", 400)):
+        for leaf in params[layer].values():
+            assert abs(leaf).max() <= 1 / np.sqrt(fan_in)
+        np.testing.assert_allclose(params[layer]["kernel"].std(), 1 / np.sqrt(3 * fan_in), rtol=0.05)
+    params = published.truncated_init((256,), KEY, jnp.zeros(784))["params"]["Dense_0"]
+    assert abs(params["kernel"]).max() <= 0.2
+    np.testing.assert_allclose(params["kernel"].std(), 0.088, rtol=0.02)  # of a normal cut off at two deviations
+    assert (params["bias"] == np.float32(0.1)).all()
+
+
+def test_images_are_padded_and_normalised():
+    images = jnp.ones((1, 28, 28, 1))
+    assert published.pad(images).shape == (1, 32, 32, 1)
+    assert published.pad(images).sum() == 28 * 28
+    np.testing.assert_allclose(
+        published.pad_and_normalize(images)[0, [0, 16], [0, 16], 0], [-0.1 / 0.2752, 0.9 / 0.2752]
+    )
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_rows_are_run_and_written_down(tmp_path, monkeypatch, capsys):
+    digits = load_dataset("digits")
+    monkeypatch.setattr(reproduce, "load_or_exit", lambda name, data_dir: digits)
+    small = {"transform": lambda images: images, "hidden_sizes": (8,), "num_epochs": 1, "max_steps": None}
+    of_two = published.ROWS[3]._replace(
+        entries=(published.ROWS[3].entries[3]._replace(strengths=(1.0, 100.0)), published.ROWS[3].entries[-1]), **small
+    )
+    unpublished = published.ROWS[5]._replace(entries=published.ROWS[5].entries[2:], batch_size=100, **small)
+    monkeypatch.setattr(reproduce, "ROWS", {3: of_two, 5: unpublished})
+    settings = {"output_dir": str(tmp_path / "results"), "docs": str(tmp_path / "docs"), "seeds": (0, 1)}
+    reproduce.main(reproduce.Config(rows=(3,), **settings))
+    reproduce.main(reproduce.Config(rows=(5,), **settings))
+    results = json.loads((tmp_path / "docs" / "results.json").read_text())
+    assert list(results) == ["3", "5"]  # the second run left the first one's row
+    empirical, none = results["3"]
+    assert empirical["strength"] in (1.0, 100.0)
+    assert {strength: len(accuracies) for strength, accuracies in empirical["validation"].items()} == {"1": 2, "100": 2}
+    assert none["validation"] == {}
+    assert all(20 < accuracy <= 100 for result in results["3"] for accuracy in result["accuracies"])
+    text = (tmp_path / "docs" / "results.md").read_text()
+    assert "| empirical | 99.12 ± 0.12 | " in text
+    assert "| MAS, scaled and summed | – | " in text
+    assert "results_row_3.png" in text
+    assert (tmp_path / "docs" / "results.png").exists()
+    assert (tmp_path / "docs" / "results_row_3.png").exists()
+    assert "Row 5" in capsys.readouterr().out
+
+
+def test_unknown_rows_are_refused():
+    with pytest.raises(ValueError, match="rows must be among 1, 2, 3, 4, 5, 6, not"):
+        reproduce.Config(rows=(1, 7))
