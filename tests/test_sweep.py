@@ -212,6 +212,7 @@ def changed(**values):
             {},
             r"runs\[1\]\.strength must be finite and not negative, not -1",
         ),
+        (lambda: changed(strength=lambda run: [1.0, 10.0]), {}, r"runs\[1\]\.strength must be a number, not \[1"),
         (lambda: changed(strength=lambda run: np.nan), {}, r"runs\[1\]\.strength must be finite and not negative"),
         (make_runs, {"scenario": "online"}, "scenario must be one of task, domain, class"),
         (make_runs, {"scenario": "class"}, r"tasks\[0\] has no class_mask, but scenario 'class' needs one"),
