@@ -18,6 +18,7 @@ from lifelong_jax.resuming import ResumableSequence
 from lifelong_jax.runs import (
     Estimate,
     Run,
+    check_settings,
     estimate,
     format_estimate,
     markdown_table,
@@ -67,8 +68,10 @@ def sweep_strengths(
       diverged.
 
     Raises:
+      ValueError: if there are no strengths or seeds, or one stands twice; in the log, a strength has three digits.
       KeyboardInterrupt: if the run is asked to stop, once the runs that have begun are finished and logged.
     """
+    check_settings(distinct={"strengths": [f"{strength:.3g}" for strength in strengths], "seeds": seeds})
     on_cpu = jax.default_backend() == "cpu"
     runs_per_program = 1 if on_cpu else RUNS_PER_PROGRAM
     at_once = (os.cpu_count() or 1) if on_cpu else 1

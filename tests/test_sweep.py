@@ -8,8 +8,17 @@ import numpy as np
 import optax
 import pytest
 
-from lifelong_jax import Batch, Task, add_quadratic_penalty, learn_tasks, methods, proximal_quadratic_penalty
-from lifelong_jax.sweep import SweepRun, _stack, learn_sweep
+from lifelong_jax import (
+    Batch,
+    SweepRun,
+    Task,
+    add_quadratic_penalty,
+    learn_sweep,
+    learn_tasks,
+    methods,
+    proximal_quadratic_penalty,
+)
+from lifelong_jax.sweep import _stack
 
 NUM_TASKS, NUM_CLASSES, NUM_EPOCHS, BATCH_SIZE = 3, 5, 2, 8
 STRENGTHS = (0.1, 3.0)

@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 import rich.console
 
-from lifelong_jax import Batch, permuted_tasks, resuming, tuning
+from lifelong_jax import Batch, SweepAccuracies, SweepRun, permuted_tasks, resuming, tuning
 from lifelong_jax.resuming import open_run
 from lifelong_jax.runs import Run, RunSettings, parse_numbers, parse_seeds, read_rows
-from lifelong_jax.sweep import SweepAccuracies
 from lifelong_jax.tuning import average_accuracies, choose_strengths, sweep_strengths
 
 STRENGTHS, SEEDS = (1.0, 10.0, 100.0), (0, 3)
@@ -80,7 +79,7 @@ def expected(tmp_path_factory):
         for column, seed in enumerate(SEEDS):
             for row, strength in enumerate(STRENGTHS):
                 keys = jax.random.split(jax.random.key(seed), 3)
-                one = tuning.SweepRun(init_params(keys[1], INPUTS[0]), make_tasks(keys[0]), keys[2], strength)
+                one = SweepRun(init_params(keys[1], INPUTS[0]), make_tasks(keys[0]), keys[2], strength)
                 accuracies = Learner()([one])
                 of_learner[row, column] = accuracies.accuracy_matrix[0]
                 arrays = {key: array[0] for key, array in accuracies._asdict().items()}
@@ -195,6 +194,14 @@ def test_an_error_in_a_run_is_raised(tmp_path, backend):
 
     with pytest.raises(ValueError, match="tasks is empty"):
         sweep({"ewc": broken}, Run(tmp_path))
+
+
+@pytest.mark.parametrize(("strengths", "seeds"), [((), (0,)), ((1.0, 1.0001), (0,)), ((1.0,), ()), ((1.0,), (0, 0))])
+def test_strengths_and_seeds_are_told_apart_by_the_log(tmp_path, strengths, seeds):
+    learner = Learner()
+    with pytest.raises(ValueError, match=r"(strengths|seeds) must have at least one entry, and none twice"):
+        sweep_strengths({"ewc": learner}, strengths, make_tasks, init_params, seeds, Run(tmp_path), None)
+    assert not learner.learned
 
 
 def choose(matrices, folder):
