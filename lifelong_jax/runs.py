@@ -38,10 +38,11 @@ def parse_seeds(words: Sequence[str]) -> tuple[int, ...]:
     """
     seeds: list[int] = []
     for part in ",".join(words).split(","):
-        first, _, last = part.partition("-")
-        if not (first.isdecimal() and (last or first).isdecimal()):
+        first, dash, last = part.partition("-")
+        last = last if dash else first
+        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
             raise ValueError(f"give integers and ranges, such as 0-4 or 0,2,4, not {part!r}")
-        seeds += range(int(first), int(last or first) + 1)
+        seeds += range(int(first), int(last) + 1)
     return tuple(seeds)
 
 
@@ -61,7 +62,10 @@ def parse_numbers(words: Sequence[str]) -> tuple[float, ...]:
       >>> parse_numbers(["1,10", "1e3"])
       (1.0, 10.0, 1000.0)
     """
-    return tuple(float(part) for part in ",".join(words).split(","))
+    try:
+        return tuple(float(part) for part in ",".join(words).split(","))
+    except ValueError as error:
+        raise ValueError(f"give numbers, such as 1,10,100, not {' '.join(words)!r}") from error
 
 
 Seeds: TypeAlias = Annotated[

@@ -97,6 +97,7 @@ def learn_sweep(
         raise ValueError("runs is empty: there is nothing to learn.")
     checked = set()
     for index, run in enumerate(runs):
+        _checks.check_number(f"runs[{index}].strength", run.strength)
         _checks.check_not_negative(f"runs[{index}].strength", run.strength)
         _checks.check_same_structure(f"runs[{index}].params", run.params, "runs[0].params", runs[0].params)
         if len(run.tasks) != len(runs[0].tasks):
@@ -127,7 +128,7 @@ def learn_sweep(
         axes=(task_axes, rest_axes),
     )
     accuracy_matrix, initial_accuracies = learn(tasks, rest)
-    return SweepAccuracies(np.asarray(accuracy_matrix), np.asarray(initial_accuracies))
+    return SweepAccuracies(np.asarray(accuracy_matrix, np.float64), np.asarray(initial_accuracies, np.float64))
 
 
 class _Axes(NamedTuple):
@@ -187,7 +188,7 @@ def _learn_runs(tasks: Any, rest: Any, *, num_runs: int, axes: tuple[_Axes, _Axe
     )
     if num_runs == 1:  # an axis of one would slow the products down
         return jax.tree.map(lambda x: x[None], learn(tasks, rest))
-    return jax.vmap(learn, in_axes=in_axes)(tasks, rest)
+    return jax.vmap(learn, in_axes=in_axes, axis_size=num_runs)(tasks, rest)
 
 
 def _learn_run(

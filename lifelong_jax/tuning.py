@@ -18,6 +18,7 @@ from lifelong_jax.resuming import ResumableSequence
 from lifelong_jax.runs import (
     Estimate,
     Run,
+    check_settings,
     estimate,
     format_estimate,
     markdown_table,
@@ -48,8 +49,9 @@ def sweep_strengths(
 
     A seed sets the tasks, the initial parameters and the shuffling, as in `compare`. On an accelerator, 16 runs are one
     program. On a CPU, where `vmap` removes no arithmetic, the program is one run's, and as many run at once as there
-    are cores: a small network's steps are too short to share (`benchmarks/sweep.py`). What is finished is logged, and
-    is not computed again when the run is resumed.
+    are cores: a small network's steps are too short to share (`benchmarks/sweep.py`). They run in threads, where
+    `jax.config` holds, and no `with jax.enable_x64(...)` or the like. What is finished is logged, and is not computed
+    again when the run is resumed.
 
     Args:
       learners: by name.
@@ -66,12 +68,14 @@ def sweep_strengths(
       diverged.
 
     Raises:
+      ValueError: if there are no strengths or seeds, or one stands twice; in the log, a strength has three digits.
       KeyboardInterrupt: if the run is asked to stop, once the runs that have begun are finished and logged.
     """
+    check_settings(distinct={"strengths": [f"{strength:.3g}" for strength in strengths], "seeds": seeds})
     on_cpu = jax.default_backend() == "cpu"
     runs_per_program = 1 if on_cpu else RUNS_PER_PROGRAM
     at_once = (os.cpu_count() or 1) if on_cpu else 1
-    starts = functools.lru_cache(maxsize=at_once + 1)(functools.partial(_start, make_tasks, init_params))
+    start_of = functools.lru_cache(maxsize=1)(functools.partial(_start, make_tasks, init_params))
     matrices = {}
     with progress_bar(console) as bar:
         line = bar.add_task("", total=len(learners) * len(strengths) * len(seeds), status="")
@@ -85,10 +89,13 @@ def sweep_strengths(
             measured = {place: sequence.result() for place, sequence in sequences.items()}
             bar.update(line, description=name, advance=sum(result is not None for result in measured.values()))
             # Chunks stay the same when the run is resumed: another number of runs at once might round differently.
-            chunks = [
-                chunk for chunk in _chunks(sequences, runs_per_program) if any(measured[p] is None for p in chunk)
-            ]
-            for chunk, accuracies in _as_finished(functools.partial(_learn, learner, starts), chunks, at_once):
+            chunks = (
+                (chunk, [start_of(seed)._replace(strength=strength) for seed, strength in chunk])
+                for chunk in _chunks(sequences, runs_per_program)
+                if any(measured[place] is None for place in chunk)
+            )
+            begun = itertools.takewhile(lambda _: not run.stopping.is_set(), chunks)
+            for chunk, accuracies in _as_finished(learner, begun, at_once):
                 for index, place in enumerate(chunk):
                     if measured[place] is None:
                         measured[place] = {key: array[index] for key, array in accuracies._asdict().items()}
@@ -96,8 +103,8 @@ def sweep_strengths(
                         accuracy = metrics.average_accuracy(measured[place]["accuracy_matrix"])
                         status = f"strength {place[1]:.3g}, seed {place[0]}: accuracy {accuracy:.3f}"
                         bar.update(line, advance=1, status=status)
-                if run.stopping.is_set():
-                    raise KeyboardInterrupt
+            if run.stopping.is_set():
+                raise KeyboardInterrupt
             of_learner = [[measured[seed, strength]["accuracy_matrix"] for seed in seeds] for strength in strengths]
             matrices[name] = np.array(of_learner)
             best = _at_best(average_accuracies(matrices[name]), strengths)
@@ -191,28 +198,25 @@ def _start(
     return SweepRun(init_params(params_key, tasks[0].train.inputs[0]), tasks, learning_key, 0.0)
 
 
-def _learn(
-    learner: SweepLearner, starts: Callable[[int], SweepRun], chunk: Sequence[tuple[int, float]]
-) -> SweepAccuracies:
-    return learner([starts(seed)._replace(strength=strength) for seed, strength in chunk])
-
-
 def _chunks(places: Iterable[tuple[int, float]], size: int) -> Iterator[tuple[tuple[int, float], ...]]:
     iterator = iter(places)
     return iter(lambda: tuple(itertools.islice(iterator, size)), ())
 
 
 def _as_finished(
-    function: Callable, arguments: Iterable, at_once: int
+    learner: SweepLearner, chunks: Iterable[tuple[tuple[tuple[int, float], ...], Sequence[SweepRun]]], at_once: int
 ) -> Iterator[tuple[tuple[tuple[int, float], ...], SweepAccuracies]]:
-    """Yields each argument with the function's result, some computed at once, in the order in which they finish."""
-    with concurrent.futures.ThreadPoolExecutor(at_once) as executor:
+    """Yields each chunk's places with their accuracies, in the order in which chunks finish, some of them at once."""
+    executor = concurrent.futures.ThreadPoolExecutor(at_once)
+    try:
         running = {}
-        for argument in arguments:
-            running[executor.submit(function, argument)] = argument
+        for places, runs in chunks:
+            running[executor.submit(learner, runs)] = places
             if len(running) == at_once:
                 done, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
                 for future in done:
                     yield running.pop(future), future.result()
         for future in concurrent.futures.as_completed(list(running)):
             yield running[future], future.result()
+    finally:
+        executor.shutdown(wait=False)  # an error, or a second Ctrl-C, is not to wait for what else runs

@@ -12,9 +12,10 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 @pytest.fixture
 def standard_promotion():
-    """For what relies on promotion elsewhere: Adam in optax, and network initialisers."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+    """For what relies on promotion elsewhere: Adam in optax, and network initialisers; in a sweep's threads too."""
+    jax.config.update("jax_numpy_dtype_promotion", "standard")
+    yield
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
 @pytest.fixture

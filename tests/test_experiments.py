@@ -85,19 +85,43 @@ def test_permuted(tmp_path, capsys):
 
 
 def test_permuted_chooses_strengths_on_validation_data(tmp_path, capsys):
-    arguments = ["--methods", "finetune", "ewc", "--tune", "--tune-grid", "0.1", "100", "1e30", "--tune-seeds", "7"]
+    arguments = ["--methods", "finetune", "ewc", "--strength", "0.1,100,1e30"]
     folder = run_permuted(tmp_path, "--penalty", "coupled", *arguments)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    tuning = [row for row in rows if row.get("split") == "validation"]
-    assert {row["method"] for row in tuning} == {"ewc 0.1", "ewc 100", "ewc 1e+30"}
-    assert {row["seed"] for row in tuning} == {7}
+    swept = [row for row in rows if row.get("split") == "validation"]
+    assert {(row["method"], row["seed"]) for row in swept} == {
+        (f"ewc {strength}", seed) for strength in ("0.1", "100", "1e+30") for seed in (0, 1)
+    }
+    assert len(swept) == 6
+    assert all(row["event"] == "sequence" for row in swept)
     printed = capsys.readouterr().out
-    assert "ewc 1e+30, seed 7: training diverged in epoch" in printed
-    assert "ewc 100: average accuracy" in printed
-    assert "chosen: --strength.ewc" in printed
-    assert "--strength.ewc 1e+30" not in printed
-    assert "| 0.1 |" in (folder / "tuning.md").read_text()
-    assert json.loads((folder / "strength.json").read_text())["ewc"] in (0.1, 100)
+    chosen = json.loads((folder / "strength.json").read_text())["ewc"]
+    assert chosen in (0.1, 100)
+    best = np.mean([row["accuracy_matrix"][-1] for row in swept if row["method"] == f"ewc {chosen:.3g}"])
+    assert f"ewc: average accuracy {100 * best:.1f}±" in printed
+    assert f"chosen: --strength.ewc {chosen:.3g}" in printed
+    table = (folder / "tuning.md").read_text()
+    assert "| 0.1 |" in table
+    assert "| 1e+30 | – |" in table  # diverged
+    with Image.open(folder / "tuning.png") as image:
+        assert image.width > 400
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--strength", "1,-10"], "strength must be finite and at least 0"),
+        (["--strength", "1,1"], "strength must have at least one entry, and none twice"),
+        (["--strength", "1,10", "--tune"], "leave out either --tune or --strength"),
+        (["--strength", "1,10", "--methods", "finetune", "joint"], "has a strength to choose"),
+        (["--strength", "1,ten"], "give numbers, such as 1,10,100"),
+        (["--seeds", "3-1"], "give integers and ranges, such as 0-4 or 0,2,4"),
+    ],
+)
+def test_strengths_and_seeds_that_cannot_be_used(arguments, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        tyro.cli(permuted.Config, args=arguments)
+    assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
 @pytest.mark.parametrize("option", ["--consolidation latest --decay 0.9", "--fisher sampled --optimizer adam"])
@@ -207,6 +231,7 @@ def test_permuted_help():
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     for flag in ("--dataset", "--methods", "--num-tasks", "--hidden-sizes", "--strength.ewc", "--seeds", "--tune"):
         assert flag in printed
+    assert "--strength 1,10,100" in printed
 
 
 def test_permuted_names_a_data_set_that_is_not_there(tmp_path):
@@ -220,15 +245,17 @@ def test_permuted_names_a_data_set_that_is_not_there(tmp_path):
 @pytest.mark.slow
 def test_strength_sweep(tmp_path, capsys):
     small = ["--num-tasks", "2", "--hidden-sizes", "16", "--num-epochs", "2", "--seeds", "0"]
-    arguments = [*small, "--strengths", "1", "1e12", "--output-dir", str(tmp_path)]
+    arguments = [*small, "--strength", "1,1e12", "--output-dir", str(tmp_path)]
     strength_sweep.main(tyro.cli(strength_sweep.Config, args=arguments))
     (folder,) = (tmp_path / "strength_sweep").iterdir()
 
-    accuracy = json.loads((folder / "summary.json").read_text())["learners"]
-    assert len(accuracy) == (3 + 4) * 2
-    assert accuracy["sgd coupled 1"]["values"] == accuracy["sgd decoupled 1"]["values"]
-    diverged = [name for name, estimate in accuracy.items() if estimate["mean"] is None]
-    assert diverged == ["sgd coupled 1e+12", "sgd decoupled 1e+12", "adam decoupled 1e+12"]
+    accuracy = json.loads((folder / "summary.json").read_text())["average_accuracy"]
+    assert len(accuracy) == 3 + 4
+    assert all(list(by_strength) == ["1", "1e+12"] for by_strength in accuracy.values())
+    assert accuracy["sgd coupled"]["1"]["values"] == accuracy["sgd decoupled"]["1"]["values"]
+    assert not any(by_strength["1"]["mean"] is None for by_strength in accuracy.values())
+    diverged = [name for name, by_strength in accuracy.items() if by_strength["1e+12"]["mean"] is None]
+    assert diverged == ["sgd coupled", "sgd decoupled", "adam decoupled"]
     with Image.open(folder / "strength_sweep.png") as image:
         assert image.width > 800
     assert "| 1e+12 | – |" in (folder / "table.md").read_text()

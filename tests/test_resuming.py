@@ -34,6 +34,7 @@ from lifelong_jax import (
     methods,
     permuted_tasks,
     resuming,
+    tuning,
 )
 from lifelong_jax.checkpoint import load_consolidation, read_metadata
 from lifelong_jax.models import MLP
@@ -93,6 +94,13 @@ def reopened(folder):
 
 def timeless(rows):
     return [{name: value for name, value in row.items() if not name.endswith("_seconds")} for row in rows]
+
+
+def in_order(rows):
+    """A sweep's rows come first in the log, as its runs finish."""
+    swept = [row for row in rows if row.get("split") == "validation"]
+    assert rows[: len(swept)] == swept
+    return sorted(swept, key=lambda row: (row["method"], row["seed"])) + rows[len(swept) :]
 
 
 def without_times(learned):
@@ -261,6 +269,7 @@ def test_a_script_goes_on_to_the_same_numbers(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(experiment, "make_optimizer_fn", lambda settings: optimizer_fn)
     for plot in ("plot_accuracy_curves", "plot_accuracy_matrices"):
         monkeypatch.setattr(comparison, plot, lambda *arguments: None)
+    monkeypatch.setattr(tuning, "plot_strength_sweep", lambda *arguments: None)
     log = Run.log
 
     def run_until(num_rows, *arguments):
@@ -272,17 +281,17 @@ def test_a_script_goes_on_to_the_same_numbers(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(Run, "log", log_or_die)
         permuted.main(parse_settings(permuted.Config, "permuted", [*SMALL, "--output-dir", str(tmp_path), *arguments]))
 
-    tune = ["--tune", "--tune-grid", "1", "10", "--tune-seeds", "7"]
-    run_until(-1, *tune)
+    sweep = ["--strength", "1,10"]
+    run_until(-1, *sweep)
     monkeypatch.setattr(resuming, "CHECKPOINT_SECONDS", 0.0)
     monkeypatch.setattr(resuming, "CHECKPOINT_SHARE", np.inf)
     with pytest.raises(Killed):
-        run_until(8, *tune)  # in the second strength
+        run_until(1, *sweep)  # of the two strengths' rows
     (first, second) = sorted((tmp_path / "permuted").iterdir())
-    with pytest.raises(Killed):  # of each strength 4 epochs and the sequence, then of ewc
-        run_until(12, *tune, "--resume")
+    with pytest.raises(Killed):  # in the second task of ewc
+        run_until(5, *sweep, "--resume")
     run_until(-1, "--resume", str(second))
-    assert timeless(read_rows(first)) == timeless(read_rows(second))
+    assert in_order(timeless(read_rows(first))) == in_order(timeless(read_rows(second)))
     for name in ("config.json", "strength.json", "tuning.md"):
         assert (first / name).read_text() == (second / name).read_text()
     ours, theirs = (json.loads((folder / "summary.json").read_text())["methods"] for folder in (first, second))
@@ -419,7 +428,7 @@ permuted.main(resuming.parse_settings(permuted.Config, "permuted", sys.argv[1:])
 @pytest.mark.slow
 def test_a_run_that_is_killed_twenty_times_ends_with_the_same_numbers(tmp_path):
     settings = ["--num-tasks", "3", "--hidden-sizes", "64", "--num-epochs", "10", "--seeds", "0", "1"]
-    settings += ["--methods", "ewc", "joint", "--tune", "--tune-grid", "1", "10", "--tune-seeds", "7"]
+    settings += ["--methods", "ewc", "joint", "--strength", "1,10"]
     environment = {**os.environ, "XLA_FLAGS": ""}  # without the tests' four devices
     root = pathlib.Path(permuted.__file__).parent.parent
 
@@ -450,7 +459,7 @@ def test_a_run_that_is_killed_twenty_times_ends_with_the_same_numbers(tmp_path):
         process = start("--resume", str(second))
     assert process.wait() == 0
     assert kills == 20
-    assert timeless(read_rows(first)) == timeless(read_rows(second))
+    assert in_order(timeless(read_rows(first))) == in_order(timeless(read_rows(second)))
     ours, theirs = (json.loads((folder / "summary.json").read_text())["methods"] for folder in (first, second))
     assert all(timeless([ours[name]]) == timeless([theirs[name]]) for name in ("ewc", "joint"))
     files = list(first.rglob("task-*.safetensors"))

@@ -122,6 +122,32 @@ def test_a_batch_of_padding_alone_has_no_gradient():
     assert jnp.isfinite(info.loss).all()
 
 
+@pytest.mark.parametrize(("padding", "num_steps"), [(0, [4, 2, 0]), (5, [4, 4, 1]), (5, [3, 0, 0])])
+def test_max_steps_ends_training_within_the_same_epochs(padding, num_steps):
+    # The parameters before each step, of three epochs of four steps, are kept in the optimiser's state.
+    history = optax.GradientTransformation(
+        lambda params: (jnp.array(0), jnp.zeros((12, 3))),
+        lambda updates, state, params: (updates, (state[0] + 1, state[1].at[state[0]].set(params["w"]))),
+    )
+    optimizer = optax.chain(optax.sgd(0.05), history)
+    examples, params, consolidation = make_problem()
+    examples = jax.tree.map(lambda x: jnp.concatenate([x, jnp.full_like(x[:padding], 9.0)]), examples)
+    weights = (jnp.arange(NUM_EXAMPLES + padding) < NUM_EXAMPLES).astype(jnp.float32) if padding else None
+    state = init_training(optimizer, params, jax.random.key(1))
+    learn = functools.partial(learn_task, loss_fn, optimizer, state, consolidation, num_epochs=3, batch_size=3)
+    whole, whole_info = learn(examples, weights=weights)
+    assert whole_info.num_steps.tolist() == [4, 4, 4]
+
+    taken = sum(num_steps)
+    ended, info = jax.jit(functools.partial(learn, max_steps=taken))(examples, weights=weights)
+    assert info.num_steps.tolist() == num_steps
+    (_, before_steps), (_, whole_before_steps) = ended.opt_state[1], whole.opt_state[1]
+    np.testing.assert_allclose(before_steps[:taken], whole_before_steps[:taken], rtol=1e-5)
+    np.testing.assert_allclose(ended.params["w"], whole_before_steps[taken], rtol=1e-5)
+    was_taken = np.arange(info.loss.shape[1]) < info.num_steps[:, None]
+    np.testing.assert_allclose(info.loss, np.where(was_taken, whole_info.loss, 0), rtol=1e-5)
+
+
 @pytest.mark.usefixtures("standard_promotion")
 def test_vmap_over_runs_equals_the_runs_one_by_one():
     examples, params, consolidation = make_problem()
@@ -174,6 +200,7 @@ def test_a_loss_that_is_no_scalar():
         ({"examples": (jnp.zeros((4, 3)), jnp.zeros(5))}, r"examples\[0\]: 4"),
         ({"num_epochs": 0}, "num_epochs must be an integer of at least 1"),
         ({"batch_size": 2.0}, "batch_size must be an integer of at least 1"),
+        ({"max_steps": 0}, "max_steps must be an integer of at least 1"),
         ({"weights": jnp.ones(3)}, "weights: 3"),
     ],
 )
