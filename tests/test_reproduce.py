@@ -9,9 +9,9 @@ import optax
 import pytest
 
 from experiments import published, reproduce
-from lifelong_jax import Batch, init_training, learn_task, methods
-from lifelong_jax.consolidation import init_consolidation
+from lifelong_jax import Batch, init_training, methods
 from lifelong_jax.datasets import load_dataset
+from lifelong_jax.sweep import SweepAccuracies, learn_sweep
 
 NUM_EXAMPLES, NUM_REAL = 13, 11
 MASK = jnp.array([True, True, False])
@@ -115,21 +115,14 @@ def test_scaled_mas(state, batch):
     assert max(leaf.max() for leaf in leaves) == 1
 
 
-@pytest.mark.usefixtures("standard_promotion")
 def test_synaptic_intelligence_without_the_maximum(batch):
-    # A penalty that pulls hard, so that some paths lead uphill.
     method = published.ROWS[2].entries[2].method
-    optimizer = method.wrap_optimizer(optax.adam(0.3))
-    params = {"first": jnp.ones((4, 5)), "second": jnp.ones((5, 3))}
-    state = init_training(optimizer, params, KEY)
-    loss_fn = methods.cross_entropy(apply_fn)
-    state, _ = learn_task(
-        loss_fn, optimizer, state, init_consolidation(params), batch, num_epochs=4, batch_size=4, weights=batch.weights
+    state = init_training(method.wrap_optimizer(optax.sgd(0.1)), jnp.array([1.0, 1.0]), KEY)
+    state = state._replace(
+        params=jnp.array([3.0, 1.5]), opt_state=state.opt_state._replace(path=jnp.array([-2.0, 7.0]))
     )
-    ours = jax.tree.leaves(method.importance_fn(apply_fn, state, batch, KEY))
-    clipped = jax.tree.leaves(methods.si().importance_fn(apply_fn, state, batch, KEY))
-    assert any((leaf < 0).any() for leaf in ours)
-    assert_close([jnp.maximum(leaf, 0) for leaf in ours], clipped)
+    importance = method.importance_fn(apply_fn, state, batch, KEY)
+    np.testing.assert_allclose(importance, [-2.0 / (4 + 0.1), 7.0 / (0.25 + 0.1)], rtol=1e-6)
 
 
 @pytest.mark.usefixtures("standard_promotion")
@@ -151,12 +144,12 @@ def test_the_optimisers_state_is_kept():
 
 
 def test_initialisations_have_the_sources_scales():
-    params = published.uniform_init((400,), KEY, jnp.zeros((32, 32, 1)))["params"]
-    for layer, fan_in in (("Dense_0", 1024), ("Dense_1", 400)):
+    params = published.uniform_init((400,), KEY, jnp.zeros((10, 10, 1)))["params"]
+    for layer, fan_in in (("Dense_0", 100), ("Dense_1", 400)):
         for leaf in params[layer].values():
             assert abs(leaf).max() <= 1 / np.sqrt(fan_in)
         np.testing.assert_allclose(params[layer]["kernel"].std(), 1 / np.sqrt(3 * fan_in), rtol=0.05)
-    params = published.truncated_init((256,), KEY, jnp.zeros(784))["params"]["Dense_0"]
+    params = published.truncated_init((400,), KEY, jnp.zeros(100))["params"]["Dense_0"]
     assert abs(params["kernel"]).max() <= 0.2
     np.testing.assert_allclose(params["kernel"].std(), 0.088, rtol=0.02)  # of a normal cut off at two deviations
     assert (params["bias"] == np.float32(0.1)).all()
@@ -171,10 +164,21 @@ def test_images_are_padded_and_normalised():
     )
 
 
+def pretend(method, apply_fn, optimizer_fn, runs, **options):
+    """Takes the place of `learn_sweep`: the best strength is 100."""
+    assert options["scenario"] in ("task", "domain")
+    accuracies = [0.9 - 0.1 * (run.strength != 100) + 0.01 * jax.random.uniform(run.key) for run in runs]
+    num_tasks = len(runs[0].tasks)
+    matrices = np.array(accuracies)[:, None, None] * np.ones((num_tasks, num_tasks))
+    return SweepAccuracies(matrices, matrices[:, 0])
+
+
+@pytest.mark.parametrize("learn", [pretend, pytest.param(learn_sweep, marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("standard_promotion")
-def test_rows_are_run_and_written_down(tmp_path, monkeypatch, capsys):
+def test_rows_are_run_and_written_down(tmp_path, monkeypatch, capsys, learn):
     digits = load_dataset("digits")
     monkeypatch.setattr(reproduce, "load_or_exit", lambda name, data_dir: digits)
+    monkeypatch.setattr(reproduce, "learn_sweep", learn)
     small = {"transform": lambda images: images, "hidden_sizes": (8,), "num_epochs": 1, "max_steps": None}
     of_two = published.ROWS[3]._replace(
         entries=(published.ROWS[3].entries[3]._replace(strengths=(1.0, 100.0)), published.ROWS[3].entries[-1]), **small
@@ -187,7 +191,7 @@ def test_rows_are_run_and_written_down(tmp_path, monkeypatch, capsys):
     results = json.loads((tmp_path / "docs" / "results.json").read_text())
     assert list(results) == ["3", "5"]  # the second run left the first one's row
     empirical, none = results["3"]
-    assert empirical["strength"] in (1.0, 100.0)
+    assert empirical["strength"] == 100.0 or learn is learn_sweep
     assert {strength: len(accuracies) for strength, accuracies in empirical["validation"].items()} == {"1": 2, "100": 2}
     assert none["validation"] == {}
     assert all(20 < accuracy <= 100 for result in results["3"] for accuracy in result["accuracies"])
