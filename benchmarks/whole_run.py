@@ -2,17 +2,18 @@
 
     python -m benchmarks.whole_run
 
-Five permuted tasks, MLP 784-1000-1000-10, one epoch each, batch 128, Adam, EWC with the exact Fisher of all 60,000
-examples of each task. `learn_tasks`, the loop on the host, is broken into its parts; `learn_sweep` of one run is one
-program, of which only compilation stands apart. Each turn has each of them anew, compilation included, and the floors.
-Importing and decoding the data are left out: loading is from the cache.
+Five permuted tasks, MLP 784-1000-1000-10, one epoch each, batch 128, Adam, EWC with the Fisher of all 60,000 examples
+of each task: empirical, at the true labels, or, by `--fisher exact`, in expectation over the classes. `learn_tasks`, the
+loop on the host, is broken into its parts; `learn_sweep` of one run is one program, of which only compilation stands
+apart. Each turn has each of them anew, compilation included, and the floors. Importing and decoding the data are left
+out: loading is from the cache.
 
 The floor is the same matrix products, bare and at their fastest (`benchmarks/floor.py`): those of every training step;
-of the Fisher, ten cotangents pulled back per example among them; and of the test images of each task learned so far,
-after each task. Both ways evaluate more than that: `learn_tasks` all tasks before the first and after each, and those
-learned so far after each epoch; `learn_sweep` the former. The second table says how many. The practical floor adds
-Adam's memory traffic: its update alone, the penalty's gradient included, for every step. Seconds are medians over the
-turns, with quartiles; a floor is the least of all its times, and a ratio that of the median over the floor.
+of the Fisher, one cotangent pulled back per example, or ten; and of the test images of each task learned so far, after
+each task. Both ways evaluate more than that, all tasks before the first and after each; the second table says how many.
+The practical floor adds Adam's memory traffic: its update alone, the penalty's gradient included, for every step.
+Seconds are medians over the turns, with quartiles; a floor is the least of all its times, and a ratio that of the
+median over the floor.
 """
 
 import argparse
@@ -30,7 +31,7 @@ import optax
 
 from benchmarks import floor
 from benchmarks.timing import CompilationClock, quartiles, time_call, timed
-from lifelong_jax import add_quadratic_penalty, continual, ewc, learn_tasks, permuted_tasks
+from lifelong_jax import Method, add_quadratic_penalty, continual, ewc, learn_tasks, permuted_tasks
 from lifelong_jax.datasets import load_dataset
 from lifelong_jax.metrics import average_accuracy
 from lifelong_jax.models import MLP
@@ -59,12 +60,14 @@ def main() -> None:
     parser.add_argument(
         "--examples", type=int, help="training examples, and a sixth of these to test on; all by default"
     )
+    parser.add_argument("--fisher", choices=("empirical", "exact"), default="empirical")
     arguments = parser.parse_args()
+    method = ewc(arguments.fisher)
     run = start(arguments.examples)  # fills the cache of decoded data
     num_train, num_test = (len(batch.labels) for batch in (run.tasks[0].train, run.tasks[0].test))
     clock = CompilationClock()
     print(floor.machine())
-    floors, update = find_floors(num_train, num_test), PenalisedAdam()
+    floors, update = find_floors(num_train, num_test, arguments.fisher), PenalisedAdam()
     updates = NUM_TASKS * -(-num_train // BATCH_SIZE)
     ways = {"learn_tasks": learn_by_host, "learn_sweep": learn_as_program}
     measured: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
@@ -72,7 +75,7 @@ def main() -> None:
     for turn in range(arguments.turns):
         for way in list(ways)[:: 1 if turn % 2 else -1]:
             jax.clear_caches()
-            measured[way].append(ways[way](arguments.examples, clock))
+            measured[way].append(ways[way](method, arguments.examples, clock))
         for _ in range(FLOOR_REPEATS):
             times = {part: NUM_TASKS * bare.seconds() for part, bare in floors.items()}
             times["updates"] = updates * update.seconds()
@@ -96,7 +99,7 @@ def start(num_examples: int | None) -> SweepRun:
     return jax.block_until_ready(run)
 
 
-def learn_by_host(num_examples: int | None, clock: CompilationClock) -> dict[str, float]:
+def learn_by_host(method: Method, num_examples: int | None, clock: CompilationClock) -> dict[str, float]:
     """Makes the whole run by `learn_tasks`; returns the seconds of its parts, and the accuracy."""
     evaluations: list[tuple[int, float]] = []
     evaluate = continual.evaluate
@@ -112,7 +115,7 @@ def learn_by_host(num_examples: int | None, clock: CompilationClock) -> dict[str
         run = start(num_examples)
     settings = {"num_epochs": 1, "batch_size": BATCH_SIZE, "strength": run.strength}
     with timed(clock) as learning, mock.patch.object(continual, "evaluate", timed_evaluate):
-        learned = learn_tasks(ewc(), MODEL.apply, optimizer_fn, run.params, run.tasks, run.key, **settings)
+        learned = learn_tasks(method, MODEL.apply, optimizer_fn, run.params, run.tasks, run.key, **settings)
         jax.block_until_ready((learned.params, learned.consolidation))
     parts = {
         "loading": loading.seconds[0],
@@ -127,12 +130,12 @@ def learn_by_host(num_examples: int | None, clock: CompilationClock) -> dict[str
     return parts | {"evaluations": sum(count for count, _ in evaluations), "accuracy": accuracy}
 
 
-def learn_as_program(num_examples: int | None, clock: CompilationClock) -> dict[str, float]:
+def learn_as_program(method: Method, num_examples: int | None, clock: CompilationClock) -> dict[str, float]:
     """Makes the whole run by `learn_sweep`; likewise."""
     with timed(clock) as loading:
         run = start(num_examples)
     with timed(clock) as learning:
-        swept = learn_sweep(ewc(), MODEL.apply, optimizer_fn, [run], num_epochs=1, batch_size=BATCH_SIZE)
+        swept = learn_sweep(method, MODEL.apply, optimizer_fn, [run], num_epochs=1, batch_size=BATCH_SIZE)
     parts = {"loading": loading.seconds[0], "compilation": loading.compilation[0] + learning.compilation[0]}
     total = sum(parts.values()) + learning.seconds[0]
     measured = np.isfinite(swept.initial_accuracies).sum() + np.isfinite(swept.accuracy_matrix).sum()
@@ -140,13 +143,16 @@ def learn_as_program(num_examples: int | None, clock: CompilationClock) -> dict[
     return parts | {"total": total, "evaluations": int(measured), "accuracy": accuracy}
 
 
-def find_floors(num_train: int, num_test: int) -> dict[str, floor.Floor]:
+def find_floors(num_train: int, num_test: int, fisher: str) -> dict[str, floor.Floor]:
     """Finds the fastest way to compute each part's products, for a task's share of the run."""
     steps = -(-num_train // BATCH_SIZE)
     batch_sizes = [min(size, num_test) for size in floor.BATCH_SIZES]
     return {
         "training": floor.find_floor("training", SIZES, steps * BATCH_SIZE, [BATCH_SIZE]),
-        "importance": floor.find_floor("importance", SIZES, num_train, floor.BATCH_SIZES),
+        # The empirical Fisher's products are those of a gradient, at any batch size.
+        "importance": floor.find_floor(
+            "importance" if fisher == "exact" else "training", SIZES, num_train, floor.BATCH_SIZES
+        ),
         # Of one task after the first, of two after the second, and so on: so many a task in the mean.
         "evaluation": floor.find_floor("evaluation", SIZES, num_test * (NUM_TASKS + 1) // 2, batch_sizes),
     }
