@@ -3,10 +3,10 @@
     python -m benchmarks.whole_run
 
 Five permuted tasks, MLP 784-1000-1000-10, one epoch each, batch 128, Adam, EWC with the Fisher of all 60,000 examples
-of each task: empirical, at the true labels, or, by `--fisher exact`, in expectation over the classes. `learn_tasks`, the
-loop on the host, is broken into its parts; `learn_sweep` of one run is one program, of which only compilation stands
-apart. Each turn has each of them anew, compilation included, and the floors. Importing and decoding the data are left
-out: loading is from the cache.
+of each task: empirical, at the true labels, or, by `--fisher exact`, in expectation over the classes. `learn_tasks`,
+the loop on the host, is broken into its parts; `learn_sweep` of one run is one program, of which only compilation
+stands apart. Each turn has each of them anew, compilation included, and the floors. Importing and decoding the data are
+left out: loading is from the cache.
 
 The floor is the same matrix products, bare and at their fastest (`benchmarks/floor.py`): those of every training step;
 of the Fisher, one cotangent pulled back per example, or ten; and of the test images of each task learned so far, after
