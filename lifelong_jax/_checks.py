@@ -126,7 +126,7 @@ def check_same_structure(name: str, tree: Any, reference_name: str, reference: A
 def check_importance(name: str, importance: Params) -> None:
     """Raises ValueError, naming the leaf, where values are known and one is NaN, infinite or negative."""
     for path, leaf in jax.tree.leaves_with_path(importance):
-        if is_concrete(leaf) and not bool(jnp.all(jnp.isfinite(leaf) & (leaf >= 0))):
+        if is_concrete(leaf) and not _is_importance(leaf):
             raise ValueError(
                 f"{name}{jax.tree_util.keystr(path)} has entries that are NaN, infinite or negative: an importance is "
                 f"finite and not negative. Did training diverge before it was computed?"
@@ -136,10 +136,24 @@ def check_importance(name: str, importance: Params) -> None:
 def check_finite(name: str, tree: Any, hint: str = "Did training diverge?") -> None:
     """Raises ValueError, naming the leaf, where values are known and one is NaN or infinite."""
     for path, leaf in jax.tree.leaves_with_path(tree):
-        if is_concrete(leaf) and not bool(jnp.all(jnp.isfinite(leaf))):
+        if is_concrete(leaf) and not is_finite(leaf):
             raise ValueError(f"{name}{jax.tree_util.keystr(path)} has entries that are NaN or infinite. {hint}")
 
 
 def is_concrete(value: Any) -> bool:
     """Says whether a value is known now, or stands for a later one inside a jax transformation."""
     return not isinstance(value, jax.core.Tracer)
+
+
+# One program each: op by op, each would be compiled for each shape.
+
+
+@jax.jit
+def is_finite(leaf: jax.Array) -> jax.Array:
+    """Says whether no entry is NaN or infinite."""
+    return jnp.isfinite(leaf).all()
+
+
+@jax.jit
+def _is_importance(leaf: jax.Array) -> jax.Array:
+    return (jnp.isfinite(leaf) & (leaf >= 0)).all()

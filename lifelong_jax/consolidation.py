@@ -1,6 +1,7 @@
 """How the importances of several tasks become one: what is kept is the size of the parameters, whatever their
 number."""
 
+import functools
 from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
@@ -189,6 +190,7 @@ def normalize_importance(importance: Params, to: Literal["mean", "max"] = "mean"
     return jax.tree.map(lambda omega: omega / jnp.where(mean > 0, mean, 1).astype(omega.dtype), relative)
 
 
+@functools.partial(jax.jit, static_argnames=("rule",))
 def _add(
     consolidation: Consolidation,
     params: Params,

@@ -296,7 +296,7 @@ def _train_epoch(
     (training, info), seconds = _timed(learn, state.training, state.consolidation, strength, *shown)
     loss = float(info.loss.sum()) / int(info.num_steps.sum())
     # The last step's update comes after the last loss.
-    if not (math.isfinite(loss) and all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(training.params))):
+    if not (math.isfinite(loss) and all(map(_checks.is_finite, jax.tree.leaves(training.params)))):
         advice = f" at strength {strength:g}: lower it or the learning rate, or use the proximal penalty"
         raise FloatingPointError(
             f"training diverged in epoch {epoch + 1}{advice if strength > 0 else ': lower the learning rate'}"
