@@ -39,12 +39,22 @@ class Published(NamedTuple):
     Attributes:
       mean: over its runs.
       deviation: what it writes behind ±, of the kind that its protocol says.
-      written: what stands in the table, where a source has no mean ± deviation.
     """
 
     mean: float
     deviation: float
-    written: str | None = None
+
+
+class PublishedRange(NamedTuple):
+    """Where sources put an accuracy, in percent.
+
+    Attributes:
+      low: at least.
+      high: at most.
+    """
+
+    low: float
+    high: float
 
 
 class Entry(NamedTuple):
@@ -61,7 +71,7 @@ class Entry(NamedTuple):
     name: str
     method: Method
     strengths: tuple[float, ...]
-    published: Published | None
+    published: Published | PublishedRange | None
     learning_rate: float | None = None
 
 
@@ -73,7 +83,7 @@ class Protocol(NamedTuple):
       source: the paper, and what else the settings are from.
       remark: what a reader of the row should know.
       deviation: what ± is, of its runs and so of ours.
-      num_seeds: how many runs, unless told otherwise.
+      num_seeds: how many runs, unless told otherwise; where ± is a standard deviation, as many as the source's.
       scenario: "task", "domain" or "class".
       transform: of the inputs.
       make_tasks: `make_tasks(dataset, key) -> tasks`.
@@ -315,6 +325,7 @@ HSU = Protocol(
 ROWS = {
     1: HSU,
     2: HSU._replace(
+        title="Split MNIST, task-incremental: the other methods",
         entries=(
             Entry("EWC", with_importance(fisher_at_prediction, "separate"), (200.0,), Published(97.70, 0.81)),
             Entry("online EWC", with_importance(fisher_at_prediction, "latest"), (800.0,), Published(98.04, 1.10)),
@@ -325,12 +336,13 @@ ROWS = {
                 Published(98.56, 0.49),
             ),
             Entry("L2", keeping_optimizer(methods.l2("latest", 0.0)), (0.02,), Published(98.18, 0.96)),
-        )
+        ),
     ),
     3: Protocol(
         title="Split MNIST, task-incremental, by estimator of the Fisher",
         source="van de Ven 2025, arXiv 2502.11756; settings from its code, GMvandeVen/continual-learning",
-        remark="Pairs of classes in random order; 2,000 steps a task; Adam keeps its state; online EWC with ½.",
+        remark="Pairs of classes in random order; 2,000 steps a task; Adam keeps its state; online EWC. The source "
+        "has the best λ of fourteen decades on test data, of 30 runs; ours is the best of six on validation data.",
         deviation="standard error",
         num_seeds=3,
         scenario="task",
@@ -361,7 +373,7 @@ ROWS = {
         title="Permuted MNIST, 10 tasks",
         source="van de Ven and Tolias 2018, arXiv 1809.10635; settings from its code, GMvandeVen/continual-learning",
         remark="Images of 32×32; 5,000 steps a task; Adam keeps its state; the Fisher at the predicted label; online "
-        "EWC with γ = 0.8.",
+        "EWC with γ = 0.9, which multiplies the importance once more where the source uses it.",
         deviation="standard error",
         num_seeds=3,
         scenario="domain",
@@ -378,8 +390,8 @@ ROWS = {
             Entry("EWC", with_importance(fisher_at_prediction, "separate"), (500.0,), Published(94.31, 0.11)),
             Entry(
                 "online EWC",
-                with_importance(fisher_at_prediction, "latest", 0.8),
-                (1000.0,),
+                with_importance(fisher_at_prediction, "latest", 0.9),
+                (900.0,),  # γ · 1000
                 Published(94.42, 0.13),
             ),
             Entry("none", FINETUNE, (0.0,), Published(78.51, 0.24)),
@@ -389,7 +401,8 @@ ROWS = {
         title="Permuted MNIST, 17 tasks, one pass in batches of 10",
         source="Chaudhry et al. 2019, arXiv 1812.00420; settings from its code, facebookresearch/agem",
         remark="The source's code keeps the last task's importance alone, of batches of 10, as it is. Scaled to [0, 1] "
-        "and summed over the tasks, at the same λ, MAS remembers far more.",
+        "and summed over the tasks, at the same λ, MAS remembers far more. The source's importance is of the 55,000 "
+        "images that it trains on, ours of all 60,000.",
         deviation="standard deviation",
         num_seeds=5,
         scenario="domain",
@@ -422,13 +435,13 @@ ROWS = {
                 "EWC",
                 with_importance(fisher_at_prediction, "separate"),
                 (1200.0,),
-                Published(19.75, 0.375, "19 to 20.5"),
+                PublishedRange(19.0, 20.5),
             ),
             Entry(
                 "MAS",
                 with_importance(mas_of_batches(128, mean_of_active), "latest"),
                 (2.0,),
-                Published(19.75, 0.375, "19 to 20.5"),
+                PublishedRange(19.0, 20.5),
             ),
         ),
     ),

@@ -136,7 +136,7 @@ class Settings(RunSettings):
         if self.strengths:
             check_settings(distinct={"strength": [f"{strength:.3g}" for strength in self.strengths]})  # as in tables
         if (self.tune or self.strengths) and not set(self.methods) & set(dataclasses.asdict(self.strength)):
-            raise ValueError(f"tune: none of the methods {self.methods} has a strength to choose.")
+            raise ValueError(f"--strength, --tune: none of the methods {self.methods} has a strength to choose.")
 
 
 class Experiment(NamedTuple):
@@ -328,7 +328,7 @@ def tune(
         split="validation",
     )
     best = choose_strengths(matrices, strengths, run, console)
-    console.print("chosen: " + ", ".join(f"--strength.{name} {strength:.3g}" for name, strength in best.items()))
+    console.print("chosen: " + ", ".join(f"--strength.{name} {strength:g}" for name, strength in best.items()))
     chosen = dataclasses.replace(settings.strength, **best)
     run.write_json("strength.json", dataclasses.asdict(chosen))
     return chosen

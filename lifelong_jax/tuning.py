@@ -1,9 +1,10 @@
 """Many runs of a sequence of tasks, strengths by seeds, and the choice of the best strength on validation data."""
 
-import concurrent.futures
 import functools
 import itertools
 import os
+import queue
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeAlias
@@ -74,7 +75,7 @@ def sweep_strengths(
     check_settings(distinct={"strengths": [f"{strength:.3g}" for strength in strengths], "seeds": seeds})
     on_cpu = jax.default_backend() == "cpu"
     runs_per_program = 1 if on_cpu else RUNS_PER_PROGRAM
-    at_once = (os.cpu_count() or 1) if on_cpu else 1
+    at_once = _num_cores() if on_cpu else 1
     start_of = functools.lru_cache(maxsize=1)(functools.partial(_start, make_tasks, init_params))
     matrices = {}
     with progress_bar(console) as bar:
@@ -178,6 +179,11 @@ def best_strength(accuracies: Sequence[Estimate], strengths: Sequence[float], na
     return float(strengths[best])
 
 
+def _num_cores() -> int:
+    """Counts the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _best(accuracies: Sequence[Estimate]) -> int | None:
     means = np.array([accuracy.mean for accuracy in accuracies])
     return None if np.isnan(means).all() else int(np.nanargmax(means))
@@ -207,16 +213,25 @@ def _as_finished(
     learner: SweepLearner, chunks: Iterable[tuple[tuple[tuple[int, float], ...], Sequence[SweepRun]]], at_once: int
 ) -> Iterator[tuple[tuple[tuple[int, float], ...], SweepAccuracies]]:
     """Yields each chunk's places with their accuracies, in the order in which chunks finish, some of them at once."""
-    executor = concurrent.futures.ThreadPoolExecutor(at_once)
-    try:
-        running = {}
-        for places, runs in chunks:
-            running[executor.submit(learner, runs)] = places
-            if len(running) == at_once:
-                done, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
-                for future in done:
-                    yield running.pop(future), future.result()
-        for future in concurrent.futures.as_completed(list(running)):
-            yield running[future], future.result()
-    finally:
-        executor.shutdown(wait=False)  # an error, or a second Ctrl-C, is not to wait for what else runs
+    finished: queue.SimpleQueue = queue.SimpleQueue()
+
+    def learn(places: tuple[tuple[int, float], ...], runs: Sequence[SweepRun]) -> None:
+        try:
+            finished.put((places, learner(runs), None))
+        except Exception as error:  # of any kind: it is raised again where it is seen
+            finished.put((places, None, error))
+
+    running = 0
+    for chunk in itertools.chain(chunks, itertools.repeat(None)):
+        if chunk is None and running == 0:
+            return
+        if chunk is not None:
+            # Daemons: after an error, or a second Ctrl-C, the process is not to wait for what else runs.
+            threading.Thread(target=learn, args=chunk, daemon=True).start()
+            running += 1
+        if chunk is None or running == at_once:
+            places, accuracies, error = finished.get()
+            running -= 1
+            if error is not None:
+                raise error
+            yield places, accuracies

@@ -188,6 +188,7 @@ def test_rows_are_run_and_written_down(tmp_path, monkeypatch, capsys, learn):
     settings = {"output_dir": str(tmp_path / "results"), "docs": str(tmp_path / "docs"), "seeds": (0, 1)}
     reproduce.main(reproduce.Config(rows=(3,), **settings))
     reproduce.main(reproduce.Config(rows=(5,), **settings))
+    reproduce.main(reproduce.Config(rows=(5,), **{**settings, "docs": None, "seeds": (0,)}))  # no deviation of one
     results = json.loads((tmp_path / "docs" / "results.json").read_text())
     assert list(results) == ["3", "5"]  # the second run left the first one's row
     empirical, none = results["3"]
@@ -198,10 +199,29 @@ def test_rows_are_run_and_written_down(tmp_path, monkeypatch, capsys, learn):
     text = (tmp_path / "docs" / "results.md").read_text()
     assert "| empirical | 99.12 ± 0.12 | " in text
     assert "| MAS, scaled and summed | – | " in text
+    assert "nan" not in text
+    (alone,) = (tmp_path / "results" / "reproduce").glob("*/results.md")
+    assert "nan" not in alone.read_text()
     assert "results_row_3.png" in text
     assert (tmp_path / "docs" / "results.png").exists()
     assert (tmp_path / "docs" / "results_row_3.png").exists()
     assert "Row 5" in capsys.readouterr().out
+
+
+def test_the_table_says_how_far_apart_accuracies_are():
+    results = [{"name": "MAS", "strength": 2.0, "accuracies": [99.0, 99.4]}]
+    _, row = reproduce.table_of(published.ROWS[1], results)
+    assert row[1:4] == ["99.22 ± 0.21", "99.20 ± 0.28", "2"]
+    deviations, errors = -0.02 / np.sqrt((0.21**2 + 0.08) / 2), -0.02 / np.sqrt(0.21**2 / 10 + 0.08 / 2)
+    assert row[4:6] == [f"{deviations:+.1f}", f"{errors:+.1f}"]
+    results = [{"name": "EWC", "strength": 500.0, "accuracies": [94.0, 94.0, 94.3]}]  # ± is the standard error
+    _, row = reproduce.table_of(published.ROWS[4], results)
+    assert row[2:6] == ["94.10 ± 0.10", "3", "–", f"{-0.21 / np.hypot(0.11, 0.1):+.1f}"]
+    results = [{"name": "MAS", "strength": 2.0, "accuracies": [21.0, 22.0]}]
+    _, row = reproduce.table_of(published.ROWS[6], results)
+    assert (row[1], row[4], row[5]) == ("19 to 20.5", "outside", "–")
+    results = [{"name": "none", "strength": 0.0, "accuracies": [None, 50.0]}]
+    assert reproduce.table_of(published.ROWS[5], results)[1][2] == "diverged"
 
 
 def test_unknown_rows_are_refused():

@@ -53,7 +53,7 @@ def sweep(learners, run, console=None):
 
 @pytest.fixture(params=["one by one", "three at once", "four a program"])
 def backend(request, monkeypatch):
-    monkeypatch.setattr(tuning.os, "cpu_count", lambda: {"one by one": 1}.get(request.param, 3))
+    monkeypatch.setattr(tuning, "_num_cores", lambda: {"one by one": 1}.get(request.param, 3))
     if request.param == "four a program":
         monkeypatch.setattr(tuning.jax, "default_backend", lambda: "gpu")
         monkeypatch.setattr(tuning, "RUNS_PER_PROGRAM", 4)
@@ -155,7 +155,7 @@ def test_a_sweep_that_is_asked_to_stop_keeps_what_has_begun(tmp_path, backend, e
 
 
 def test_a_second_signal_does_not_wait_for_what_runs(tmp_path, monkeypatch):
-    monkeypatch.setattr(tuning.os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(tuning, "_num_cores", lambda: 1)
     console = rich.console.Console(file=io.StringIO(), width=200)
     released = threading.Event()
 
@@ -172,6 +172,7 @@ def test_a_second_signal_does_not_wait_for_what_runs(tmp_path, monkeypatch):
         open_run(RunSettings(output_dir=str(tmp_path)), "permuted", console) as run,
     ):
         sweep({"ewc": stuck}, run)
+    assert all(thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread())
     released.set()
     assert "to go on: python -m experiments.permuted --resume" in console.file.getvalue()
     assert not read_rows(run.folder)
