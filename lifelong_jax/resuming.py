@@ -94,8 +94,8 @@ def open_run(settings: RunSettings, experiment: str, console: rich.console.Conso
     """Starts a run, or goes on with the one that `settings.resume` names; one process at a time may write to it.
 
     On Ctrl-C, or when the process is told to terminate, the run stops after the epoch that is being learned, with a
-    checkpoint; or, with `compute_once`, after the part that is being computed. The program then ends with the usual
-    status (130 or 143), and says how to go on.
+    checkpoint; or, with `compute_once`, after the part that is being computed, and in a sweep after the runs that have
+    begun. The program then ends with the usual status (130 or 143), and says how to go on.
 
     Args:
       settings: the script's settings.

@@ -26,6 +26,7 @@ from experiments import (
 )
 from lifelong_jax.datasets import load_dataset
 from lifelong_jax.experiment import make_learner
+from lifelong_jax.resuming import parse_settings
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -135,6 +136,7 @@ def summary_of(folder):
     return json.loads((folder / "summary.json").read_text())["methods"]
 
 
+@pytest.mark.slow
 def test_rotated(tmp_path):
     arguments = ["--num-tasks", "3", "--max-angle", "20", "--methods", "mas", "--num-epochs", "10", "--seeds", "0"]
     summary = summary_of(run(rotated, tmp_path, *arguments, "--hidden-sizes", "64"))
@@ -167,12 +169,13 @@ def test_every_method_has_a_learner_and_a_strength():
     "scenario", ["class", pytest.param("task", marks=pytest.mark.slow), pytest.param("domain", marks=pytest.mark.slow)]
 )
 def test_split(tmp_path, scenario):
-    arguments = ["--scenario", scenario, "--classes-per-task", "4", "--methods", "ewc", "joint", "--seeds", "0"]
+    names = ["ewc"] if scenario == "class" else ["ewc", "joint"]
+    arguments = ["--scenario", scenario, "--classes-per-task", "4", "--methods", *names, "--seeds", "0"]
     summary = summary_of(run(split, tmp_path, *arguments))
     assert np.array(summary["ewc"]["accuracy_matrix"]).shape == (3, 3)  # 4 + 4 + 2 classes
     assert (summary["ewc"]["forward_transfer"]["mean"] is None) == (scenario == "class")
-    chance = {"task": 1 / 3, "domain": 1 / 3, "class": 0.1}[scenario]
-    assert summary["joint"]["average_accuracy"]["mean"] > 1.5 * chance
+    if scenario != "class":
+        assert summary["joint"]["average_accuracy"]["mean"] > 0.5  # chance is a third
 
 
 def test_split_takes_classes_in_any_order():
@@ -226,9 +229,10 @@ def test_dataset_sequence_of_scenes_and_birds(tmp_path, mocked_birds, monkeypatc
     assert np.array(summary["mas"]["accuracy_matrix"]).shape == (2, 2)
 
 
-def test_permuted_help():
-    command = [sys.executable, "-m", "experiments.permuted", "--help"]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def test_permuted_help(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        parse_settings(permuted.Config, "permuted", ["--help"])
+    printed = capsys.readouterr().out
     for flag in ("--dataset", "--methods", "--num-tasks", "--hidden-sizes", "--strength.ewc", "--seeds", "--tune"):
         assert flag in printed
     assert "--strength 1,10,100" in printed

@@ -107,7 +107,7 @@ def without_times(learned):
     return learned._replace(training_seconds=0, importance_seconds=0)
 
 
-@pytest.mark.parametrize("learner", LEARNERS)
+@pytest.mark.parametrize("learner", ["ewc", pytest.param("rwalk", marks=pytest.mark.slow), "joint"])
 def test_a_sequence_goes_on_to_the_same_numbers_from_any_epoch(tmp_path, often, learner):
     reports = []
     uninterrupted = learn(learner, report=reports.append)

@@ -488,12 +488,21 @@ ESTIMATORS = {
 }
 
 
+QUICK = ("empirical", "categorical", "mas", "sampled")
+
+
 def sampled(f: Callable, p: Any, x: Any, **options: Any) -> Any:
     return fisher_diagonal(f, p, x, num_samples=2, key=jax.random.key(3), **options)
 
 
-@pytest.mark.parametrize("estimator", [*ESTIMATORS, "sampled"])
-@pytest.mark.parametrize("name", ["mlp", "transformer_with_causal_mask"])  # the latter with logits per token
+@pytest.mark.parametrize(
+    ("name", "estimator"),
+    [("mlp", estimator) for estimator in [*ESTIMATORS, "sampled"]]
+    + [  # with logits per token
+        pytest.param("transformer_with_causal_mask", estimator, marks=() if estimator in QUICK else pytest.mark.slow)
+        for estimator in [*ESTIMATORS, "sampled"]
+    ],
+)
 def test_estimators(name: str, estimator: str) -> None:
     output_fn, params, examples, _ = made(name)
     estimate = ESTIMATORS.get(estimator, sampled)
