@@ -325,7 +325,7 @@ HSU = Protocol(
 ROWS = {
     1: HSU,
     2: HSU._replace(
-        title="Split MNIST, task-incremental: the other methods",
+        title="Split MNIST, task-incremental, others",
         entries=(
             Entry("EWC", with_importance(fisher_at_prediction, "separate"), (200.0,), Published(97.70, 0.81)),
             Entry("online EWC", with_importance(fisher_at_prediction, "latest"), (800.0,), Published(98.04, 1.10)),

@@ -240,7 +240,7 @@ def plot_rows(rows: Mapping[str, Sequence[Mapping[str, Any]]], file: pathlib.Pat
                 axis.plot([published.low, published.high], [-place + 0.12] * 2, "|-", **style)
         axis.set_yticks(-np.arange(len(results)), [result["name"] for result in results])
         axis.set_ylim(-len(results) + 0.4, 0.6)
-        axis.set_title(f"{number}: {protocol.title}", fontsize=9)
+        axis.set_title(f"{number}: {protocol.title}", fontsize=8)
     for axis in axes[len(rows) :]:
         axis.set_axis_off()
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
