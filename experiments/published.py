@@ -30,7 +30,10 @@ from lifelong_jax.models import MLP
 from lifelong_jax.tasks import Scenario
 from lifelong_jax.types import Example, OutputFn, Params
 
-GRID = tuple(10.0**decade for decade in range(1, 7))
+
+def decades(last: int, first: int = 1) -> tuple[float, ...]:
+    """Makes strengths a decade apart, from 10^first to 10^last."""
+    return tuple(10.0**decade for decade in range(first, last + 1))
 
 
 class Published(NamedTuple):
@@ -342,7 +345,8 @@ ROWS = {
         title="Split MNIST, task-incremental, by estimator of the Fisher",
         source="van de Ven 2025, arXiv 2502.11756; settings from its code, GMvandeVen/continual-learning",
         remark="Pairs of classes in random order; 2,000 steps a task; Adam keeps its state; online EWC. The source "
-        "has the best λ of fourteen decades on test data, of 30 runs; ours is the best of six on validation data.",
+        "has the best λ of fourteen decades on test data, of 30 runs; ours is the best on validation data, of as many "
+        "decades as reach it.",
         deviation="standard error",
         num_seeds=3,
         scenario="task",
@@ -356,14 +360,16 @@ ROWS = {
         num_epochs=30,
         max_steps=2000,
         entries=(
-            Entry("exact", keeping_optimizer(methods.ewc("exact", "latest")), GRID, Published(99.12, 0.16)),
-            Entry("exact, 500 examples", with_importance(fisher_of_500, "latest"), GRID, Published(98.93, 0.15)),
-            Entry("sampled", keeping_optimizer(methods.ewc("sampled", "latest")), GRID, Published(99.12, 0.12)),
-            Entry("empirical", keeping_optimizer(methods.ewc("empirical", "latest")), GRID, Published(99.12, 0.12)),
+            Entry("exact", keeping_optimizer(methods.ewc("exact", "latest")), decades(7), Published(99.12, 0.16)),
+            Entry("exact, 500 examples", with_importance(fisher_of_500, "latest"), decades(8), Published(98.93, 0.15)),
+            Entry("sampled", keeping_optimizer(methods.ewc("sampled", "latest")), decades(10), Published(99.12, 0.12)),
+            Entry(
+                "empirical", keeping_optimizer(methods.ewc("empirical", "latest")), decades(12), Published(99.12, 0.12)
+            ),
             Entry(
                 "batch-squared",
                 with_importance(squared_batch_gradient, "latest"),
-                tuple(100 * strength for strength in GRID),
+                decades(14, first=3),
                 Published(99.11, 0.16),
             ),
             Entry("none", FINETUNE, (0.0,), Published(85.41, 0.88)),
