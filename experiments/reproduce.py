@@ -18,14 +18,24 @@ import optax
 import rich.console
 
 from experiments.published import ROWS, Protocol, Published, PublishedRange
-from lifelong_jax import add_quadratic_penalty, average_accuracy
+from lifelong_jax import add_quadratic_penalty
 from lifelong_jax.continual import OptimizerFn
 from lifelong_jax.datasets import Dataset, hold_out_validation
 from lifelong_jax.experiment import load_or_exit
 from lifelong_jax.models import MLP
 from lifelong_jax.plotting import COLORS, draw_over_seeds, make_figure
 from lifelong_jax.resuming import open_run, parse_settings
-from lifelong_jax.runs import Run, RunSettings, Seeds, check_settings, markdown_table, print_table, to_json
+from lifelong_jax.runs import (
+    Estimate,
+    Run,
+    RunSettings,
+    Seeds,
+    check_settings,
+    estimate,
+    markdown_table,
+    print_table,
+    to_json,
+)
 from lifelong_jax.sweep import learn_sweep
 from lifelong_jax.tuning import average_accuracies, best_strength, sweep_strengths
 
@@ -101,6 +111,8 @@ def run_row(
     )
     apply_fn = MLP(protocol.hidden_sizes, dataset.num_classes).apply
     optimizer_fns: dict[float, OptimizerFn] = {}
+    choosing = any(len(entry.strengths) > 1 for entry in protocol.entries)
+    held_out = hold_out_validation(dataset, 1 / 6, jax.random.key(0)) if choosing else None
     results = []
     for entry in protocol.entries:
         rate = entry.learning_rate or protocol.learning_rate
@@ -118,21 +130,16 @@ def run_row(
         name = f"row {row}, {entry.name}"
         strength, validation = entry.strengths[0], {}
         if len(entry.strengths) > 1:
-            held_out = hold_out_validation(dataset, 1 / 6, jax.random.key(0))
             make_tasks = functools.partial(protocol.make_tasks, held_out)
-            matrices = sweep({name: learner}, entry.strengths, make_tasks, split="validation")[name]
-            strength = best_strength(average_accuracies(matrices), entry.strengths)
-            validation = dict(zip(map("{:g}".format, entry.strengths), percent(matrices).tolist(), strict=True))
+            chosen_by = average_accuracies(
+                sweep({name: learner}, entry.strengths, make_tasks, split="validation")[name]
+            )
+            strength = best_strength(chosen_by, entry.strengths)
+            validation = dict(zip(map("{:g}".format, entry.strengths), map(percent, chosen_by), strict=True))
         make_tasks = functools.partial(protocol.make_tasks, dataset)
-        (matrices,) = sweep({name: learner}, (strength,), make_tasks)[name]
-        results.append(
-            {
-                "name": entry.name,
-                "strength": strength,
-                "accuracies": percent(matrices).tolist(),
-                "validation": validation,
-            }
-        )
+        (accuracy,) = average_accuracies(sweep({name: learner}, (strength,), make_tasks)[name])
+        result = {"name": entry.name, "strength": strength, "accuracies": percent(accuracy), "validation": validation}
+        results.append(result)
     return results
 
 
@@ -141,19 +148,12 @@ def coupled(optimizer: optax.GradientTransformation) -> OptimizerFn:
     return lambda strength: optax.chain(add_quadratic_penalty(strength), optimizer)
 
 
-def percent(matrices: np.ndarray) -> np.ndarray:
-    """Computes average accuracies in percent, `[...]` of `[..., num_tasks, num_tasks]`."""
-    flat = matrices.reshape(-1, *matrices.shape[-2:])
-    return 100 * np.array([average_accuracy(matrix) for matrix in flat]).reshape(matrices.shape[:-2])
+def percent(accuracy: Estimate) -> list[float]:
+    """Gives the average accuracy from each seed, in percent."""
+    return [100 * value for value in accuracy.values]
 
 
 # --- the report -------------------------------------------------------------------------------------------------------
-
-
-def spread(accuracies: np.ndarray) -> tuple[float, float]:
-    """Computes the standard deviation, of the sample, and the standard error of the mean; NaN for a single run."""
-    deviation = float(np.std(accuracies, ddof=1)) if len(accuracies) > 1 else math.nan
-    return deviation, deviation / math.sqrt(len(accuracies))
 
 
 def published_error(protocol: Protocol, published: Published) -> float:
@@ -167,22 +167,25 @@ def table_of(protocol: Protocol, results: Sequence[Mapping[str, Any]]) -> list[l
     table = [["method", "published", "ours", "runs", "deviations apart", "errors apart", "our λ"]]
     all_published = {entry.name: entry.published for entry in protocol.entries}
     for result in results:
-        ours, published = np.array(result["accuracies"], np.float64), all_published[result["name"]]
-        deviation, error = spread(ours)
+        ours, published = estimate(result["accuracies"]), all_published[result["name"]]
+        error = ours.stderr
+        deviation = error * math.sqrt(len(ours.values))
         shown = error if protocol.deviation == "standard error" else deviation
         written, deviations, errors = "–", "–", "–"
         if isinstance(published, Published):
             written = f"{published.mean:.2f} ± {published.deviation:.2f}"
-            difference = ours.mean() - published.mean
+            difference = ours.mean - published.mean
             errors = signed(difference / math.hypot(published_error(protocol, published), error))
             if protocol.deviation == "standard deviation":
                 deviations = signed(difference / (math.hypot(published.deviation, deviation) / math.sqrt(2)))
         elif isinstance(published, PublishedRange):
             written = f"{published.low:g} to {published.high:g}"
-            deviations = "within" if published.low <= ours.mean() <= published.high else "outside"
-        mean = "diverged" if math.isnan(ours.mean()) else f"{ours.mean():.2f}"
+            deviations = "within" if published.low <= ours.mean <= published.high else "outside"
+        mean = "diverged" if math.isnan(ours.mean) else f"{ours.mean:.2f}"
         mean += "" if math.isnan(shown) else f" ± {shown:.2f}"
-        table.append([result["name"], written, mean, str(len(ours)), deviations, errors, f"{result['strength']:g}"])
+        table.append(
+            [result["name"], written, mean, str(len(ours.values)), deviations, errors, f"{result['strength']:g}"]
+        )
     return table
 
 
@@ -229,9 +232,9 @@ def plot_rows(rows: Mapping[str, Sequence[Mapping[str, Any]]], file: pathlib.Pat
         protocol = ROWS[int(number)]
         all_published = {entry.name: entry.published for entry in protocol.entries}
         for place, result in enumerate(results):
-            ours, published = np.array(result["accuracies"], np.float64), all_published[result["name"]]
+            ours, published = estimate(result["accuracies"]), all_published[result["name"]]
             style = {"markersize": 4, "label": "ours" if place == 0 else None, "color": COLORS[0]}
-            axis.errorbar(ours.mean(), -place - 0.12, xerr=2 * np.nan_to_num(spread(ours)[1]), fmt="o", **style)
+            axis.errorbar(ours.mean, -place - 0.12, xerr=2 * np.nan_to_num(ours.stderr), fmt="o", **style)
             style = {"markersize": 4, "label": "published" if place == 0 else None, "color": "0.45"}
             if isinstance(published, Published):
                 width = 2 * published_error(protocol, published)
