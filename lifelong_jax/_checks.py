@@ -40,10 +40,14 @@ def check_examples(name: str, examples: Examples, weights: jax.Array | None, wei
     if (0,) in sizes.values():
         raise ValueError(f"{name} is empty: a mean over no examples is not defined.")
     if weights is not None and is_concrete(weights):
-        values = np.asarray(weights)
-        total = values.sum(dtype=np.float64)
-        if not (np.isfinite(values).all() and (values >= 0).all() and 0 < total <= np.finfo(np.float32).max):
-            raise ValueError(f"{weights_name} must be finite, not negative, not all 0, and their sum finite.")
+        # Beyond these, a weight or a sum's reciprocal is no normal number, and XLA takes it for 0.
+        values, least = np.asarray(weights, np.float64), float(np.finfo(np.float32).tiny)
+        usable = np.isfinite(values) & ((values == 0) | (values >= least))
+        if not (usable.all() and 0 < values.sum() <= 1 / least):
+            raise ValueError(
+                f"{weights_name} must be finite, not negative and not all 0; those above 0 at least {least:.2g}, and "
+                f"their sum at most {1 / least:.2g}."
+            )
 
 
 def check_batch(name: str, batch: Batch, num_classes: int) -> None:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from lifelong_jax import _checks, per_example, structured, tapping
-from lifelong_jax.per_example import Reduction, widen
+from lifelong_jax.per_example import Reduction, relative, widen
 from lifelong_jax.types import Examples, LogitsFn, LossFn, OutputFn, Params
 
 Method: TypeAlias = Literal["structured", "reference"]
@@ -258,6 +258,7 @@ def _mean_over_examples(
             raise ValueError(f"the function must return one floating-point array for one example, not {found}.")
         return cotangents_fn(outputs, None if key is None else jax.random.fold_in(key, index))
 
+    weights = None if weights is None else relative(weights)
     total = _SUMS[method](
         output_fn,
         Partial(keyed_cotangents, key),

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from lifelong_jax import _checks
+from lifelong_jax.per_example import relative
 from lifelong_jax.types import Consolidation, Examples, LossFn, Params
 
 
@@ -125,8 +126,8 @@ def learn_task(
         losses = jax.vmap(loss_fn, in_axes=(None, 0))(params, batch)
         if losses.ndim != 1:
             raise ValueError(f"loss_fn must return a scalar for one example, not an array of shape {losses.shape[1:]}.")
-        weights = weights.astype(losses.dtype)
-        return jnp.sum(weights * losses) / jnp.maximum(jnp.sum(weights), jnp.finfo(losses.dtype).tiny)
+        weights = relative(weights).astype(losses.dtype)
+        return jnp.sum(weights * losses) / jnp.maximum(jnp.sum(weights), 1)  # 0 where all is padding
 
     one_batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype), (examples, weights))
     loss_dtype = jax.eval_shape(batch_loss, state.params, *one_batch).dtype

@@ -432,6 +432,8 @@ def test_same_function_is_traced_once():
         ({"weights": -jnp.ones(7)}, ValueError, "weights must be finite, not negative"),
         ({"weights": jnp.zeros(7)}, ValueError, "not all 0"),
         ({"weights": jnp.full(7, jnp.nan)}, ValueError, "weights must be finite"),
+        ({"weights": jnp.full(7, 1e-40)}, ValueError, "weights .* above 0 at least 1.2e-38"),
+        ({"weights": jnp.full(7, 3e37)}, ValueError, "weights .* sum at most 8.5e[+]37"),
         ({"microbatch_size": 0}, ValueError, "microbatch_size must be an integer of at least 1"),
         ({"num_samples": 0, "key": jax.random.key(0)}, ValueError, "num_samples must be an integer of at least 1"),
         ({"num_samples": 1}, ValueError, "num_samples and key go together"),
