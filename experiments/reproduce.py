@@ -43,8 +43,8 @@ HEADER = """# Published tables, and what this library gets
 
 Average accuracy after the last task on MNIST, percent. Each row follows its source's protocol, its importance
 included; `experiments/published.py` has them written out. Our mean less the published one is given over the root of the
-mean of both squared standard deviations (*deviations apart*), where a source gives them; and over the standard error of
-the difference (*errors apart*). *Our λ* is that of λ/2 Σ Ω (θ − θ*)².
+mean of both squared standard deviations of single runs (*deviations apart*), and over the standard error of the
+difference (*errors apart*). *Our λ* is that of λ/2 Σ Ω (θ − θ*)².
 
 ![Published accuracies and ours](results.png)
 """
@@ -159,7 +159,7 @@ def percent(accuracy: Estimate) -> list[float]:
 def published_error(protocol: Protocol, published: Published) -> float:
     """Computes the standard error of a published mean."""
     of_mean = protocol.deviation == "standard error"
-    return published.deviation if of_mean else published.deviation / math.sqrt(protocol.num_seeds)
+    return published.deviation if of_mean else published.deviation / math.sqrt(protocol.published_runs)
 
 
 def table_of(protocol: Protocol, results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
@@ -174,10 +174,10 @@ def table_of(protocol: Protocol, results: Sequence[Mapping[str, Any]]) -> list[l
         written, deviations, errors = "–", "–", "–"
         if isinstance(published, Published):
             written = f"{published.mean:.2f} ± {published.deviation:.2f}"
-            difference = ours.mean - published.mean
-            errors = signed(difference / math.hypot(published_error(protocol, published), error))
-            if protocol.deviation == "standard deviation":
-                deviations = signed(difference / (math.hypot(published.deviation, deviation) / math.sqrt(2)))
+            difference, its_error = ours.mean - published.mean, published_error(protocol, published)
+            its_deviation = its_error * math.sqrt(protocol.published_runs)
+            deviations = signed(difference / (math.hypot(its_deviation, deviation) / math.sqrt(2)))
+            errors = signed(difference / math.hypot(its_error, error))
         elif isinstance(published, PublishedRange):
             written = f"{published.low:g} to {published.high:g}"
             deviations = "within" if published.low <= ours.mean <= published.high else "outside"
@@ -211,7 +211,8 @@ def write_docs(folder: pathlib.Path, row: int, results: Sequence[Mapping[str, An
     for number, of_row in rows.items():
         protocol = ROWS[int(number)]
         text.append(f"## Row {number}: {protocol.title}\n\n{protocol.source}.\n")
-        text.append(f"{protocol.remark} ± is the {protocol.deviation}.\n")
+        spread = f"± is the {protocol.deviation}; the source has {protocol.published_runs} runs."
+        text.append(f"{protocol.remark} {spread}\n")
         header, *table = table_of(protocol, of_row)
         text.append(markdown_table(header, table))
         text.append(f"`python -m experiments.reproduce --rows {number} --docs docs`\n")

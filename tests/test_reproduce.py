@@ -219,7 +219,9 @@ def test_the_table_says_how_far_apart_accuracies_are():
     assert row[4:6] == [f"{deviations:+.1f}", f"{errors:+.1f}"]
     results = [{"name": "EWC", "strength": 500.0, "accuracies": [94.0, 94.0, 94.3]}]  # ± is the standard error
     _, row = reproduce.table_of(published.ROWS[4], results)
-    assert row[2:6] == ["94.10 ± 0.10", "3", "–", f"{-0.21 / np.hypot(0.11, 0.1):+.1f}"]
+    deviations = -0.21 / np.sqrt((20 * 0.11**2 + 3 * 0.1**2) / 2)  # of single runs: the source has 20, we 3
+    errors = -0.21 / np.hypot(0.11, 0.1)
+    assert row[2:6] == ["94.10 ± 0.10", "3", f"{deviations:+.1f}", f"{errors:+.1f}"]
     results = [{"name": "MAS", "strength": 2.0, "accuracies": [21.0, 22.0]}]
     _, row = reproduce.table_of(published.ROWS[6], results)
     assert (row[1], row[4], row[5]) == ("19 to 20.5", "outside", "–")
