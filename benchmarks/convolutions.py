@@ -71,7 +71,7 @@ def measure(size: int, batch_size: int, turns: int) -> list[list[str]]:
     labels = jax.random.randint(keys[1], (NUM_STEPS, batch_size), 0, 10)
     batches = Batch(inputs, labels, jnp.ones((NUM_STEPS, batch_size)))
     first = jax.tree.map(lambda leaf: leaf[0], batches)
-    params = jax.jit(MODEL.init)(keys[2], inputs[0, 0])
+    params = models.init_network(MODEL, keys[2], inputs[0, 0])
     runs = {}
     for way, convolve in WAYS.items():
         # A network of its own for each way, or jit would take the first one's compiled functions for the others'.

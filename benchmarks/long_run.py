@@ -24,7 +24,7 @@ import psutil
 from experiments import permuted
 from lifelong_jax import Progress, add_quadratic_penalty, learn_tasks, methods, permuted_tasks, resuming
 from lifelong_jax.datasets import load_dataset
-from lifelong_jax.models import MLP
+from lifelong_jax.models import MLP, init_network
 from lifelong_jax.resuming import ResumableSequence
 from lifelong_jax.runs import Run, markdown_table
 
@@ -78,7 +78,7 @@ def growth(folder: pathlib.Path, num_tasks: int) -> str:
         methods.ewc(),
         model.apply,
         lambda strength: optax.chain(add_quadratic_penalty(strength), optax.sgd(0.01, momentum=0.9)),
-        model.init(params_key, dataset.train.inputs[0]),
+        init_network(model, params_key, dataset.train.inputs[0]),
         tasks,
         key,
         strength=10.0,

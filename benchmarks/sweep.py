@@ -32,7 +32,7 @@ from benchmarks.floor import AtOnce, Floor
 from benchmarks.timing import CompilationClock, quartiles, time_call, timed
 from lifelong_jax import add_quadratic_penalty, ewc, learn_tasks, permuted_tasks
 from lifelong_jax.datasets import load_dataset
-from lifelong_jax.models import MLP
+from lifelong_jax.models import MLP, init_network
 from lifelong_jax.runs import markdown_table
 from lifelong_jax.sweep import SweepRun, learn_sweep
 
@@ -93,12 +93,12 @@ def make_runs(name: str, setting: Setting, num_runs: int) -> tuple[list[SweepRun
         train = jax.tree.map(lambda leaf: leaf[: setting.num_examples], train)
         test = jax.tree.map(lambda leaf: leaf[: max(1, setting.num_examples // 6)], test)
     model = MLP(setting.hidden_sizes, dataset.num_classes)
-    init = jax.jit(model.init)
 
     @functools.cache
     def begin(seed: int) -> SweepRun:
         tasks_key, params_key, key = jax.random.split(jax.random.key(seed), 3)
-        return SweepRun(init(params_key, train.inputs[0]), permuted_tasks(train, test, NUM_TASKS, tasks_key), key, 0.0)
+        tasks = permuted_tasks(train, test, NUM_TASKS, tasks_key)
+        return SweepRun(init_network(model, params_key, train.inputs[0]), tasks, key, 0.0)
 
     places = [divmod(index, len(STRENGTHS)) for index in range(num_runs)]
     return [begin(seed)._replace(strength=STRENGTHS[number]) for seed, number in places], model

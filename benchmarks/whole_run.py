@@ -34,7 +34,7 @@ from benchmarks.timing import CompilationClock, quartiles, time_call, timed
 from lifelong_jax import Method, add_quadratic_penalty, continual, ewc, learn_tasks, permuted_tasks
 from lifelong_jax.datasets import load_dataset
 from lifelong_jax.metrics import average_accuracy
-from lifelong_jax.models import MLP
+from lifelong_jax.models import MLP, init_network
 from lifelong_jax.runs import markdown_table
 from lifelong_jax.sweep import SweepRun, learn_sweep
 
@@ -42,6 +42,7 @@ SIZES = (784, 1000, 1000, 10)
 MODEL = MLP(SIZES[1:-1], SIZES[-1])
 NUM_TASKS = 5
 BATCH_SIZE = 128
+SETTINGS = {"num_epochs": 1, "batch_size": BATCH_SIZE, "forward_transfer": False}
 LEARNING_RATE = 1e-3
 STRENGTH = 100.0
 FLOOR_REPEATS = 2  # in each turn
@@ -95,7 +96,7 @@ def start(num_examples: int | None) -> SweepRun:
         test = jax.tree.map(lambda leaf: leaf[: max(1, num_examples // 6)], dataset.test)
     tasks_key, params_key, key = jax.random.split(jax.random.key(0), 3)
     tasks = permuted_tasks(train, test, NUM_TASKS, tasks_key)
-    run = SweepRun(jax.jit(MODEL.init)(params_key, train.inputs[0]), tasks, key, STRENGTH)
+    run = SweepRun(init_network(MODEL, params_key, train.inputs[0]), tasks, key, STRENGTH)
     return jax.block_until_ready(run)
 
 
@@ -113,7 +114,7 @@ def learn_by_host(method: Method, num_examples: int | None, clock: CompilationCl
 
     with timed(clock) as loading:
         run = start(num_examples)
-    settings = {"num_epochs": 1, "batch_size": BATCH_SIZE, "strength": run.strength}
+    settings = {"strength": run.strength, **SETTINGS}
     with timed(clock) as learning, mock.patch.object(continual, "evaluate", timed_evaluate):
         learned = learn_tasks(method, MODEL.apply, optimizer_fn, run.params, run.tasks, run.key, **settings)
         jax.block_until_ready((learned.params, learned.consolidation))
@@ -135,7 +136,7 @@ def learn_as_program(method: Method, num_examples: int | None, clock: Compilatio
     with timed(clock) as loading:
         run = start(num_examples)
     with timed(clock) as learning:
-        swept = learn_sweep(method, MODEL.apply, optimizer_fn, [run], num_epochs=1, batch_size=BATCH_SIZE)
+        swept = learn_sweep(method, MODEL.apply, optimizer_fn, [run], **SETTINGS)
     parts = {"loading": loading.seconds[0], "compilation": loading.compilation[0] + learning.compilation[0]}
     total = sum(parts.values()) + learning.seconds[0]
     measured = np.isfinite(swept.initial_accuracies).sum() + np.isfinite(swept.accuracy_matrix).sum()

@@ -5,6 +5,7 @@ that one network can learn both: what it lacks after the second task is not the 
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Literal
 
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 from lifelong_jax import Batch, Task
 from lifelong_jax.datasets import Dataset
 from lifelong_jax.experiment import Experiment, Settings, Strength, load_or_exit, make_network, run_experiment
+from lifelong_jax.models import init_network
 from lifelong_jax.resuming import parse_settings
 from lifelong_jax.runs import check_settings
 
@@ -59,7 +61,7 @@ def main(config: Config) -> None:
         task_names=[f"+{addend}" for addend in config.addends],
         scenario="domain",
         apply_fn=network.apply,
-        init_params=network.init,
+        init_params=functools.partial(init_network, network),
     )
     run_experiment(config, experiment)
 

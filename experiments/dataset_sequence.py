@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 
 from lifelong_jax.experiment import Experiment, Settings, Strength, load_or_exit, make_network, run_experiment
-from lifelong_jax.models import AlexNet, load_pretrained
+from lifelong_jax.models import AlexNet, init_network, load_pretrained
 from lifelong_jax.resuming import parse_settings
 from lifelong_jax.runs import check_settings
 from lifelong_jax.tasks import dataset_tasks
@@ -66,7 +66,7 @@ def main(config: Config) -> None:
     network = make_trunk_and_heads(config, sum(dataset.num_classes for dataset in datasets))
 
     def init_params(key: jax.Array, x: Example) -> Params:
-        params = network.init(key, x)
+        params = init_network(network, key, x)
         return params if config.pretrained is None else load_pretrained(params, config.pretrained)
 
     if config.pretrained is not None:  # a file that does not fit is named before anything is learned

@@ -23,7 +23,7 @@ from jax.flatten_util import ravel_pytree
 from lifelong_jax import Batch, TrainingState, init_consolidation, init_training, learn_task
 from lifelong_jax.datasets import hold_out_validation, load_dataset
 from lifelong_jax.methods import cross_entropy
-from lifelong_jax.models import MLP
+from lifelong_jax.models import MLP, init_network
 from lifelong_jax.plotting import COLORS, draw_over_seeds, make_figure
 from lifelong_jax.resuming import compute_once, open_run, parse_settings
 from lifelong_jax.runs import (
@@ -37,7 +37,7 @@ from lifelong_jax.runs import (
     print_table,
     progress_bar,
 )
-from lifelong_jax.studies import init_network, permuted
+from lifelong_jax.studies import permuted
 from lifelong_jax.types import Params
 
 PARTS = ("training", "held-out")

@@ -22,7 +22,7 @@ from lifelong_jax import (
 )
 from lifelong_jax.datasets import Dataset, load_dataset
 from lifelong_jax.geometry import importance_overlap
-from lifelong_jax.models import MLP
+from lifelong_jax.models import MLP, init_network
 from lifelong_jax.plotting import COLORS, draw_image, draw_over_seeds, make_figure
 from lifelong_jax.resuming import compute_once, open_run, parse_settings
 from lifelong_jax.runs import (
@@ -36,7 +36,7 @@ from lifelong_jax.runs import (
     print_table,
     progress_bar,
 )
-from lifelong_jax.studies import both_importances, init_network, is_correct, learn_permuted
+from lifelong_jax.studies import both_importances, is_correct, learn_permuted
 from lifelong_jax.types import Params
 
 SIDE = 8  # pixels to a side of the bundled digits

@@ -5,8 +5,10 @@ after the other, and tested on all of them after each.
 """
 
 import dataclasses
+import functools
 
 from lifelong_jax.experiment import Experiment, Settings, Strength, load_or_exit, make_network, run_experiment
+from lifelong_jax.models import init_network
 from lifelong_jax.resuming import parse_settings
 from lifelong_jax.runs import check_settings
 from lifelong_jax.tasks import permuted_tasks
@@ -48,7 +50,7 @@ def main(config: Config) -> None:
         task_names=[f"task {task + 1}" for task in range(config.num_tasks)],
         scenario="domain",
         apply_fn=network.apply,
-        init_params=network.init,
+        init_params=functools.partial(init_network, network),
     )
     run_experiment(config, experiment)
 

@@ -31,7 +31,7 @@ from lifelong_jax.checkpoint import load_consolidation
 from lifelong_jax.comparison import Learner, Outcome, compare
 from lifelong_jax.datasets import hold_out_validation
 from lifelong_jax.experiment import load_or_exit
-from lifelong_jax.models import MLP
+from lifelong_jax.models import MLP, init_network
 from lifelong_jax.plotting import plot_strength_sweep
 from lifelong_jax.resuming import KeptTasks, ResumableSequence, open_run, parse_settings
 from lifelong_jax.runs import (
@@ -134,7 +134,7 @@ def main(config: Config) -> None:
         compare_learners = functools.partial(
             compare,
             make_tasks=lambda key: permuted_tasks(dataset.train, dataset.test, config.num_tasks, key),
-            init_params=model.init,
+            init_params=functools.partial(init_network, model),
             seeds=config.seeds,
             num_epochs=config.num_epochs,
             run=run,

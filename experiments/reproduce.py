@@ -126,6 +126,7 @@ def run_row(
             num_epochs=protocol.num_epochs,
             batch_size=protocol.batch_size,
             max_steps=protocol.max_steps,
+            forward_transfer=False,
         )
         name = f"row {row}, {entry.name}"
         strength, validation = entry.strengths[0], {}

@@ -5,10 +5,12 @@ earlier tasks do for one that is yet to be learned, and backward transfer, what 
 """
 
 import dataclasses
+import functools
 
 import numpy as np
 
 from lifelong_jax.experiment import Experiment, Settings, Strength, load_or_exit, make_network, run_experiment
+from lifelong_jax.models import init_network
 from lifelong_jax.resuming import parse_settings
 from lifelong_jax.runs import check_settings
 from lifelong_jax.tasks import rotated_tasks
@@ -54,7 +56,7 @@ def main(config: Config) -> None:
         task_names=[f"{angle:.0f}°" for angle in angles],
         scenario="domain",
         apply_fn=network.apply,
-        init_params=network.init,
+        init_params=functools.partial(init_network, network),
     )
     run_experiment(config, experiment)
 

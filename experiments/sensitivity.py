@@ -20,7 +20,7 @@ from lifelong_jax import (
     init_consolidation,
 )
 from lifelong_jax.datasets import Dataset, load_dataset
-from lifelong_jax.models import MLP
+from lifelong_jax.models import MLP, init_network
 from lifelong_jax.plotting import COLORS, draw_over_seeds, make_figure
 from lifelong_jax.resuming import compute_once, open_run, parse_settings
 from lifelong_jax.runs import (
@@ -34,7 +34,7 @@ from lifelong_jax.runs import (
     print_table,
     progress_bar,
 )
-from lifelong_jax.studies import both_importances, init_network, learn_permuted
+from lifelong_jax.studies import both_importances, learn_permuted
 from lifelong_jax.types import Params
 
 ACTIVATIONS = ("tanh", "relu")

@@ -34,7 +34,7 @@ from lifelong_jax import (
 from lifelong_jax.datasets import load_dataset
 from lifelong_jax.geometry import Plane, loss_on_plane, penalty_on_plane, plane_coordinates, plane_through
 from lifelong_jax.methods import cross_entropy
-from lifelong_jax.models import MLP
+from lifelong_jax.models import MLP, init_network
 from lifelong_jax.plotting import COLORS, draw_low_loss, make_figure
 from lifelong_jax.resuming import compute_once, open_run, parse_settings
 from lifelong_jax.runs import (
@@ -49,7 +49,6 @@ from lifelong_jax.runs import (
     print_table,
     progress_bar,
 )
-from lifelong_jax.studies import init_network
 from lifelong_jax.types import LossFn, Params
 
 PENALTIES = ("plain training", "equal rigidity", "importance-weighted")

@@ -9,6 +9,7 @@ outputs were, but nothing ever compares an old class with a new one, and the net
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Literal
 
@@ -18,6 +19,7 @@ import numpy as np
 from lifelong_jax import Task
 from lifelong_jax.datasets import Dataset
 from lifelong_jax.experiment import Experiment, Settings, Strength, load_or_exit, make_network, run_experiment
+from lifelong_jax.models import init_network
 from lifelong_jax.resuming import parse_settings
 from lifelong_jax.runs import check_settings
 from lifelong_jax.tasks import split_tasks
@@ -77,7 +79,7 @@ def main(config: Config) -> None:
         task_names=[f"task {task + 1}" for task in range(-(-dataset.num_classes // config.classes_per_task))],
         scenario=config.scenario,
         apply_fn=network.apply,
-        init_params=network.init,
+        init_params=functools.partial(init_network, network),
     )
     run_experiment(config, experiment)
 

@@ -25,7 +25,7 @@ from lifelong_jax import (
 from lifelong_jax.continual import OptimizerFn
 from lifelong_jax.datasets import hold_out_validation
 from lifelong_jax.experiment import load_or_exit
-from lifelong_jax.models import MLP
+from lifelong_jax.models import MLP, init_network
 from lifelong_jax.plotting import plot_strength_sweep
 from lifelong_jax.resuming import open_run, parse_settings
 from lifelong_jax.runs import (
@@ -122,7 +122,7 @@ def main(config: Config) -> None:
             learners,
             config.strengths,
             lambda key: permuted_tasks(dataset.train, dataset.test, config.num_tasks, key),
-            model.init,
+            functools.partial(init_network, model),
             config.seeds,
             run,
             console,

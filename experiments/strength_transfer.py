@@ -24,7 +24,7 @@ from lifelong_jax import (
 )
 from lifelong_jax.datasets import hold_out_validation, load_dataset
 from lifelong_jax.methods import Method
-from lifelong_jax.models import MLP
+from lifelong_jax.models import MLP, init_network
 from lifelong_jax.resuming import open_run, parse_settings
 from lifelong_jax.runs import Run, RunSettings, Seeds, check_settings, markdown_table, print_table
 from lifelong_jax.sweep import learn_sweep
@@ -111,7 +111,7 @@ def measure(
                 {name: learner},
                 strengths,
                 lambda key: permuted_tasks(dataset.train, dataset.test, config.num_tasks, key),
-                model.init,
+                functools.partial(init_network, model),
                 config.seeds,
                 run,
                 console,

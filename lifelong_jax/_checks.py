@@ -1,5 +1,6 @@
 """Checks of what users hand over. Shapes and dtypes are checked always, values where they are known: outside of jit."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -55,11 +56,12 @@ def check_batch(name: str, batch: Batch, num_classes: int) -> None:
     check_examples(name, batch._replace(weights=None), batch.weights, f"{name}.weights")
     if not jnp.issubdtype(batch.labels.dtype, jnp.integer):
         raise TypeError(f"{name}.labels has dtype {batch.labels.dtype}, but a class is an integer.")
-    if is_concrete(batch.labels) and not 0 <= batch.labels.min() <= batch.labels.max() < num_classes:
-        raise ValueError(
-            f"{name}.labels has labels from {batch.labels.min()} to {batch.labels.max()}, but there are {num_classes} "
-            f"classes."
-        )
+    if is_concrete(batch.labels):
+        labels = np.asarray(batch.labels)
+        if not 0 <= labels.min() <= labels.max() < num_classes:
+            raise ValueError(
+                f"{name}.labels has labels from {labels.min()} to {labels.max()}, but there are {num_classes} classes."
+            )
     check_finite(f"{name}.inputs", batch.inputs, hint="Clean the data.")
 
 
@@ -129,19 +131,30 @@ def check_same_structure(name: str, tree: Any, reference_name: str, reference: A
 
 def check_importance(name: str, importance: Params) -> None:
     """Raises ValueError, naming the leaf, where values are known and one is NaN, infinite or negative."""
-    for path, leaf in jax.tree.leaves_with_path(importance):
-        if is_concrete(leaf) and not _is_importance(leaf):
-            raise ValueError(
-                f"{name}{jax.tree_util.keystr(path)} has entries that are NaN, infinite or negative: an importance is "
-                f"finite and not negative. Did training diverge before it was computed?"
-            )
+    path = _first_that_fails(_are_importances, importance)
+    if path is not None:
+        raise ValueError(
+            f"{name}{path} has entries that are NaN, infinite or negative: an importance is finite and not negative. "
+            f"Did training diverge before it was computed?"
+        )
 
 
 def check_finite(name: str, tree: Any, hint: str = "Did training diverge?") -> None:
     """Raises ValueError, naming the leaf, where values are known and one is NaN or infinite."""
-    for path, leaf in jax.tree.leaves_with_path(tree):
-        if is_concrete(leaf) and not is_finite(leaf):
-            raise ValueError(f"{name}{jax.tree_util.keystr(path)} has entries that are NaN or infinite. {hint}")
+    path = _first_that_fails(_are_finite, tree)
+    if path is not None:
+        raise ValueError(f"{name}{path} has entries that are NaN or infinite. {hint}")
+
+
+def is_finite(tree: Any) -> bool:
+    """Says whether no entry of a tree is NaN or infinite."""
+    return all(_are_finite(jax.tree.leaves(tree)))
+
+
+def _first_that_fails(holds: Callable[[list[Any]], list[jax.Array]], tree: Any) -> str | None:
+    known = [(path, leaf) for path, leaf in jax.tree.leaves_with_path(tree) if is_concrete(leaf)]
+    held = holds([leaf for _, leaf in known]) if known else []
+    return next((jax.tree_util.keystr(path) for (path, _), good in zip(known, held, strict=True) if not good), None)
 
 
 def is_concrete(value: Any) -> bool:
@@ -149,15 +162,14 @@ def is_concrete(value: Any) -> bool:
     return not isinstance(value, jax.core.Tracer)
 
 
-# One program each: op by op, each would be compiled for each shape.
+# One program for a whole tree: op by op, each would be compiled for each shape.
 
 
 @jax.jit
-def is_finite(leaf: jax.Array) -> jax.Array:
-    """Says whether no entry is NaN or infinite."""
-    return jnp.isfinite(leaf).all()
+def _are_finite(leaves: list[jax.Array]) -> list[jax.Array]:
+    return [jnp.isfinite(leaf).all() for leaf in leaves]
 
 
 @jax.jit
-def _is_importance(leaf: jax.Array) -> jax.Array:
-    return (jnp.isfinite(leaf) & (leaf >= 0)).all()
+def _are_importances(leaves: list[jax.Array]) -> list[jax.Array]:
+    return [(jnp.isfinite(leaf) & (leaf >= 0)).all() for leaf in leaves]

@@ -127,14 +127,15 @@ def learn_tasks(
     strength: float,
     num_epochs: int,
     batch_size: int,
+    forward_transfer: bool = True,
     report: Callable[[Progress], None] = lambda progress: None,
     checkpoints: Checkpoints = NO_CHECKPOINTS,
 ) -> LearnedSequence:
     """Learns one task after the other with one network, by a method that remembers.
 
     For each task: train with the penalty that `optimizer_fn` adds; compute the method's importance on the task's
-    training examples; consolidate; measure the accuracy on every task. Each task's training starts with a fresh
-    optimiser state, but for what the method carries over.
+    training examples; consolidate; measure the accuracy on every task, or on every task so far. Each task's training
+    starts with a fresh optimiser state, but for what the method carries over.
 
     Args:
       method: from `methods.py`.
@@ -149,6 +150,8 @@ def learn_tasks(
       strength: λ, not negative.
       num_epochs: passes over each task's training examples.
       batch_size: examples per step.
+      forward_transfer: whether to measure what forward transfer is made of, the accuracies on tasks before they are
+        learned. Without, there are about half as many test sets to evaluate.
       report: called after every epoch.
       checkpoints: where the state is kept, to go on from: with it, the numbers are those of a sequence that was never
         stopped, to the bit on one machine, wherever the checkpoints fell. By default nowhere.
@@ -182,8 +185,8 @@ def learn_tasks(
     strength = jnp.asarray(strength, jnp.float32)
     optimizer = method.wrap_optimizer(optimizer_fn(strength))
     learn = functools.partial(_learn_epoch, apply_fn, optimizer_fn, method.wrap_optimizer, batch_size=batch_size)
-    known_ahead = scenario != "class"
-    initial_accuracies = evaluate(apply_fn, params, tasks, scenario) if known_ahead else [math.nan] * len(tasks)
+    ahead = forward_transfer and scenario != "class"
+    initial_accuracies = evaluate(apply_fn, params, tasks, scenario) if ahead else [math.nan] * len(tasks)
     epochs, state = checkpoints.restore(_start(optimizer, params, key, initial_accuracies), num_epochs)
     for index in range(epochs // num_epochs, len(tasks)):
         train_key, importance_key = jax.random.split(jax.random.fold_in(key, index))
@@ -201,8 +204,8 @@ def learn_tasks(
             report(Progress(index, epochs, loss, accuracies))
             if epochs == (index + 1) * num_epochs:
                 state, kept = _consolidate_task(method, apply_fn, state, shown, importance_key)
-                checkpoints.keep_task(index, kept, method.name, int(jnp.sum(examples.weights > 0)))
-                if known_ahead:
+                checkpoints.keep_task(index, kept, method.name, np.count_nonzero(examples.weights))
+                if ahead:
                     accuracies = accuracies + evaluate(apply_fn, kept.anchor, tasks[index + 1 :], scenario)
                 state = state._replace(accuracy_matrix=_with_row(state.accuracy_matrix, index, accuracies))
             checkpoints.save(epochs, state)
@@ -296,7 +299,7 @@ def _train_epoch(
     (training, info), seconds = _timed(learn, state.training, state.consolidation, strength, *shown)
     loss = float(info.loss.sum()) / int(info.num_steps.sum())
     # The last step's update comes after the last loss.
-    if not (math.isfinite(loss) and all(map(_checks.is_finite, jax.tree.leaves(training.params)))):
+    if not (math.isfinite(loss) and _checks.is_finite(training.params)):
         advice = f" at strength {strength:g}: lower it or the learning rate, or use the proximal penalty"
         raise FloatingPointError(
             f"training diverged in epoch {epoch + 1}{advice if strength > 0 else ': lower the learning rate'}"

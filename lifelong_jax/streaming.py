@@ -135,7 +135,7 @@ def learn_stream(
                 _check_finite(losses[epoch, step], epoch, step)
                 bar.update(line, advance=1, status=f"loss {losses[epoch, : step + 1].mean():.3f}")
             state = state._replace(key=key)
-            if not all(map(_checks.is_finite, jax.tree.leaves(state.params))):
+            if not _checks.is_finite(state.params):
                 _check_finite(math.nan, epoch, num_steps - 1)
     return state, TrainingInfo(jnp.asarray(losses, loss.dtype), jnp.full(num_epochs, num_steps))
 

@@ -12,24 +12,9 @@ from lifelong_jax.methods import cross_entropy
 from lifelong_jax.penalty import proximal_quadratic_penalty
 from lifelong_jax.tasks import present
 from lifelong_jax.training import TrainingState, init_training, learn_task
-from lifelong_jax.types import Batch, Consolidation, Example, LogitsFn, OutputFn, Params
+from lifelong_jax.types import Batch, Consolidation, LogitsFn, OutputFn, Params
 
 MOMENTUM = 0.9
-
-
-@functools.partial(jax.jit, static_argnames=("model",))
-def init_network(model: nn.Module, key: jax.Array, x: Example) -> Params:
-    """Draws a network's first parameters.
-
-    Args:
-      model: a flax module of one example.
-      key: a random key.
-      x: an input, without batch axis.
-
-    Returns:
-      The parameters.
-    """
-    return model.init(key, x)
 
 
 def permuted(apply_fn: OutputFn, permutation: jax.Array) -> LogitsFn:

@@ -61,6 +61,7 @@ def learn_sweep(
     num_epochs: int,
     batch_size: int,
     max_steps: int | None = None,
+    forward_transfer: bool = True,
 ) -> SweepAccuracies:
     """Learns several runs of a sequence of tasks as one compiled program.
 
@@ -75,6 +76,7 @@ def learn_sweep(
       num_epochs: passes over each task's training examples.
       batch_size: examples per step.
       max_steps: steps after which a task ends within these epochs, or None for their end.
+      forward_transfer: whether to measure the accuracies on tasks before they are learned, as for `learn_tasks`.
 
     Returns:
       Each run's accuracies. A run that diverges ends no other.
@@ -119,7 +121,7 @@ def learn_sweep(
         method=method,
         apply_fn=apply_fn,
         optimizer_fn=optimizer_fn,
-        scenario=scenario,
+        ahead=forward_transfer and scenario != "class",
         num_tasks=len(runs[0].tasks),
         num_epochs=num_epochs,
         batch_size=batch_size,
@@ -170,7 +172,7 @@ def _masks(tasks: Sequence[Task], scenario: Scenario) -> tuple[jax.Array, jax.Ar
         "method",
         "apply_fn",
         "optimizer_fn",
-        "scenario",
+        "ahead",
         "num_tasks",
         "num_epochs",
         "batch_size",
@@ -198,7 +200,7 @@ def _learn_run(
     method: Method,
     apply_fn: OutputFn,
     optimizer_fn: OptimizerFn,
-    scenario: Scenario,
+    ahead: bool,
     num_tasks: int,
     num_epochs: int,
     batch_size: int,
@@ -219,9 +221,10 @@ def _learn_run(
             class_mask = None if masks is None else masks[1][latest, index]
             return accuracy(apply_fn, params, task.test, task.permutation, class_mask)
 
-        accuracies = jax.lax.map(on_task, jnp.arange(num_tasks))
-        known = (jnp.arange(num_tasks) <= latest) | (scenario != "class")
-        return jnp.where(known, accuracies, jnp.nan)
+        def add(index: jax.Array, accuracies: jax.Array) -> jax.Array:
+            return accuracies.at[index].set(on_task(index))
+
+        return jax.lax.fori_loop(0, num_tasks if ahead else latest + 1, add, jnp.full(num_tasks, jnp.nan))
 
     def learn(carry: tuple[Any, Consolidation, jax.Array], index: jax.Array) -> tuple[Any, jax.Array]:
         (params, opt_state), consolidation, diverged = carry
@@ -249,8 +252,7 @@ def _learn_run(
         diverged |= ~jnp.stack(finite).all()
         return ((state.params, state.opt_state), consolidation, diverged), evaluate(state.params, index)
 
-    not_known = jnp.full(num_tasks, jnp.nan)
-    initial_accuracies = not_known if scenario == "class" else evaluate(params, 0)
+    initial_accuracies = evaluate(params, 0) if ahead else jnp.full(num_tasks, jnp.nan)
     start = ((params, optimizer.init(params)), init_consolidation(params), jnp.array(False))
     (*_, diverged), accuracy_matrix = jax.lax.scan(learn, start, jnp.arange(num_tasks))
     return jax.tree.map(lambda x: jnp.where(diverged, jnp.nan, x), (accuracy_matrix, initial_accuracies))

@@ -114,14 +114,20 @@ def test_accuracy_matrix():
     def report(progress):
         rows[progress.task] = progress.accuracies
 
-    learned = learn(
-        methods.finetune(), params=make_params(), tasks=tasks, key=jax.random.key(2), strength=0.0, report=report
+    again = functools.partial(
+        learn, methods.finetune(), params=make_params(), tasks=tasks, key=jax.random.key(2), strength=0.0
     )
+    learned = again(report=report)
     assert learned.accuracy_matrix.shape == (NUM_TASKS, NUM_TASKS)
     np.testing.assert_allclose(learned.accuracy_matrix[-1], evaluate(apply_fn, learned.params, tasks))
     for index, accuracies in rows.items():
         np.testing.assert_allclose(learned.accuracy_matrix[index, : index + 1], accuracies)
     assert np.isfinite(learned.accuracy_matrix).all()
+
+    so_far = again(forward_transfer=False)
+    seen = np.tri(NUM_TASKS, dtype=bool)
+    np.testing.assert_array_equal(so_far.accuracy_matrix, np.where(seen, learned.accuracy_matrix, np.nan))
+    assert np.isnan(so_far.initial_accuracies).all()
 
 
 def test_evaluate_counts_by_weight():

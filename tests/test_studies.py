@@ -11,8 +11,8 @@ from experiments import fisher_curvature, importance, sensitivity, solution_spac
 from lifelong_jax import empirical_fisher_diagonal, fisher_diagonal
 from lifelong_jax.datasets import Dataset
 from lifelong_jax.methods import cross_entropy
+from lifelong_jax.models import init_network
 from lifelong_jax.resuming import parse_settings
-from lifelong_jax.studies import init_network
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
