@@ -2,23 +2,23 @@
 
     python -m benchmarks.whole_run
 
-Five permuted tasks, MLP 784-1000-1000-10, one epoch each, batch 128, Adam, EWC with the Fisher of all 60,000 examples
-of each task: empirical, at the true labels, or, by `--fisher exact`, in expectation over the classes. `learn_tasks`,
-the loop on the host, is broken into its parts; `learn_sweep` of one run is one program, of which only compilation
-stands apart. Each turn has each of them anew, compilation included, and the floors. Importing and decoding the data are
-left out: loading is from the cache.
+Five permuted tasks, MLP 784-1000-1000-10, one epoch each, batch 128, Adam with the proximal penalty, EWC with the
+Fisher of all 60,000 examples of each task: empirical, at the true labels, or, by `--fisher exact`, in expectation over
+the classes. `learn_tasks`, the loop on the host, is broken into its parts; `learn_sweep` of one run is one program, of
+which only compilation stands apart. Each turn has each of them anew, compilation included, and the floors. Importing
+and decoding the data are left out: loading is from the cache.
 
 The floor is the same matrix products, bare and at their fastest (`benchmarks/floor.py`): those of every training step;
 of the Fisher, one cotangent pulled back per example, or ten; and of the test images of each task learned so far, after
-each task. Both ways evaluate more than that, all tasks before the first and after each; the second table says how many.
-The practical floor adds Adam's memory traffic: its update alone, the penalty's gradient included, for every step.
-Seconds are medians over the turns, with quartiles; a floor is the least of all its times, and a ratio that of the
-median over the floor.
+each task. The practical floor adds Adam's memory traffic: its update alone, the proximal step included, for every step.
+In each turn the floors are timed before, between and after the runs, and the median of these times counts. Seconds, and
+ratios of a run and the floor in one turn, are medians over the turns, with quartiles.
 """
 
 import argparse
 import functools
 import itertools
+import operator
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,12 +26,11 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from benchmarks import floor
 from benchmarks.timing import CompilationClock, quartiles, time_call, timed
-from lifelong_jax import Method, add_quadratic_penalty, continual, ewc, learn_tasks, permuted_tasks
+from lifelong_jax import Method, continual, ewc, learn_tasks, permuted_tasks, proximal_adam
 from lifelong_jax.datasets import load_dataset
 from lifelong_jax.metrics import average_accuracy
 from lifelong_jax.models import MLP, init_network
@@ -44,14 +43,13 @@ NUM_TASKS = 5
 BATCH_SIZE = 128
 SETTINGS = {"num_epochs": 1, "batch_size": BATCH_SIZE, "forward_transfer": False}
 LEARNING_RATE = 1e-3
-STRENGTH = 100.0
-FLOOR_REPEATS = 2  # in each turn
+STRENGTH = 300.0
 PARTS = ("training", "importance", "evaluation")
 
 
 def optimizer_fn(strength: jax.Array) -> optax.GradientTransformation:
-    """Makes Adam with the penalty in the loss."""
-    return optax.chain(add_quadratic_penalty(strength), optax.adam(LEARNING_RATE))
+    """Makes Adam with the penalty."""
+    return proximal_adam(LEARNING_RATE, strength)
 
 
 def main() -> None:
@@ -72,18 +70,22 @@ def main() -> None:
     updates = NUM_TASKS * -(-num_train // BATCH_SIZE)
     ways = {"learn_tasks": learn_by_host, "learn_sweep": learn_as_program}
     measured: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
-    least = dict.fromkeys([*floors, "updates"], float("inf"))
+    bare: list[dict[str, float]] = []
+
+    def time_floors() -> dict[str, float]:
+        seconds = {part: NUM_TASKS * floor_of_task.seconds() for part, floor_of_task in floors.items()}
+        return seconds | {"updates": updates * update.seconds()}
+
     for turn in range(arguments.turns):
+        times = [time_floors()]
         for way in list(ways)[:: 1 if turn % 2 else -1]:
             jax.clear_caches()
             measured[way].append(ways[way](method, arguments.examples, clock))
-        for _ in range(FLOOR_REPEATS):
-            times = {part: NUM_TASKS * bare.seconds() for part, bare in floors.items()}
-            times["updates"] = updates * update.seconds()
-            least = {part: min(least[part], times[part]) for part in times}
-    print_parts(measured["learn_tasks"], floors, least)
-    print_ways(measured, least)
-    print_floors(floors, update, least, updates)
+            times.append(time_floors())
+        bare.append({part: statistics.median(of_part[part] for of_part in times) for part in times[0]})
+    print_parts(measured["learn_tasks"], bare)
+    print_ways(measured, bare)
+    print_floors(floors, update, bare, updates)
 
 
 def start(num_examples: int | None) -> SweepRun:
@@ -102,14 +104,14 @@ def start(num_examples: int | None) -> SweepRun:
 
 def learn_by_host(method: Method, num_examples: int | None, clock: CompilationClock) -> dict[str, float]:
     """Makes the whole run by `learn_tasks`; returns the seconds of its parts, and the accuracy."""
-    evaluations: list[tuple[int, float]] = []
+    evaluations: list[float] = []
     evaluate = continual.evaluate
 
     def timed_evaluate(apply_fn: Callable, params: Any, tasks: Sequence[Any], *scenario: Any) -> list[float]:
         jax.block_until_ready(params)
         with timed(clock) as timer:
             accuracies = evaluate(apply_fn, params, tasks, *scenario)
-        evaluations.append((len(tasks), timer.seconds[0]))
+        evaluations.append(timer.seconds[0])
         return accuracies
 
     with timed(clock) as loading:
@@ -123,12 +125,11 @@ def learn_by_host(method: Method, num_examples: int | None, clock: CompilationCl
         "compilation": loading.compilation[0] + learning.compilation[0],
         "training": learned.training_seconds,
         "importance": learned.importance_seconds,
-        "evaluation": sum(seconds for _, seconds in evaluations),
+        "evaluation": sum(evaluations),
     }
     total = sum(timer.seconds[0] + timer.compilation[0] for timer in (loading, learning))
     parts |= {"the rest": total - sum(parts.values()), "total": total}
-    accuracy = average_accuracy(learned.accuracy_matrix)
-    return parts | {"evaluations": sum(count for count, _ in evaluations), "accuracy": accuracy}
+    return parts | {"accuracy": average_accuracy(learned.accuracy_matrix)}
 
 
 def learn_as_program(method: Method, num_examples: int | None, clock: CompilationClock) -> dict[str, float]:
@@ -139,9 +140,7 @@ def learn_as_program(method: Method, num_examples: int | None, clock: Compilatio
         swept = learn_sweep(method, MODEL.apply, optimizer_fn, [run], **SETTINGS)
     parts = {"loading": loading.seconds[0], "compilation": loading.compilation[0] + learning.compilation[0]}
     total = sum(parts.values()) + learning.seconds[0]
-    measured = np.isfinite(swept.initial_accuracies).sum() + np.isfinite(swept.accuracy_matrix).sum()
-    accuracy = average_accuracy(swept.accuracy_matrix[0])
-    return parts | {"total": total, "evaluations": int(measured), "accuracy": accuracy}
+    return parts | {"total": total, "accuracy": average_accuracy(swept.accuracy_matrix[0])}
 
 
 def find_floors(num_train: int, num_test: int, fisher: str) -> dict[str, floor.Floor]:
@@ -160,7 +159,7 @@ def find_floors(num_train: int, num_test: int, fisher: str) -> dict[str, floor.F
 
 
 class PenalisedAdam:
-    """Adam's update with the penalty's gradient, alone, of arrays as large as all parameters."""
+    """Adam's update with the proximal step, alone, of arrays as large as all parameters."""
 
     def __init__(self) -> None:
         """Draws the arrays and compiles the update in two ways: in a loop, and by itself."""
@@ -177,10 +176,11 @@ class PenalisedAdam:
     def _update(state: tuple[jax.Array, ...], given: tuple[jax.Array, ...], count: jax.Array) -> tuple[jax.Array, ...]:
         params, mean, square = state
         gradient, anchor, importance = given
-        gradient = gradient + STRENGTH * importance * (params - anchor)
         mean, square = 0.9 * mean + 0.1 * gradient, 0.999 * square + 0.001 * gradient**2
         step = mean / (1 - 0.9**count) / (jnp.sqrt(square / (1 - 0.999**count)) + 1e-8)
-        return params - LEARNING_RATE * step, mean, square
+        stiffness = LEARNING_RATE * STRENGTH * importance
+        params = params - LEARNING_RATE * step
+        return params - stiffness / (1 + stiffness) * (params - anchor), mean, square
 
     @classmethod
     def _updates(cls, state: tuple[jax.Array, ...], given: tuple[jax.Array, ...], count: jax.Array) -> Any:
@@ -200,42 +200,50 @@ class PenalisedAdam:
         return min(time_call(way) for way in (in_loop, by_itself)) / int(self.count)
 
 
-def print_parts(measured: list[dict[str, float]], floors: dict[str, floor.Floor], least: dict[str, float]) -> None:
+def products(bare: dict[str, float]) -> float:
+    """Adds up the floors of the parts."""
+    return sum(bare[part] for part in PARTS)
+
+
+def print_parts(measured: list[dict[str, float]], bare: list[dict[str, float]]) -> None:
     """Prints the parts of the loop on the host."""
-    bare = {part: least[part] for part in PARTS} | {"total": sum(least[part] for part in PARTS)}
+    bare = [turn | {"total": products(turn)} for turn in bare]
     rows = []
     for part in ("loading", "compilation", *PARTS, "the rest", "total"):
-        seconds = [turn[part] for turn in measured]
-        cells = [f"{bare[part]:.2f}", f"{statistics.median(seconds) / bare[part]:.2f}"] if part in bare else ["–", "–"]
+        seconds, cells = [turn[part] for turn in measured], ["–", "–"]
+        if part in bare[0]:
+            floors = [turn[part] for turn in bare]
+            cells = [quartiles(floors), quartiles(list(map(operator.truediv, seconds, floors)))]
         rows.append([part, quartiles(seconds), *cells])
     print(markdown_table(["part of `learn_tasks`", "seconds", "floor, s", "times the floor"], rows))
 
 
-def print_ways(measured: dict[str, list[dict[str, float]]], least: dict[str, float]) -> None:
+def print_ways(measured: dict[str, list[dict[str, float]]], bare: list[dict[str, float]]) -> None:
     """Prints the whole run in both ways, beside both floors."""
-    products = sum(least[part] for part in PARTS)
+    floors = {"products alone": list(map(products, bare))}
+    floors["with Adam's traffic"] = [products(turn) + turn["updates"] for turn in bare]
     rows = []
     for way, turns in measured.items():
         seconds = {part: [turn[part] for turn in turns] for part in ("loading", "compilation", "total")}
-        total = statistics.median(seconds["total"])
-        rows.append([f"`{way}`", *(quartiles(values) for values in seconds.values())])
-        rows[-1] += [f"{total / products:.2f}", f"{total / (products + least['updates']):.2f}"]
-        rows[-1] += [f"{turns[0]['evaluations']}", f"{100 * turns[0]['accuracy']:.2f}"]
-    needed = f"{NUM_TASKS * (NUM_TASKS + 1) // 2}"
-    rows.append(["products alone", "–", "–", f"{products:.2f}", "1.00", "–", needed, "–"])
-    rows.append(["with Adam's traffic", "–", "–", f"{products + least['updates']:.2f}", "–", "1.00", needed, "–"])
+        ratios = [list(map(operator.truediv, seconds["total"], times)) for times in floors.values()]
+        cells = [quartiles(values) for values in (*seconds.values(), *ratios)]
+        rows.append([f"`{way}`", *cells, f"{100 * turns[0]['accuracy']:.2f}"])
+    rows += [[name, "–", "–", quartiles(times), "–", "–", "–"] for name, times in floors.items()]
     header = ["way", "loading, s", "compilation, s", "total, s", "times the floor", "times the practical floor"]
-    print(markdown_table([*header, "test sets evaluated", "average accuracy, %"], rows))
+    print(markdown_table([*header, "average accuracy, %"], rows))
 
 
-def print_floors(floors: dict[str, floor.Floor], update: PenalisedAdam, least: dict[str, float], updates: int) -> None:
+def print_floors(
+    floors: dict[str, floor.Floor], update: PenalisedAdam, bare: list[dict[str, float]], updates: int
+) -> None:
     """Prints what the floors are made of."""
+    median = {part: statistics.median(turn[part] for turn in bare) for part in bare[0]}
     rows = []
-    for part, bare in floors.items():
-        gigaflops = NUM_TASKS * bare.flops / 1e9
-        rows.append([part, f"{gigaflops:.0f} GFLOP", f"{gigaflops / least[part]:.0f} GFLOP/s", bare.how])
+    for part, of_task in floors.items():
+        gigaflops = NUM_TASKS * of_task.flops / 1e9
+        rows.append([part, f"{gigaflops:.0f} GFLOP", f"{gigaflops / median[part]:.0f} GFLOP/s", of_task.how])
     gigabytes = updates * 9 * 4 * update.size / 1e9
-    rate, how = f"{gigabytes / least['updates']:.1f} GB/s", "6 arrays read, 3 written"
+    rate, how = f"{gigabytes / median['updates']:.1f} GB/s", "6 arrays read, 3 written"
     rows.append([f"Adam, {updates} updates", f"{gigabytes:.0f} GB", rate, how])
     print(markdown_table(["floor", "amount", "rate", "fastest way"], rows))
 

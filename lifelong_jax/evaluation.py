@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from lifelong_jax.tasks import Scenario, active_classes, mask_logits, shown
 from lifelong_jax.types import Batch, OutputFn, Params, Task
 
-_MAX_EVALUATED = 512  # examples at once: a large network's activations on a whole test set would not fit
+_MAX_EVALUATED = 1024  # examples at once: a large network's activations on a whole test set would not fit
 
 
 @functools.partial(jax.jit, static_argnames=("apply_fn",))
