@@ -1,5 +1,6 @@
 """Checks of what users hand over. Shapes and dtypes are checked always, values where they are known: outside of jit."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -131,7 +132,7 @@ def check_same_structure(name: str, tree: Any, reference_name: str, reference: A
 
 def check_importance(name: str, importance: Params) -> None:
     """Raises ValueError, naming the leaf, where values are known and one is NaN, infinite or negative."""
-    path = _first_that_fails(_are_importances, importance)
+    path = _first_where(lambda lowest: lowest < 0, importance)
     if path is not None:
         raise ValueError(
             f"{name}{path} has entries that are NaN, infinite or negative: an importance is finite and not negative. "
@@ -141,20 +142,22 @@ def check_importance(name: str, importance: Params) -> None:
 
 def check_finite(name: str, tree: Any, hint: str = "Did training diverge?") -> None:
     """Raises ValueError, naming the leaf, where values are known and one is NaN or infinite."""
-    path = _first_that_fails(_are_finite, tree)
+    path = _first_where(lambda lowest: lowest == -math.inf, tree)
     if path is not None:
         raise ValueError(f"{name}{path} has entries that are NaN or infinite. {hint}")
 
 
 def is_finite(tree: Any) -> bool:
     """Says whether no entry of a tree is NaN or infinite."""
-    return all(_are_finite(jax.tree.leaves(tree)))
+    return all(lowest > -math.inf for lowest in _lowest(jax.tree.leaves(tree)))
 
 
-def _first_that_fails(holds: Callable[[list[Any]], list[jax.Array]], tree: Any) -> str | None:
+def _first_where(fails: Callable[[jax.Array], jax.Array], tree: Any) -> str | None:
+    """Finds the first leaf whose values are known and whose lowest entry fails, and returns its path."""
     known = [(path, leaf) for path, leaf in jax.tree.leaves_with_path(tree) if is_concrete(leaf)]
-    held = holds([leaf for _, leaf in known]) if known else []
-    return next((jax.tree_util.keystr(path) for (path, _), good in zip(known, held, strict=True) if not good), None)
+    lowest = _lowest([leaf for _, leaf in known]) if known else []
+    failing = (jax.tree_util.keystr(path) for (path, _), low in zip(known, lowest, strict=True) if fails(low))
+    return next(failing, None)
 
 
 def is_concrete(value: Any) -> bool:
@@ -162,14 +165,12 @@ def is_concrete(value: Any) -> bool:
     return not isinstance(value, jax.core.Tracer)
 
 
-# One program for a whole tree: op by op, each would be compiled for each shape.
+@jax.jit  # one program for a whole tree: op by op, each would be compiled for each shape
+def _lowest(leaves: list[jax.Array]) -> list[jax.Array]:
+    """Finds the smallest entry of each leaf; −∞ where one is NaN or infinite."""
 
+    def of_leaf(leaf: jax.Array) -> jax.Array:
+        values = leaf if jnp.issubdtype(jnp.result_type(leaf), jnp.floating) else jnp.float32(leaf)
+        return jnp.min(jnp.where(jnp.isfinite(values), values, -jnp.inf), initial=jnp.inf)
 
-@jax.jit
-def _are_finite(leaves: list[jax.Array]) -> list[jax.Array]:
-    return [jnp.isfinite(leaf).all() for leaf in leaves]
-
-
-@jax.jit
-def _are_importances(leaves: list[jax.Array]) -> list[jax.Array]:
-    return [(jnp.isfinite(leaf) & (leaf >= 0)).all() for leaf in leaves]
+    return list(map(of_leaf, leaves))

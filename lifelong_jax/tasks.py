@@ -1,5 +1,6 @@
 """Sequences of tasks made from arrays. Tasks of one sequence have equal shapes: one compilation serves them all."""
 
+import math
 import operator
 from collections.abc import Sequence
 from typing import Literal, TypeAlias
@@ -46,7 +47,7 @@ def permuted_tasks(train: Batch, test: Batch, num_tasks: int, key: jax.Array) ->
     shape = train.inputs.shape[1:]
     if test.inputs.shape[1:] != shape:
         raise ValueError(f"test inputs have shape {test.inputs.shape[1:]} per example, but train inputs have {shape}.")
-    num_features = jnp.zeros(shape).size
+    num_features = math.prod(shape)
     keys = [jax.random.fold_in(key, index) for index in range(num_tasks)]
     return [Task(train, test, jax.random.permutation(task_key, num_features)) for task_key in keys]
 
