@@ -26,6 +26,7 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from benchmarks import floor
@@ -96,9 +97,9 @@ def start(num_examples: int | None) -> SweepRun:
     else:
         train = jax.tree.map(lambda leaf: leaf[:num_examples], dataset.train)
         test = jax.tree.map(lambda leaf: leaf[: max(1, num_examples // 6)], dataset.test)
-    tasks_key, params_key, key = jax.random.split(jax.random.key(0), 3)
+    tasks_key, params_key, key = map(jax.random.key, range(3))
     tasks = permuted_tasks(train, test, NUM_TASKS, tasks_key)
-    run = SweepRun(init_network(MODEL, params_key, train.inputs[0]), tasks, key, STRENGTH)
+    run = SweepRun(init_network(MODEL, params_key, np.zeros(train.inputs.shape[1:], np.float32)), tasks, key, STRENGTH)
     return jax.block_until_ready(run)
 
 

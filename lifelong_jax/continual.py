@@ -297,7 +297,7 @@ def _train_epoch(
 ) -> tuple[SequenceState, float]:
     """Returns the state and the mean loss. The arrays of the former state are freed."""
     (training, info), seconds = _timed(learn, state.training, state.consolidation, strength, *shown)
-    loss = float(info.loss.sum()) / int(info.num_steps.sum())
+    loss = float(np.asarray(info.loss).sum()) / int(np.asarray(info.num_steps).sum())
     # The last step's update comes after the last loss.
     if not (math.isfinite(loss) and _checks.is_finite(training.params)):
         advice = f" at strength {strength:g}: lower it or the learning rate, or use the proximal penalty"
