@@ -24,7 +24,7 @@ from lifelong_jax.datasets import Dataset, load_dataset
 from lifelong_jax.geometry import importance_overlap
 from lifelong_jax.models import MLP, init_network
 from lifelong_jax.plotting import COLORS, draw_image, draw_over_seeds, make_figure
-from lifelong_jax.resuming import compute_once, open_run, parse_settings
+from lifelong_jax.resuming import open_run, parse_settings
 from lifelong_jax.runs import (
     Run,
     RunSettings,
@@ -34,9 +34,8 @@ from lifelong_jax.runs import (
     format_estimate,
     markdown_table,
     print_table,
-    progress_bar,
 )
-from lifelong_jax.studies import both_importances, is_correct, learn_permuted
+from lifelong_jax.studies import both_importances, is_correct, learn_permuted, measure_seeds
 from lifelong_jax.types import Params
 
 SIDE = 8  # pixels to a side of the bundled digits
@@ -117,17 +116,8 @@ def main(config: Config) -> None:
     console = rich.console.Console()
     with open_run(config, "importance", console) as run:
         dataset = load_dataset("digits")
-        measured = []
-        with progress_bar(console) as bar:
-            line = bar.add_task("", total=len(config.seeds), status="")
-            for seed in config.seeds:
-                bar.update(line, status=f"seed {seed}")
-                function = functools.partial(measure, config, dataset, jax.random.key(seed))
-                of_seed = compute_once(run, f"seed {seed}", function)
-                run.log_once(seed=seed, **{name: of_seed[name] for name in Measured._fields[:5]})
-                measured.append(of_seed)
-                bar.advance(line)
-        values = {name: np.stack([of_seed[name] for of_seed in measured]) for name in Measured._fields}
+        function = functools.partial(measure, config, dataset)
+        values = measure_seeds(function, config.seeds, run, console, logged=Measured._fields[:5])
         report(config, values, run, console)
         draw(config, values, run)
         console.print(f"results in {run.folder}", highlight=False, soft_wrap=True)

@@ -22,7 +22,7 @@ from lifelong_jax import (
 from lifelong_jax.datasets import Dataset, load_dataset
 from lifelong_jax.models import MLP, init_network
 from lifelong_jax.plotting import COLORS, draw_over_seeds, make_figure
-from lifelong_jax.resuming import compute_once, open_run, parse_settings
+from lifelong_jax.resuming import open_run, parse_settings
 from lifelong_jax.runs import (
     Run,
     RunSettings,
@@ -32,9 +32,8 @@ from lifelong_jax.runs import (
     format_estimate,
     markdown_table,
     print_table,
-    progress_bar,
 )
-from lifelong_jax.studies import both_importances, learn_permuted
+from lifelong_jax.studies import both_importances, learn_permuted, measure_seeds
 from lifelong_jax.types import Params
 
 ACTIVATIONS = ("tanh", "relu")
@@ -90,20 +89,8 @@ def main(config: Config) -> None:
     console = rich.console.Console()
     with open_run(config, "sensitivity", console) as run:
         dataset = load_dataset("digits")
-        measured = []
-        with progress_bar(console) as bar:
-            line = bar.add_task("", total=len(config.seeds), status="")
-            for seed in config.seeds:
-                bar.update(line, status=f"seed {seed}")
-                function = functools.partial(measure, config, dataset, jax.random.key(seed))
-                of_seed = compute_once(run, f"seed {seed}", function)
-                run.log_once(seed=seed, **of_seed)
-                measured.append(of_seed)
-                bar.advance(line)
-        errors, changes = (
-            {name: np.stack([of_seed[name] for of_seed in measured]) for name in names}
-            for names in (ACTIVATIONS, RANKINGS)
-        )
+        measured = measure_seeds(functools.partial(measure, config, dataset), config.seeds, run, console)
+        errors, changes = ({name: measured[name] for name in names} for names in (ACTIVATIONS, RANKINGS))
         report(config, errors, changes, run, console)
         draw(config, errors, changes, run)
         console.print(f"results in {run.folder}", highlight=False, soft_wrap=True)

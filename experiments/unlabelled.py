@@ -22,7 +22,7 @@ from lifelong_jax import (
 from lifelong_jax.datasets import Dataset, hold_out_validation, load_dataset
 from lifelong_jax.models import MLP, init_network
 from lifelong_jax.plotting import COLORS, draw_over_seeds, make_figure
-from lifelong_jax.resuming import compute_once, open_run, parse_settings
+from lifelong_jax.resuming import open_run, parse_settings
 from lifelong_jax.runs import (
     Run,
     RunSettings,
@@ -32,9 +32,8 @@ from lifelong_jax.runs import (
     format_estimate,
     markdown_table,
     print_table,
-    progress_bar,
 )
-from lifelong_jax.studies import is_correct, learn_permuted, permuted
+from lifelong_jax.studies import is_correct, learn_permuted, measure_seeds, permuted
 from lifelong_jax.types import Params
 
 NUM_CLASSES = 10
@@ -115,17 +114,8 @@ def main(config: Config) -> None:
     console = rich.console.Console()
     with open_run(config, "unlabelled", console) as run:
         dataset = load_dataset("digits")
-        measured = []
-        with progress_bar(console) as bar:
-            line = bar.add_task("", total=len(config.seeds), status="")
-            for seed in config.seeds:
-                bar.update(line, status=f"seed {seed}")
-                function = functools.partial(measure, config, dataset, jax.random.key(seed))
-                of_seed = Measured(**compute_once(run, f"seed {seed}", function))
-                run.log_once(seed=seed, **of_seed._asdict())
-                measured.append(of_seed)
-                bar.advance(line)
-        values = Measured(*(np.stack(column) for column in zip(*measured, strict=True)))
+        function = functools.partial(measure, config, dataset)
+        values = Measured(**measure_seeds(function, config.seeds, run, console))
         report(config, values, run, console)
         draw(config, values, run)
         console.print(f"results in {run.folder}", highlight=False, soft_wrap=True)

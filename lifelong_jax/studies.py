@@ -1,20 +1,57 @@
-"""What the studies of single networks share: a network that learns one task in one compiled call, with a penalty."""
+"""What the studies of single networks share: the loop over seeds, and a network that learns one task in one call."""
 
 import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+import rich.console
 
 from lifelong_jax.importance import fisher_diagonal, mas_importance
 from lifelong_jax.methods import cross_entropy
 from lifelong_jax.penalty import proximal_quadratic_penalty
+from lifelong_jax.resuming import compute_once
+from lifelong_jax.runs import Run, progress_bar
 from lifelong_jax.tasks import present
 from lifelong_jax.training import TrainingState, init_training, learn_task
 from lifelong_jax.types import Batch, Consolidation, LogitsFn, OutputFn, Params
 
 MOMENTUM = 0.9
+
+
+def measure_seeds(
+    measure: Callable[[jax.Array], Any],
+    seeds: Sequence[int],
+    run: Run,
+    console: rich.console.Console,
+    logged: Sequence[str] | None = None,
+) -> dict[str, np.ndarray]:
+    """Measures each seed once in a run, and logs it as it is done.
+
+    Args:
+      measure: `measure(key)`: a dict or a NamedTuple of arrays and numbers, of equal shapes from seed to seed.
+      seeds: whole numbers, of which random keys are made.
+      run: where each seed's arrays are kept.
+      console: where the progress is shown.
+      logged: what goes into the log; None for all.
+
+    Returns:
+      The arrays by name, each `[num_seeds, ...]`.
+    """
+    measured = []
+    with progress_bar(console) as bar:
+        line = bar.add_task("", total=len(seeds), status="")
+        for seed in seeds:
+            bar.update(line, status=f"seed {seed}")
+            of_seed = compute_once(run, f"seed {seed}", functools.partial(measure, jax.random.key(seed)))
+            run.log_once(seed=seed, **{name: of_seed[name] for name in logged or of_seed})
+            measured.append(of_seed)
+            bar.advance(line)
+    return {name: np.stack([of_seed[name] for of_seed in measured]) for name in measured[0]}
 
 
 def permuted(apply_fn: OutputFn, permutation: jax.Array) -> LogitsFn:
