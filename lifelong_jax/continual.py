@@ -191,19 +191,19 @@ def learn_tasks(
     for index in range(epochs // num_epochs, len(tasks)):
         train_key, importance_key = jax.random.split(jax.random.fold_in(key, index))
         examples = with_class_mask(tasks[index].train, active_classes(tasks, scenario, index, index))
-        shown = (examples, tasks[index].permutation)
+        current = (examples, tasks[index].permutation)
         if epochs == index * num_epochs:
             training = init_training(optimizer, state.training.params, train_key)
             if index > 0:
                 training = training._replace(opt_state=method.carry(training.opt_state, state.training.opt_state))
             state = state._replace(training=training)
         while epochs < (index + 1) * num_epochs:
-            state, loss = _train_epoch(learn, state, strength, shown, epochs - index * num_epochs)
+            state, loss = _train_epoch(learn, state, strength, current, epochs - index * num_epochs)
             epochs += 1
             accuracies = evaluate(apply_fn, state.training.params, tasks[: index + 1], scenario)
             report(Progress(index, epochs, loss, accuracies))
             if epochs == (index + 1) * num_epochs:
-                state, kept = _consolidate_task(method, apply_fn, state, shown, importance_key)
+                state, kept = _consolidate_task(method, apply_fn, state, current, importance_key)
                 checkpoints.keep_task(index, kept, method.name, np.count_nonzero(examples.weights))
                 if ahead:
                     accuracies = accuracies + evaluate(apply_fn, kept.anchor, tasks[index + 1 :], scenario)
@@ -261,11 +261,11 @@ def learn_jointly(
     wrap_optimizer = methods.finetune().wrap_optimizer
     none = jnp.zeros(())
     learn = functools.partial(_learn_epoch, apply_fn, optimizer_fn, wrap_optimizer, batch_size=batch_size)
-    shown = (joint_examples(tasks, scenario), None)
+    current = (joint_examples(tasks, scenario), None)
     start = _start(wrap_optimizer(optimizer_fn(none)), params, key, [math.nan] * len(tasks))
     epochs, state = checkpoints.restore(start, num_epochs)
     for epoch in range(epochs // len(tasks), num_epochs):
-        state, loss = _train_epoch(learn, state, none, shown, epoch)
+        state, loss = _train_epoch(learn, state, none, current, epoch)
         accuracies = evaluate(apply_fn, state.training.params, tasks, scenario)
         report(Progress(None, (epoch + 1) * len(tasks), loss, accuracies))
         if epoch + 1 == num_epochs:
@@ -292,11 +292,11 @@ def _train_epoch(
     learn: Callable,
     state: SequenceState,
     strength: jax.Array,
-    shown: tuple[Batch, jax.Array | None],
+    current: tuple[Batch, jax.Array | None],
     epoch: int,
 ) -> tuple[SequenceState, float]:
     """Returns the state and the mean loss. The arrays of the former state are freed."""
-    (training, info), seconds = _timed(learn, state.training, state.consolidation, strength, *shown)
+    (training, info), seconds = _timed(learn, state.training, state.consolidation, strength, *current)
     loss = float(np.asarray(info.loss).sum()) / int(np.asarray(info.num_steps).sum())
     # The last step's update comes after the last loss.
     if not (math.isfinite(loss) and _checks.is_finite(training.params)):
@@ -311,12 +311,12 @@ def _consolidate_task(
     method: Method,
     apply_fn: OutputFn,
     state: SequenceState,
-    shown: tuple[Batch, jax.Array | None],
+    current: tuple[Batch, jax.Array | None],
     key: jax.Array,
 ) -> tuple[SequenceState, Consolidation]:
     """Returns the state with the task just learned consolidated, and the task's own parameters and importance."""
     measure = functools.partial(_importance, apply_fn, method.importance_fn)
-    importance, seconds = _timed(measure, state.training, *shown, key)
+    importance, seconds = _timed(measure, state.training, *current, key)
     params = state.training.params
     consolidation = consolidate(state.consolidation, params, importance, rule=method.rule, decay=method.decay)
     state = state._replace(consolidation=consolidation, importance_seconds=state.importance_seconds + seconds)
