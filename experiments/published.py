@@ -32,7 +32,7 @@ from lifelong_jax.types import Example, OutputFn, Params
 
 
 def decades(last: int, first: int = 1, step: int = 1) -> tuple[float, ...]:
-    """Makes strengths one decade apart, or `step`, from 10^first to 10^last."""
+    """Makes strengths `step` decades apart, from 10^first to 10^last."""
     return tuple(10.0**decade for decade in range(first, last + 1, step))
 
 
@@ -348,8 +348,8 @@ ROWS = {
         title="Split MNIST, by estimator of the Fisher",
         source="van de Ven 2025, arXiv 2502.11756; settings from its code, GMvandeVen/continual-learning",
         remark="Task-incremental; pairs of classes in random order; 2,000 steps a task; Adam keeps its state; online "
-        "EWC. The source has the best λ of fourteen decades on test data; ours is the best on validation data, of as "
-        "many decades as reach it.",
+        "EWC. The source has the best λ of fourteen decades on test data; ours is the best on validation data, of the "
+        "powers of ten in the picture.",
         deviation="standard error",
         published_runs=30,
         num_seeds=3,

@@ -56,7 +56,7 @@ class Config(RunSettings):
 
     rows: Seeds = (1, 2, 3, 4, 5, 6)
     """Which rows of the table, 1 to 6: 1-3, or 1,5. On two CPU cores, rows 1, 2, 5 and 6 take half an hour, row 3 an
-    hour, row 4 two hours."""
+    hour and a half, row 4 two hours."""
 
     seeds: Seeds = ()
     """Sequences of tasks, initialisations and orders of examples; by default as many as the row says."""

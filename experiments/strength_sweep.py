@@ -113,6 +113,7 @@ def main(config: Config) -> None:
             optimizer_fn,
             num_epochs=config.num_epochs,
             batch_size=config.batch_size,
+            forward_transfer=False,
         )
         for optimizer in config.optimizers
         for place, optimizer_fn in pipelines[optimizer].items()

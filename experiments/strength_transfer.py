@@ -106,6 +106,7 @@ def measure(
                 optimizer_fn,
                 num_epochs=config.num_epochs,
                 batch_size=config.batch_size,
+                forward_transfer=False,
             )
             matrices = sweep_strengths(
                 {name: learner},

@@ -152,10 +152,10 @@ def is_finite(tree: Any) -> bool:
     return all(lowest > -math.inf for lowest in _lowest(jax.tree.leaves(tree)))
 
 
-def _first_where(fails: Callable[[jax.Array], jax.Array], tree: Any) -> str | None:
+def _first_where(fails: Callable[[float], bool], tree: Any) -> str | None:
     """Finds the first leaf whose values are known and whose lowest entry fails, and returns its path."""
     known = [(path, leaf) for path, leaf in jax.tree.leaves_with_path(tree) if is_concrete(leaf)]
-    lowest = _lowest([leaf for _, leaf in known]) if known else []
+    lowest = _lowest([leaf for _, leaf in known])
     failing = (jax.tree_util.keystr(path) for (path, _), low in zip(known, lowest, strict=True) if fails(low))
     return next(failing, None)
 
@@ -165,12 +165,16 @@ def is_concrete(value: Any) -> bool:
     return not isinstance(value, jax.core.Tracer)
 
 
-@jax.jit  # one program for a whole tree: op by op, each would be compiled for each shape
-def _lowest(leaves: list[jax.Array]) -> list[jax.Array]:
+def _lowest(leaves: list[Any]) -> list[float]:
     """Finds the smallest entry of each leaf; −∞ where one is NaN or infinite."""
+    return list(map(float, jax.device_get(_lowest_entries(leaves)))) if leaves else []
 
+
+@jax.jit  # one program for a whole tree: op by op, each would be compiled for each shape
+def _lowest_entries(leaves: list[jax.Array]) -> list[jax.Array]:
     def of_leaf(leaf: jax.Array) -> jax.Array:
-        values = leaf if jnp.issubdtype(jnp.result_type(leaf), jnp.floating) else jnp.float32(leaf)
-        return jnp.min(jnp.where(jnp.isfinite(values), values, -jnp.inf), initial=jnp.inf)
+        values = jnp.real(leaf)
+        values = values if jnp.issubdtype(values.dtype, jnp.floating) else values.astype(jnp.float32)
+        return jnp.min(jnp.where(jnp.isfinite(leaf), values, -jnp.inf), initial=jnp.inf)
 
     return list(map(of_leaf, leaves))

@@ -74,7 +74,8 @@ def compare(
     Args:
       learners: by name.
       make_tasks: `make_tasks(key) -> tasks`.
-      init_params: `init_params(key, x) -> params`, x one example's input; a flax model's `init`, say.
+      init_params: `init_params(key, x) -> params`, x one example's input: `functools.partial(init_network, model)`,
+        say.
       seeds: integers.
       num_epochs: passes over each task's training examples.
       run: where each epoch and each sequence is logged, and checkpoints are.

@@ -151,7 +151,8 @@ def learn_tasks(
       num_epochs: passes over each task's training examples.
       batch_size: examples per step.
       forward_transfer: whether to measure what forward transfer is made of, the accuracies on tasks before they are
-        learned. Without, there are about half as many test sets to evaluate.
+        learned. Without, num_tasks · (num_tasks + 1) / 2 fewer test sets are evaluated: half of them, at one epoch a
+        task.
       report: called after every epoch.
       checkpoints: where the state is kept, to go on from: with it, the numbers are those of a sequence that was never
         stopped, to the bit on one machine, wherever the checkpoints fell. By default nowhere.
@@ -297,7 +298,7 @@ def _train_epoch(
 ) -> tuple[SequenceState, float]:
     """Returns the state and the mean loss. The arrays of the former state are freed."""
     (training, info), seconds = _timed(learn, state.training, state.consolidation, strength, *current)
-    loss = float(np.asarray(info.loss).sum()) / int(np.asarray(info.num_steps).sum())
+    loss = float(np.asarray(info.loss, np.float64).sum()) / int(np.asarray(info.num_steps).sum())
     # The last step's update comes after the last loss.
     if not (math.isfinite(loss) and _checks.is_finite(training.params)):
         advice = f" at strength {strength:g}: lower it or the learning rate, or use the proximal penalty"
@@ -413,14 +414,19 @@ def check_sequence(
             f"{jax.tree.map(operator.attrgetter('shape'), logits)}."
         )
     (num_classes,) = logits.shape
-    checked: set[tuple[int, ...]] = set()
+    checked: dict[tuple[int, ...], Batch] = {}  # the batches, too: an id is an object's only while it lives
     for index, task in enumerate(tasks):
         _checks.check_same_structure(f"tasks[{index}]", task, "tasks[0]", tasks[0])
         _check_task(f"tasks[{index}]", task, scenario, math.prod(x.shape), num_classes, checked)
 
 
 def _check_task(
-    name: str, task: Task, scenario: Scenario, num_features: int, num_classes: int, checked: set[tuple[int, ...]]
+    name: str,
+    task: Task,
+    scenario: Scenario,
+    num_features: int,
+    num_classes: int,
+    checked: dict[tuple[int, ...], Batch],
 ) -> None:
     if task.permutation is not None:
         _check_permutation(f"{name}.permutation", task.permutation, num_features)
@@ -441,7 +447,7 @@ def _check_task(
         arrays = tuple(map(id, jax.tree.leaves(batch)))
         if arrays not in checked:  # permuted tasks share their examples
             _checks.check_batch(f"{name}.{part}", batch, num_classes)
-            checked.add(arrays)
+            checked[arrays] = batch
         known = task.class_mask is not None and _checks.is_concrete(batch.labels)
         if known and not task.class_mask[batch.labels].all():
             raise ValueError(f"{name} has labels that are not among its classes, those that its class_mask names.")

@@ -150,7 +150,7 @@ class Experiment(NamedTuple):
       task_names: short, for tables and pictures.
       scenario: "task", "domain" or "class".
       apply_fn: `apply_fn(params, x) -> [num_classes]`, one example's outputs; a flax model's `apply`.
-      init_params: `init_params(key, x) -> params`; a flax model's `init`.
+      init_params: `init_params(key, x) -> params`: `functools.partial(init_network, model)`, say.
     """
 
     name: str
@@ -311,6 +311,7 @@ def tune(
             scenario=experiment.scenario,
             num_epochs=settings.num_epochs,
             batch_size=settings.batch_size,
+            forward_transfer=False,
         )
         for field in dataclasses.fields(Strength)
         if field.name in settings.methods

@@ -53,8 +53,8 @@ def empirical_fisher_diagonal(
 
     Raises:
       TypeError: if a leaf of `params` is not floating-point.
-      ValueError: if there are no examples, or leaves disagree on their number, if weights are negative or all 0, if
-        the loss is no scalar, or if `method` is unknown.
+      ValueError: if there are no examples, or leaves disagree on their number, if weights are negative, all 0 or
+        beyond float32, if the loss is no scalar, or if `method` is unknown.
 
     Example:
       >>> loss_fn = lambda params, example: 0.5 * (params * example["x"] - example["y"]) ** 2
@@ -113,8 +113,8 @@ def fisher_diagonal(
 
     Raises:
       TypeError: if a leaf of `params` is not floating-point.
-      ValueError: if there are no inputs, or leaves disagree on their number, if weights are negative or all 0, if
-        `likelihood` or `method` is unknown, or if only one of `num_samples` and `key` is given.
+      ValueError: if there are no inputs, or leaves disagree on their number, if weights are negative, all 0 or
+        beyond float32, if `likelihood` or `method` is unknown, or if only one of `num_samples` and `key` is given.
 
     Example:
       >>> logits_fn = lambda params, x: params * x
@@ -172,8 +172,8 @@ def mas_importance(
 
     Raises:
       TypeError: if a leaf of `params` is not floating-point.
-      ValueError: if there are no inputs, or leaves disagree on their number, if weights are negative or all 0, or if
-        `output_norm` or `method` is unknown.
+      ValueError: if there are no inputs, or leaves disagree on their number, if weights are negative, all 0 or
+        beyond float32, or if `output_norm` or `method` is unknown.
 
     Example:
       >>> mas_importance(lambda params, x: params * x, jnp.array(1.0), jnp.array([1.0, -3.0]))
@@ -224,7 +224,8 @@ def local_mas_importance(
     Raises:
       TypeError: if a leaf of `params` is not floating-point.
       ValueError: if `output_fn` marks no layer, or the last, or one inside of a loop or a branch; if there are no
-        inputs, or leaves disagree on their number, if weights are negative or all 0, or if `method` is unknown.
+        inputs, or leaves disagree on their number, if weights are negative, all 0 or beyond float32, or
+        if `method` is unknown.
 
     Example:
       >>> from lifelong_jax import layer_output

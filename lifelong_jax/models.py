@@ -17,6 +17,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from lifelong_jax import _checks
 from lifelong_jax.tapping import layer_output
 from lifelong_jax.types import Example, Params
 
@@ -250,7 +251,7 @@ def init_network(model: nn.Module, key: jax.Array, x: Example) -> Params:
     """Draws a network's first parameters: what `model.init` does, as one program.
 
     Args:
-      model: a flax module of one example.
+      model: a flax module of one example, hashable, as modules of plain attributes are.
       key: a random key.
       x: an input, without batch axis.
 
@@ -261,12 +262,13 @@ def init_network(model: nn.Module, key: jax.Array, x: Example) -> Params:
       >>> jax.tree.map(jnp.shape, init_network(MLP((5,), 10), jax.random.key(0), jnp.zeros(64))["params"]["Dense_0"])
       {'bias': (5,), 'kernel': (64, 5)}
     """
-    return _init_program()(model, key, x)
+    return _init_program()(model, key, x) if _checks.is_concrete(key) else model.init(key, x)
 
 
 @functools.cache
 def _init_program() -> Callable[[nn.Module, jax.Array, Example], Params]:
     # It runs once: on a CPU, optimised in full, it is four times as long in compilation, and draws the same numbers.
+    # What is compiled with options of its own cannot be part of another program.
     options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
     return jax.jit(lambda model, key, x: model.init(key, x), static_argnums=0, compiler_options=options)
 

@@ -213,18 +213,18 @@ def widen(array: jax.Array) -> jax.Array:
 
 
 def relative(weights: jax.Array) -> jax.Array:
-    """Divides weights by the largest of them, so that neither their sum nor a quotient by it over- or underflows.
+    """Scales weights by a power of 2, exactly, so that neither their sum nor a quotient by it over- or underflows.
 
     Args:
       weights: `[num_examples]`, not negative.
 
     Returns:
-      The weights, in their dtype or float32, whichever is wider: the largest is 1, unless all are 0.
+      The weights, in their dtype or float32, whichever is wider: the largest is from 1 to below 2, unless all are 0.
     """
     counts = not jnp.issubdtype(weights.dtype, jnp.floating)
     weights = weights.astype(jnp.float32) if counts else widen(weights)
-    shares = weights / jnp.maximum(jnp.max(weights), jnp.finfo(weights.dtype).tiny)
-    return jax.lax.optimization_barrier(shares)  # or XLA may multiply by the largest first, and divide last
+    _, exponent = jnp.frexp(jnp.max(weights))
+    return jnp.ldexp(weights, 1 - exponent)
 
 
 def _wide_dtype(array: jax.Array) -> jnp.dtype:  # `promote_types` refuses under strict promotion

@@ -222,7 +222,7 @@ def _learn_run(
             return accuracy(apply_fn, params, task.test, task.permutation, class_mask)
 
         def add(index: jax.Array, accuracies: jax.Array) -> jax.Array:
-            return accuracies.at[index].set(on_task(index))
+            return accuracies.at[index].set(on_task(index).astype(accuracies.dtype))
 
         return jax.lax.fori_loop(0, num_tasks if ahead else latest + 1, add, jnp.full(num_tasks, jnp.nan))
 

@@ -89,14 +89,15 @@ def learn_task(
       num_epochs: passes over the examples.
       batch_size: examples per step.
       max_steps: where training ends within these epochs, or None for their end.
-      weights: `[num_examples]`, 0 for padding, or None for ones.
+      weights: `[num_examples]`, 0 for padding, or None for ones. Only their ratios count.
 
     Returns:
       The state after the last step, and the losses.
 
     Raises:
       ValueError: if there are no examples, or leaves disagree on their number, or if `num_epochs`, `batch_size` or
-        `max_steps` is not a positive integer, or if the loss is no scalar.
+        `max_steps` is not a positive integer, or if the loss is no scalar; outside of jit, if weights are negative, all
+        0, or too large or too small for float32.
       TypeError: if a leaf of the parameters is not floating-point.
 
     Example:

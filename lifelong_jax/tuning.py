@@ -58,7 +58,8 @@ def sweep_strengths(
       learners: by name.
       strengths: λ, for each learner.
       make_tasks: `make_tasks(key) -> tasks`.
-      init_params: `init_params(key, x) -> params`, x one example's input; a flax model's `init`, say.
+      init_params: `init_params(key, x) -> params`, x one example's input: `functools.partial(init_network, model)`,
+        say.
       seeds: integers.
       run: where each sequence is logged.
       console: where the progress bar is shown.

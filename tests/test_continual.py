@@ -15,6 +15,7 @@ from lifelong_jax import (
     add_quadratic_penalty,
     continual,
     evaluate,
+    evaluation,
     fisher_diagonal,
     init_consolidation,
     learn_jointly,
@@ -141,6 +142,18 @@ def test_evaluate_counts_by_weight():
     assert evaluate(lambda params, x: params * x, jnp.array(1.0), [Task(test, only_first), swapped]) == [1.0, 0.0]
 
 
+def test_large_test_sets_are_evaluated_in_parts(monkeypatch):
+    rng = np.random.default_rng(0)
+    inputs, weights = jnp.asarray(rng.normal(size=(9, 4)), jnp.float32), jnp.array([1.0] * 7 + [0.0] * 2)
+    labels = jnp.argmax(inputs[:, :3], axis=1).at[:3].set(0)
+    task = Task(*[Batch(inputs, labels, weights)] * 2, jnp.array([3, 0, 1, 2]))
+    whole = evaluate(lambda params, x: params * x[1:], jnp.array(1.0), [task])  # of another function than `in_parts`
+    monkeypatch.setattr(evaluation, "_MAX_EVALUATED", 4)
+    in_parts = evaluate(lambda params, x: params * x[1:], jnp.array(1.0), [task])
+    assert whole == in_parts
+    assert 0.5 < whole[0] < 1
+
+
 def test_progress_is_reported_after_every_epoch():
     reports = []
     learn(
@@ -154,6 +167,24 @@ def test_progress_is_reported_after_every_epoch():
     assert [report.task for report in reports] == [0, 0, 1, 1, 2, 2]
     assert [report.epochs for report in reports] == [1, 2, 3, 4, 5, 6]
     assert [len(report.accuracies) for report in reports] == [1, 1, 2, 2, 3, 3]
+
+
+def test_the_loss_of_many_bfloat16_steps():
+    batch = Batch(jnp.ones((300, 2), jnp.bfloat16), jnp.arange(300) % 2, jnp.ones(300))
+    losses = []
+    learn_tasks(
+        methods.finetune(),
+        lambda params, x: x @ params,
+        lambda strength: optax.sgd(0.0),
+        jnp.zeros((2, 2), jnp.bfloat16),
+        [Task(batch, batch)],
+        jax.random.key(0),
+        strength=0.0,
+        num_epochs=1,
+        batch_size=1,
+        report=lambda progress: losses.append(progress.loss),
+    )
+    np.testing.assert_allclose(losses, np.log(2), rtol=1e-2)
 
 
 def test_one_trace_serves_all_tasks_strengths_and_methods():

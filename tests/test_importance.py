@@ -212,7 +212,7 @@ def test_equals_a_loop_in_float64(estimator, method, microbatch_size):
     importance, quantity = ESTIMATORS[estimator]
     with jax.enable_x64(True):
         params, data = make_mlp(jnp.float64), make_data(jnp.float64)
-        weights = np.linspace(0.0, 2.0, NUM_EXAMPLES)
+        weights = np.linspace(0.0, 2.0, NUM_EXAMPLES).astype(np.float32)  # whose ratios must not be rounded to float32
         computed = importance(params, data, weights=weights, microbatch_size=microbatch_size, method=method)
         expected = loop(quantity, params, data, weights)
         chex.assert_trees_all_close(computed, expected, rtol=1e-10, atol=1e-13)

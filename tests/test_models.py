@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -200,3 +201,14 @@ def test_alexnet_has_the_shapes_of_torchvision(tmp_path):
     for name, shape in zip(NAMES, weights, strict=False):
         assert f"{name}.weight {shape} lacks" in str(error.value)
         assert f"{name}.bias {shape[:1]} lacks" in str(error.value)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize(
+    ("model", "shape"), [(models.MLP((50, 20), 10), (8, 8, 1)), (models.CNN((4, 8), 3), (8, 8, 1))], ids=["mlp", "cnn"]
+)
+def test_init_network_draws_what_init_draws(model, shape):
+    key, x = jax.random.key(3), jnp.ones(shape)
+    drawn = models.init_network(model, key, x)
+    chex.assert_trees_all_equal(drawn, model.init(key, x))
+    assert jax.eval_shape(functools.partial(models.init_network, model), key, x) == jax.eval_shape(lambda: drawn)

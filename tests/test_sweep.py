@@ -131,7 +131,10 @@ def test_equals_the_runs_one_by_one(method, scenario):
 
 
 def test_one_run_equals_that_run():
-    runs = make_runs("task", [1], [3.0])
+    (run,) = make_runs("task", [1], [3.0])
+    tests = [task.test._replace(weights=task.test.weights.astype(jnp.float32)) for task in run.tasks]  # as loaded data
+    tasks = [task._replace(test=test) for task, test in zip(run.tasks, tests, strict=True)]
+    runs = [run._replace(tasks=tasks)]
     swept = sweep(METHODS["si"], apply_fn, optimizer_fn, runs, scenario="task", forward_transfer=False)
     assert_as_one_by_one(swept, runs, METHODS["si"], "task", forward_transfer=False)
 

@@ -12,6 +12,7 @@ import pytest
 from lifelong_jax import (
     Consolidation,
     add_quadratic_penalty,
+    empirical_fisher_diagonal,
     init_consolidation,
     init_training,
     learn_task,
@@ -173,6 +174,25 @@ def test_donating_the_state_leaves_the_anchor_alone():
     consolidation = Consolidation(params, jax.tree.map(jnp.ones_like, params))
     learn(init_training(optimizer, params, jax.random.key(0)), consolidation, examples)
     chex.assert_tree_all_finite(consolidation)
+
+
+@pytest.mark.parametrize("scale", [4e36, 3e-38])
+def test_only_ratios_of_weights_count(scale):
+    examples, params, none = jnp.array([2.0, 4.0, 7.0, 0.0]), jnp.array(1.0), init_consolidation(jnp.array(1.0))
+    optimizer, weights = optax.sgd(0.25), jnp.array([1.0, 3.0, 2.0, 0.0])
+
+    @jax.jit
+    def learn(weights):
+        state = init_training(optimizer, params, jax.random.key(0))
+        square = lambda params, x: (params - x) ** 2  # noqa: E731
+        # In batches of 2, there is one of padding alone: it takes no step.
+        return learn_task(
+            square, optimizer, state, none, examples, num_epochs=1, batch_size=2, weights=weights
+        )[0].params  # fmt: skip
+
+    np.testing.assert_allclose(learn(scale * weights), learn(weights), rtol=1e-6)
+    fisher = functools.partial(empirical_fisher_diagonal, lambda params, x: (params - x) ** 2, params, examples)
+    np.testing.assert_allclose(fisher(weights=scale * weights), (1 * 4 + 3 * 36 + 2 * 144) / 6, rtol=1e-6)
 
 
 def test_numpy_examples_and_weights():
