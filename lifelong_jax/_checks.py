@@ -149,13 +149,13 @@ def check_finite(name: str, tree: Any, hint: str = "Did training diverge?") -> N
 
 def is_finite(tree: Any) -> bool:
     """Says whether no entry of a tree is NaN or infinite."""
-    return all(lowest > -math.inf for lowest in _lowest(jax.tree.leaves(tree)))
+    return _first_where(lambda lowest: lowest == -math.inf, tree) is None
 
 
 def _first_where(fails: Callable[[float], bool], tree: Any) -> str | None:
     """Finds the first leaf whose values are known and whose lowest entry fails, and returns its path."""
     known = [(path, leaf) for path, leaf in jax.tree.leaves_with_path(tree) if is_concrete(leaf)]
-    lowest = _lowest([leaf for _, leaf in known])
+    lowest = jax.device_get(_lowest_entries([leaf for _, leaf in known])) if known else []
     failing = (jax.tree_util.keystr(path) for (path, _), low in zip(known, lowest, strict=True) if fails(low))
     return next(failing, None)
 
@@ -165,13 +165,10 @@ def is_concrete(value: Any) -> bool:
     return not isinstance(value, jax.core.Tracer)
 
 
-def _lowest(leaves: list[Any]) -> list[float]:
-    """Finds the smallest entry of each leaf; −∞ where one is NaN or infinite."""
-    return list(map(float, jax.device_get(_lowest_entries(leaves)))) if leaves else []
-
-
 @jax.jit  # one program for a whole tree: op by op, each would be compiled for each shape
 def _lowest_entries(leaves: list[jax.Array]) -> list[jax.Array]:
+    """Finds the smallest entry of each leaf; −∞ where one is NaN or infinite."""
+
     def of_leaf(leaf: jax.Array) -> jax.Array:
         values = jnp.real(leaf)
         values = values if jnp.issubdtype(values.dtype, jnp.floating) else values.astype(jnp.float32)

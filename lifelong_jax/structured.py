@@ -130,8 +130,8 @@ def sum_over_examples(
 def default_microbatch_size(output_fn: Callable[[Params, Example], jax.Array], params: Params, example: Example) -> int:
     """Chooses how many examples to take together from the backend and from shapes alone.
 
-    On a CPU, as many as make products of 512 rows, which measured fastest or close to it for dense networks,
-    convolutions, transformers and recurrent networks (`benchmarks/importance.py`). Elsewhere a rule of thumb.
+    On a CPU, as many as make products of 512 rows, which measured fastest or close to it for convolutions, transformers
+    and recurrent networks (`benchmarks/importance.py`), or of 1,024, for dense networks. Elsewhere a rule of thumb.
 
     Args:
       output_fn: `output_fn(params, example) -> outputs`.
@@ -156,7 +156,8 @@ def default_microbatch_size(output_fn: Callable[[Params, Example], jax.Array], p
         for leaf, way in zip(leaves, plan.ways, strict=True)
         if isinstance(way, tapping.Opaque) and leaf.ndim > 1
     )
-    return max(1, min(512 // positions_at_once, 2048 // positions, 2**24 // max(1, held), 2**17 // max(1, matrices)))
+    rows = 1024 if positions == 1 else 512
+    return max(1, min(rows // positions_at_once, 2048 // positions, 2**24 // max(1, held), 2**17 // max(1, matrices)))
 
 
 class _Tap(NamedTuple):

@@ -67,7 +67,13 @@ def present(x: jax.Array, permutation: jax.Array | None) -> jax.Array:
       Array([[4, 3],
              [2, 1]], dtype=int32)
     """
-    return x if permutation is None else x.reshape(-1)[permutation].reshape(x.shape)
+    if permutation is None:
+        return x
+    features = x.reshape(-1)
+    # The permutation, but one for each example under vmap: XLA then gathers along each example, in the order of memory,
+    # not feature by feature across all of them.
+    order = jnp.where(features == features, permutation, permutation)
+    return features[order].reshape(x.shape)
 
 
 def shown(apply_fn: OutputFn, permutation: jax.Array | None) -> OutputFn:
