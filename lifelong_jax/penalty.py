@@ -142,7 +142,10 @@ def add_quadratic_penalty(strength: optax.ScalarOrSchedule) -> optax.GradientTra
         strength_now = _now(strength, state)
 
         def of_leaf(update: jax.Array, anchor: jax.Array, importance: jax.Array, theta: jax.Array) -> jax.Array:
-            return update + jnp.asarray(strength_now, update.dtype) * (importance * (theta - anchor))
+            total = update + jnp.asarray(strength_now, update.dtype) * (importance * (theta - anchor))
+            # On a CPU, XLA computes a sum anew for each of its users, here Adam's two moments, and would read everything
+            # twice. A quotient it computes once, and it does not know that this one is by 1.
+            return total / (1 + jnp.minimum(jnp.abs(update), 0))
 
         result = _map_protected(of_leaf, updates, anchor, importance, params)
         return optax.tree.cast_like(result, updates), _advance(state)
