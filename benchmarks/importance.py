@@ -78,7 +78,7 @@ def cases() -> list[Case]:
     """Lists the models of the table."""
     key = jax.random.key(0)
     return [
-        Case("MLP 784-1000-1000-10", Mlp(), jax.random.normal(key, (2048, 784)), (64, 128, 256, 512)),
+        Case("MLP 784-1000-1000-10", Mlp(), jax.random.normal(key, (2048, 784)), (64, 256, 512, 1024)),
         Case("CNN, two 3×3 convolutions", Cnn(), jax.random.normal(key, (256, 28, 28, 1)), (1, 8, 32, 64, 128)),
         Case(
             "transformer, 2 blocks of width 64, 28 tokens",

@@ -148,7 +148,7 @@ def check_finite(name: str, tree: Any, hint: str = "Did training diverge?") -> N
 
 
 def is_finite(tree: Any) -> bool:
-    """Says whether no entry of a tree is NaN or infinite."""
+    """Says whether no entry of a tree, where values are known, is NaN or infinite."""
     return _first_where(lambda lowest: lowest == -math.inf, tree) is None
 
 

@@ -130,8 +130,9 @@ def sum_over_examples(
 def default_microbatch_size(output_fn: Callable[[Params, Example], jax.Array], params: Params, example: Example) -> int:
     """Chooses how many examples to take together from the backend and from shapes alone.
 
-    On a CPU, as many as make products of 512 rows, which measured fastest or close to it for convolutions, transformers
-    and recurrent networks (`benchmarks/importance.py`), or of 1,024, for dense networks. Elsewhere a rule of thumb.
+    On a CPU, as many as make products of 512 rows, which measured fastest or close to it for convolutions and
+    transformers (`benchmarks/importance.py`), or of 1,024 where no weight is used at several positions, as in a dense
+    network on vectors. Elsewhere a rule of thumb.
 
     Args:
       output_fn: `output_fn(params, example) -> outputs`.

@@ -69,10 +69,11 @@ def present(x: jax.Array, permutation: jax.Array | None) -> jax.Array:
     """
     if permutation is None:
         return x
-    features = x.reshape(-1)
+    features = jnp.ravel(x)
+    permutation = jnp.asarray(permutation).reshape(features.shape)
     # The permutation, but one for each example under vmap: XLA then gathers along each example, in the order of memory,
     # not feature by feature across all of them.
-    order = jnp.where(features == features, permutation, permutation)
+    order = permutation + 0 * (features != features).astype(permutation.dtype)
     return features[order].reshape(x.shape)
 
 

@@ -40,6 +40,25 @@ def test_present_moves_the_features():
     assert present(x, None) is x
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.int32, bool, jnp.bfloat16])
+def test_present_is_the_same_for_many_examples_in_any_place(dtype):
+    xs = np.arange(48).reshape(4, 3, 4).astype(dtype)
+    permutation = np.random.default_rng(0).permutation(12)
+    expected = xs.reshape(4, 12)[:, permutation].reshape(xs.shape)
+    shown_all = jax.vmap(present, in_axes=(0, None))
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    sharded = jax.device_put(xs, jax.sharding.NamedSharding(mesh, jax.P("data")))
+    for inputs in (xs, sharded):
+        np.testing.assert_array_equal(shown_all(inputs, permutation), expected)
+        np.testing.assert_array_equal(jax.jit(shown_all)(inputs, permutation), expected)
+    np.testing.assert_array_equal(jax.jit(lambda: present(xs[0], permutation))(), expected[0])
+
+
+def test_present_refuses_a_permutation_of_other_features():
+    with pytest.raises(TypeError, match="reshape"):
+        present(jnp.zeros(3), jnp.array([0]))
+
+
 def test_joint_examples_shows_each_task_its_own_way():
     train = make_batch(5)
     tasks = permuted_tasks(train, train, 3, jax.random.key(0))
