@@ -143,7 +143,7 @@ def add_quadratic_penalty(strength: optax.ScalarOrSchedule) -> optax.GradientTra
 
         def of_leaf(update: jax.Array, anchor: jax.Array, importance: jax.Array, theta: jax.Array) -> jax.Array:
             total = update + jnp.asarray(strength_now, update.dtype) * (importance * (theta - anchor))
-            # On a CPU, XLA computes a sum anew for each of its users, here Adam's two moments, and would read everything
+            # On a CPU, XLA computes a sum anew for each of its users, here Adam's two moments, and would read all of it
             # twice; an optimization barrier does not keep it from that. A quotient it computes once, and it does not
             # know that this one is by 1.
             return total / (1 + jnp.minimum(jnp.abs(jax.lax.stop_gradient(update)), 0))
