@@ -105,7 +105,7 @@ def sum_microbatches(
 ) -> Params:
     """Adds up what a function makes of one microbatch after the other.
 
-    A last, smaller microbatch is filled up with examples of weight 0, so that the function is compiled for one shape.
+    All have one size, so that the function is compiled for one shape: the last is filled up with examples of weight 0.
     Where the types of the examples say that they are sharded over axes of a mesh (`jax.make_mesh` makes such axes),
     each shard goes through its own, with the parameters replicated, and one sum joins them. JAX does not allow the
     functions to close over arrays of that mesh then: they may be `jax.tree_util.Partial`s, with these as arguments.
@@ -118,7 +118,7 @@ def sum_microbatches(
       params: a tree of floating-point arrays.
       examples: a tree of arrays `[num_examples, ...]`.
       weights: `[num_examples]`, or None for ones.
-      microbatch_size: examples per call, and per shard.
+      microbatch_size: examples per call, and per shard, at most.
 
     Returns:
       The sum, a tree like `params`, in its dtypes or float32, whichever is wider.
@@ -128,7 +128,8 @@ def sum_microbatches(
         functions: tuple[Any, Any], params: Params, examples: Examples, weights: jax.Array | None, shard: jax.Array
     ) -> Params:
         num_here = jax.tree.leaves(examples)[0].shape[0]
-        size = min(microbatch_size, num_here)
+        num_microbatches = -(-num_here // microbatch_size)
+        size = -(-num_here // num_microbatches)  # as equal as can be, so that little of the last one is filled up
 
         def step(total: Params, start: jax.Array) -> tuple[Params, None]:
             positions = start + jnp.arange(size, dtype=jnp.int32)
