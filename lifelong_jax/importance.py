@@ -44,7 +44,7 @@ def empirical_fisher_diagonal(
       examples: a tree of arrays `[num_examples, ...]`, with the labels.
       weights: `[num_examples]`, not negative; the mean divides by their sum. 0 marks padding, which must be finite all
         the same. None for ones.
-      microbatch_size: how many examples are taken together; the result does not depend on it.
+      microbatch_size: at most how many examples are taken together; the result does not depend on it.
       method: "structured", at about the cost of an ordinary gradient per backward pass, or "reference",
         each example's gradient in full. Both are exact.
 
@@ -104,7 +104,7 @@ def fisher_diagonal(
       key: the random key of the samples; the sample does not depend on the microbatch size.
       weights: `[num_examples]`, not negative; the mean divides by their sum. 0 marks padding, which must be finite all
         the same. None for ones.
-      microbatch_size: how many examples are taken together; the result does not depend on it.
+      microbatch_size: at most how many examples are taken together; the result does not depend on it.
       method: "structured", at about the cost of an ordinary gradient per backward pass, or "reference",
         each example's gradient in full. Both are exact.
 
@@ -163,7 +163,7 @@ def mas_importance(
       output_norm: "squared_l2", one backward pass per example, or "jacobian", one for each output.
       weights: `[num_examples]`, not negative; the mean divides by their sum. 0 marks padding, which must be finite all
         the same. None for ones.
-      microbatch_size: how many examples are taken together; the result does not depend on it.
+      microbatch_size: at most how many examples are taken together; the result does not depend on it.
       method: "structured", at about the cost of an ordinary gradient per backward pass, or "reference",
         each example's gradient in full. Both are exact.
 
@@ -214,7 +214,7 @@ def local_mas_importance(
       inputs: a tree of arrays `[num_examples, ...]`; no labels.
       weights: `[num_examples]`, not negative; the mean divides by their sum. 0 marks padding, which must be finite all
         the same. None for ones.
-      microbatch_size: how many examples are taken together; the result does not depend on it.
+      microbatch_size: at most how many examples are taken together; the result does not depend on it.
       method: "structured", at about the cost of an ordinary gradient per backward pass, or "reference",
         each example's gradient in full. Both are exact.
 

@@ -48,8 +48,8 @@ def sum_over_examples(
       examples: a tree of arrays `[num_examples, ...]`.
       reduction: "sum_of_squares" or "norm", as above.
       weights: `[num_examples]`, or None for ones.
-      microbatch_size: how many examples are differentiated together. The result does not depend on it; peak memory is
-        proportional to it. By default a static function of the backend and of the shapes.
+      microbatch_size: at most how many examples are differentiated together. The result does not depend on it; peak
+        memory is proportional to it. By default a static function of the backend and of the shapes.
 
     Returns:
       A tree like `params`, in its dtypes or float32, whichever is wider.

@@ -46,7 +46,7 @@ def test_present_is_the_same_for_many_examples_in_any_place(dtype):
     permutation = np.random.default_rng(0).permutation(12)
     expected = xs.reshape(4, 12)[:, permutation].reshape(xs.shape)
     shown_all = jax.vmap(present, in_axes=(0, None))
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    mesh = jax.make_mesh((2,), ("data",))
     sharded = jax.device_put(xs, jax.sharding.NamedSharding(mesh, jax.P("data")))
     for inputs in (xs, sharded):
         np.testing.assert_array_equal(shown_all(inputs, permutation), expected)
