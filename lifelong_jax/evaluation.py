@@ -36,13 +36,22 @@ def accuracy(
       Array(0.5, dtype=float32)
     """
     output_fn = functools.partial(shown(apply_fn, permutation), params)
-    at_once = len(test.labels) <= _MAX_EVALUATED
-    map_fn = jax.vmap(output_fn) if at_once else functools.partial(jax.lax.map, output_fn, batch_size=_MAX_EVALUATED)
-    outputs = map_fn(test.inputs)
-    predicted = jnp.argmax(mask_logits(outputs, class_mask), axis=-1)
-    correct = predicted.astype(jnp.int32) == test.labels.astype(jnp.int32)
-    correct &= ~jnp.isnan(outputs).any(axis=-1)  # argmax would take a NaN for the largest
-    return jnp.sum(jnp.where(correct, test.weights, 0)) / jnp.sum(test.weights)
+    num_examples = len(test.labels)
+    num_parts = -(-num_examples // _MAX_EVALUATED)
+    size = -(-num_examples // num_parts)
+
+    def correct_weight(start: jax.Array) -> jax.Array:
+        # The last part ends with the last example: what it has in common with the part before is left out.
+        first = jnp.minimum(start, num_examples - size)
+        part = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, first, size), test)
+        outputs = jax.vmap(output_fn)(part.inputs)
+        predicted = jnp.argmax(mask_logits(outputs, class_mask), axis=-1)
+        correct = predicted.astype(jnp.int32) == part.labels.astype(jnp.int32)
+        correct &= ~jnp.isnan(outputs).any(axis=-1)  # argmax would take a NaN for the largest
+        correct &= first + jnp.arange(size) >= start
+        return jnp.sum(jnp.where(correct, part.weights, 0))
+
+    return jnp.sum(jax.lax.map(correct_weight, size * jnp.arange(num_parts))) / jnp.sum(test.weights)
 
 
 def evaluate(apply_fn: OutputFn, params: Params, tasks: Sequence[Task], scenario: Scenario = "domain") -> list[float]:

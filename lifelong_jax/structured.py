@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import ClosedJaxpr
 
 from lifelong_jax import per_example, tapping
@@ -120,22 +121,26 @@ def sum_over_examples(
     """
     examples = jax.tree.map(jnp.asarray, examples)
     if microbatch_size is None:
-        microbatch_size = default_microbatch_size(output_fn, params, _first_example(examples))
+        microbatch_size = default_microbatch_size(output_fn, cotangents_fn, params, _first_example(examples))
     sum_microbatch = functools.partial(_sum_microbatch, reduction)
     return per_example.sum_microbatches(
         sum_microbatch, output_fn, cotangents_fn, params, examples, weights, microbatch_size
     )
 
 
-def default_microbatch_size(output_fn: Callable[[Params, Example], jax.Array], params: Params, example: Example) -> int:
+def default_microbatch_size(
+    output_fn: Callable[[Params, Example], jax.Array], cotangents_fn: CotangentsFn, params: Params, example: Example
+) -> int:
     """Chooses how many examples to take together from the backend and from shapes alone.
 
     On a CPU, as many as make products of 512 rows, which measured fastest or close to it for convolutions and
     transformers (`benchmarks/importance.py`), or of 1,024 where no weight is used at several positions, as in a dense
-    network on vectors. Elsewhere a rule of thumb.
+    network on vectors. Elsewhere a rule of thumb. Fewer, where what is held per example would not fit: among it the
+    cotangents, which are as many as the outputs, and as large, in an exact Fisher.
 
     Args:
       output_fn: `output_fn(params, example) -> outputs`.
+      cotangents_fn: `cotangents_fn(outputs, index) -> [num_cotangents, *outputs.shape]`.
       params: a tree of arrays, or of shapes and dtypes.
       example: the same for one example.
 
@@ -149,8 +154,10 @@ def default_microbatch_size(output_fn: Callable[[Params, Example], jax.Array], p
     positions_at_once = max((tap.factors.positions for tap in taps), default=1)
     # What is held per example at the worst: the gradients of all but outer products.
     held = sum(leaf.size for leaf, way in zip(leaves, plan.ways, strict=True) if getattr(way, "positions", 2) > 1)
+    outputs = jax.tree.unflatten(plan.outputs, map(_shape_and_dtype, plan.jaxpr.out_avals))
+    cotangents = jax.eval_shape(cotangents_fn, outputs, jax.ShapeDtypeStruct((), np.int32)).size
     if jax.default_backend() != "cpu":
-        return max(1, min(1024, 2**16 // positions, 2**28 // max(1, held)))
+        return max(1, min(1024, 2**16 // positions, 2**28 // max(1, held, cotangents)))
     # Matrices that are differentiated per example cost batched products, which are slow here.
     matrices = sum(
         leaf.size
@@ -158,7 +165,8 @@ def default_microbatch_size(output_fn: Callable[[Params, Example], jax.Array], p
         if isinstance(way, tapping.Opaque) and leaf.ndim > 1
     )
     rows = 1024 if positions == 1 else 512
-    return max(1, min(rows // positions_at_once, 2048 // positions, 2**24 // max(1, held), 2**17 // max(1, matrices)))
+    fitting = min(2**24 // max(1, held), 2**26 // max(1, cotangents), 2**17 // max(1, matrices))
+    return max(1, min(rows // positions_at_once, 2048 // positions, fitting))
 
 
 class _Tap(NamedTuple):

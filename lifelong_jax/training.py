@@ -45,8 +45,8 @@ def init_training(optimizer: optax.GradientTransformation, params: Params, key: 
 
     Args:
       optimizer: any optax transform.
-      params: a tree of floating-point arrays. They are copied: a loop that donates its state must not free the
-        caller's, which may be an anchor too.
+      params: a tree of floating-point arrays. They are copied, and so is the key: a loop that donates its state must
+        not free the caller's, which may be an anchor too.
       key: a random key, for the shuffling.
 
     Returns:
@@ -56,7 +56,7 @@ def init_training(optimizer: optax.GradientTransformation, params: Params, key: 
       >>> init_training(optax.sgd(0.1), jnp.zeros(2), jax.random.key(0)).params
       Array([0., 0.], dtype=float32)
     """
-    params = jax.tree.map(jnp.copy, params)
+    params, key = jax.tree.map(jnp.copy, (params, key))
     return TrainingState(params, optimizer.init(params), key)
 
 

@@ -142,16 +142,18 @@ def test_evaluate_counts_by_weight():
     assert evaluate(lambda params, x: params * x, jnp.array(1.0), [Task(test, only_first), swapped]) == [1.0, 0.0]
 
 
-def test_large_test_sets_are_evaluated_in_parts(monkeypatch):
+@pytest.mark.parametrize("at_once", [1, 2, 4, 5, 8])  # of 9 examples: parts of 1, 2, 3, 5, 5
+def test_large_test_sets_are_evaluated_in_parts(monkeypatch, at_once):
     rng = np.random.default_rng(0)
-    inputs, weights = jnp.asarray(rng.normal(size=(9, 4)), jnp.float32), jnp.array([1.0] * 7 + [0.0] * 2)
-    labels = jnp.argmax(inputs[:, :3], axis=1).at[:3].set(0)
+    inputs, weights = jnp.asarray(rng.normal(size=(9, 4)), jnp.float32), jnp.array([1.0, 0, 2, 3, 1, 1, 4, 2, 0])
+    labels = jnp.argmax(inputs[:, :3], axis=1).at[1:4].set(0)
     task = Task(*[Batch(inputs, labels, weights)] * 2, jnp.array([3, 0, 1, 2]))
     whole = evaluate(lambda params, x: params * x[1:], jnp.array(1.0), [task])  # of another function than `in_parts`
-    monkeypatch.setattr(evaluation, "_MAX_EVALUATED", 4)
+    monkeypatch.setattr(evaluation, "_MAX_EVALUATED", at_once)
     in_parts = evaluate(lambda params, x: params * x[1:], jnp.array(1.0), [task])
-    assert whole == in_parts
-    assert 0.5 < whole[0] < 1
+    correct = np.argmax(inputs[:, :3], axis=1) == np.asarray(labels)
+    assert in_parts == whole == [pytest.approx(np.average(correct, weights=weights))]
+    assert 0 < whole[0] < 1
 
 
 def test_progress_is_reported_after_every_epoch():
@@ -248,6 +250,12 @@ def test_joint_learning_of_one_task_is_learning_that_task():
         methods.finetune(), params=make_params(), tasks=tasks, key=jax.random.key(2), strength=0.0, num_epochs=20
     )
     chex.assert_trees_all_close(joint.params, alone.params, rtol=1e-3, atol=1e-5)
+
+
+def test_joint_learning_leaves_its_arguments_alone():
+    arguments = make_params(), make_tasks(), jax.random.key(2)
+    first, again = (learn_jointly(apply_fn, optimizer_fn, *arguments, num_epochs=2, batch_size=20) for _ in range(2))
+    chex.assert_trees_all_equal(first.params, again.params)
 
 
 def test_joint_learning_measures_the_last_row_alone():

@@ -673,5 +673,20 @@ def test_default_microbatch_is_wide_for_vectors_and_narrow_for_tokens() -> None:
     sizes = []
     for name in ("mlp", "transformer_with_causal_mask"):
         output_fn, params, examples, _ = made(name)
-        sizes.append(structured.default_microbatch_size(output_fn, params, examples[0]))
+        sizes.append(structured.default_microbatch_size(output_fn, some_cotangents(1), params, examples[0]))
     assert sizes[0] > sizes[1] >= 1
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_default_microbatch_is_narrower_where_cotangents_are_many(monkeypatch, backend) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    dense, x = lambda params, x: x @ params, jax.ShapeDtypeStruct((8,), np.float32)
+
+    def size(num_outputs: int) -> int:
+        one_per_output = lambda outputs, index: jnp.eye(num_outputs)  # noqa: E731
+        params = jax.ShapeDtypeStruct((8, num_outputs), np.float32)
+        return structured.default_microbatch_size(dense, one_per_output, params, x)
+
+    assert size(10) == size(100) == 1024
+    assert 1 <= size(1000) <= 2**28 // 1000**2
+    assert size(2**15) == 1

@@ -167,13 +167,15 @@ def test_vmap_over_runs_equals_the_runs_one_by_one():
         chex.assert_trees_all_close(here, alone, rtol=1e-4, atol=1e-6)
 
 
-def test_donating_the_state_leaves_the_anchor_alone():
+def test_donating_the_state_leaves_anchor_and_key_alone():
     examples, params, _ = make_problem()
     optimizer = optax.chain(add_quadratic_penalty(1.0), optax.sgd(0.05))
     learn = jax.jit(functools.partial(learn_task, loss_fn, optimizer, num_epochs=1, batch_size=4), donate_argnums=0)
     consolidation = Consolidation(params, jax.tree.map(jnp.ones_like, params))
-    learn(init_training(optimizer, params, jax.random.key(0)), consolidation, examples)
+    key = jax.random.key(0)
+    learn(init_training(optimizer, params, key), consolidation, examples)
     chex.assert_tree_all_finite(consolidation)
+    jax.random.split(key)
 
 
 @pytest.mark.parametrize("scale", [4e36, 3e-38])
