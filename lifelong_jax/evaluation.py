@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from lifelong_jax import _checks
 from lifelong_jax.tasks import Scenario, active_classes, mask_logits, shown
 from lifelong_jax.types import Batch, OutputFn, Params, Task
 
@@ -30,17 +31,21 @@ def accuracy(
     Returns:
       A fraction. An output that is NaN is wrong.
 
+    Raises:
+      ValueError: if there are no examples, or inputs, labels and weights differ in their number.
+
     Example:
       >>> test = Batch(jnp.eye(2), jnp.array([0, 0]), jnp.ones(2))
       >>> accuracy(lambda params, x: params * x, jnp.array(1.0), test, None, None)
       Array(0.5, dtype=float32)
     """
+    _checks.check_examples("test", test._replace(weights=None), test.weights, "test.weights")
     output_fn = functools.partial(shown(apply_fn, permutation), params)
     num_examples = len(test.labels)
     num_parts = -(-num_examples // _MAX_EVALUATED)
     size = -(-num_examples // num_parts)
 
-    def correct_weight(start: jax.Array) -> jax.Array:
+    def correct_weights(start: jax.Array) -> jax.Array:
         # The last part ends with the last example: what it has in common with the part before is left out.
         first = jnp.minimum(start, num_examples - size)
         part = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, first, size), test)
@@ -49,9 +54,10 @@ def accuracy(
         correct = predicted.astype(jnp.int32) == part.labels.astype(jnp.int32)
         correct &= ~jnp.isnan(outputs).any(axis=-1)  # argmax would take a NaN for the largest
         correct &= first + jnp.arange(size) >= start
-        return jnp.sum(jnp.where(correct, part.weights, 0))
+        return jnp.where(correct, part.weights, 0)
 
-    return jnp.sum(jax.lax.map(correct_weight, size * jnp.arange(num_parts))) / jnp.sum(test.weights)
+    # Summed at once, as all weights are: a sum of rounded sums could be above that in bfloat16.
+    return jnp.sum(jax.lax.map(correct_weights, size * jnp.arange(num_parts))) / jnp.sum(test.weights)
 
 
 def evaluate(apply_fn: OutputFn, params: Params, tasks: Sequence[Task], scenario: Scenario = "domain") -> list[float]:

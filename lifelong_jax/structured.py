@@ -135,8 +135,8 @@ def default_microbatch_size(
 
     On a CPU, as many as make products of 512 rows, which measured fastest or close to it for convolutions and
     transformers (`benchmarks/importance.py`), or of 1,024 where no weight is used at several positions, as in a dense
-    network on vectors. Elsewhere a rule of thumb. Fewer, where what is held per example would not fit: among it the
-    cotangents, which are as many as the outputs, and as large, in an exact Fisher.
+    network on vectors. Elsewhere a rule of thumb. Fewer, where what is held per example would not fit: gradients,
+    and cotangents, of which an exact Fisher has `outputs.size`, each as large as the outputs.
 
     Args:
       output_fn: `output_fn(params, example) -> outputs`.
@@ -155,9 +155,9 @@ def default_microbatch_size(
     # What is held per example at the worst: the gradients of all but outer products.
     held = sum(leaf.size for leaf, way in zip(leaves, plan.ways, strict=True) if getattr(way, "positions", 2) > 1)
     outputs = jax.tree.unflatten(plan.outputs, map(_shape_and_dtype, plan.jaxpr.out_avals))
-    cotangents = jax.eval_shape(cotangents_fn, outputs, jax.ShapeDtypeStruct((), np.int32)).size
+    cotangent_floats = jax.eval_shape(cotangents_fn, outputs, jax.ShapeDtypeStruct((), np.int32)).size
     if jax.default_backend() != "cpu":
-        return max(1, min(1024, 2**16 // positions, 2**28 // max(1, held, cotangents)))
+        return max(1, min(1024, 2**16 // positions, 2**28 // max(1, held, cotangent_floats)))
     # Matrices that are differentiated per example cost batched products, which are slow here.
     matrices = sum(
         leaf.size
@@ -165,7 +165,7 @@ def default_microbatch_size(
         if isinstance(way, tapping.Opaque) and leaf.ndim > 1
     )
     rows = 1024 if positions == 1 else 512
-    fitting = min(2**24 // max(1, held), 2**26 // max(1, cotangents), 2**17 // max(1, matrices))
+    fitting = min(2**24 // max(1, held), 2**26 // max(1, cotangent_floats), 2**17 // max(1, matrices))
     return max(1, min(rows // positions_at_once, 2048 // positions, fitting))
 
 

@@ -142,7 +142,7 @@ def test_evaluate_counts_by_weight():
     assert evaluate(lambda params, x: params * x, jnp.array(1.0), [Task(test, only_first), swapped]) == [1.0, 0.0]
 
 
-@pytest.mark.parametrize("at_once", [1, 2, 4, 5, 8])  # of 9 examples: parts of 1, 2, 3, 5, 5
+@pytest.mark.parametrize("at_once", [1, 2, 4, 5, 9])  # of 9 examples: parts of 1, 2, 3, 5, 9
 def test_large_test_sets_are_evaluated_in_parts(monkeypatch, at_once):
     rng = np.random.default_rng(0)
     inputs, weights = jnp.asarray(rng.normal(size=(9, 4)), jnp.float32), jnp.array([1.0, 0, 2, 3, 1, 1, 4, 2, 0])
@@ -154,6 +154,18 @@ def test_large_test_sets_are_evaluated_in_parts(monkeypatch, at_once):
     correct = np.argmax(inputs[:, :3], axis=1) == np.asarray(labels)
     assert in_parts == whole == [pytest.approx(np.average(correct, weights=weights))]
     assert 0 < whole[0] < 1
+
+
+def test_all_right_is_1_in_bfloat16_too():
+    inputs = jnp.ones((1035, 2))  # two parts, of 518
+    test = Batch(inputs, jnp.zeros(1035, int), jnp.ones(1035, jnp.bfloat16))
+    assert evaluate(lambda params, x: params * x, jnp.array([1.0, 0.0]), [Task(test, test)]) == [1.0]
+
+
+def test_an_empty_test_set_is_refused():
+    empty = Batch(jnp.ones((0, 2)), jnp.zeros(0, int), jnp.ones(0))
+    with pytest.raises(ValueError, match="test is empty"):
+        evaluate(lambda params, x: params * x, jnp.array(1.0), [Task(empty, empty)])
 
 
 def test_progress_is_reported_after_every_epoch():

@@ -683,7 +683,9 @@ def test_default_microbatch_is_narrower_where_cotangents_are_many(monkeypatch, b
     dense, x = lambda params, x: x @ params, jax.ShapeDtypeStruct((8,), np.float32)
 
     def size(num_outputs: int) -> int:
-        one_per_output = lambda outputs, index: jnp.eye(num_outputs)  # noqa: E731
+        def one_per_output(outputs: jax.Array, index: jax.Array) -> jax.Array:
+            return jnp.eye(num_outputs)
+
         params = jax.ShapeDtypeStruct((8, num_outputs), np.float32)
         return structured.default_microbatch_size(dense, one_per_output, params, x)
 
