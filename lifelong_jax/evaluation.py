@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from lifelong_jax import _checks
+from lifelong_jax.per_example import equal_size
 from lifelong_jax.tasks import Scenario, active_classes, mask_logits, shown
 from lifelong_jax.types import Batch, OutputFn, Params, Task
 
@@ -42,8 +43,7 @@ def accuracy(
     _checks.check_examples("test", test._replace(weights=None), test.weights, "test.weights")
     output_fn = functools.partial(shown(apply_fn, permutation), params)
     num_examples = len(test.labels)
-    num_parts = -(-num_examples // _MAX_EVALUATED)
-    size = -(-num_examples // num_parts)
+    size = equal_size(num_examples, _MAX_EVALUATED)
 
     def correct_weights(start: jax.Array) -> jax.Array:
         # The last part ends with the last example: what it has in common with the part before is left out.
@@ -57,7 +57,7 @@ def accuracy(
         return jnp.where(correct, part.weights, 0)
 
     # Summed at once, as all weights are: a sum of rounded sums could be above that in bfloat16.
-    return jnp.sum(jax.lax.map(correct_weights, size * jnp.arange(num_parts))) / jnp.sum(test.weights)
+    return jnp.sum(jax.lax.map(correct_weights, jnp.arange(0, num_examples, size))) / jnp.sum(test.weights)
 
 
 def evaluate(apply_fn: OutputFn, params: Params, tasks: Sequence[Task], scenario: Scenario = "domain") -> list[float]:

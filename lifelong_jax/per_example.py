@@ -128,8 +128,7 @@ def sum_microbatches(
         functions: tuple[Any, Any], params: Params, examples: Examples, weights: jax.Array | None, shard: jax.Array
     ) -> Params:
         num_here = jax.tree.leaves(examples)[0].shape[0]
-        num_microbatches = -(-num_here // microbatch_size)
-        size = -(-num_here // num_microbatches)  # as equal as can be, so that little of the last one is filled up
+        size = equal_size(num_here, microbatch_size)
 
         def step(total: Params, start: jax.Array) -> tuple[Params, None]:
             positions = start + jnp.arange(size, dtype=jnp.int32)
@@ -168,6 +167,28 @@ def _sharded_over(examples: Examples) -> tuple[AbstractMesh | None, tuple[str, .
         if axes is not None:
             return sharding.mesh, axes if isinstance(axes, tuple) else (axes,)
     return None, ()
+
+
+def equal_size(num_examples: int, at_most: int) -> int:
+    """Says how large the parts are when examples are divided into as few as may be, as equal as can be.
+
+        ceil(num_examples / ceil(num_examples / at_most))
+
+    So little of the last part is left over.
+
+    Args:
+      num_examples: at least 1.
+      at_most: the largest size of a part, at least 1.
+
+    Returns:
+      The size; the last part may be smaller.
+
+    Example:
+      >>> equal_size(1437, 1024)
+      719
+    """
+    num_parts = -(-num_examples // at_most)
+    return -(-num_examples // num_parts)
 
 
 def default_microbatch_size(params: Params) -> int:
