@@ -219,8 +219,15 @@ def proximal_quadratic_penalty(
     ) -> tuple[optax.Updates, optax.OptState]:
         del extra_args
         _check_arguments(updates, params, anchor, importance)
-        step_sizes = jax.tree.broadcast(_now(step_size, state), updates)
-        return _proximal(updates, params, anchor, importance, step_sizes, _now(strength, state)), _advance(state)
+        step_sizes, strength_now = jax.tree.broadcast(_now(step_size, state), updates), _now(strength, state)
+
+        def of_leaf(
+            update: jax.Array, anchor: jax.Array, importance: jax.Array, theta: jax.Array, step_size: jax.Array
+        ) -> jax.Array:
+            return _proximal_step(update, 1, _stiffness(step_size, strength_now, importance), anchor - theta)
+
+        result = _map_protected(of_leaf, updates, anchor, importance, params, step_sizes)
+        return optax.tree.cast_like(result, updates), _advance(state)
 
     return optax.GradientTransformationExtraArgs(lambda params: _init_schedules(step_size, strength), update_fn)
 
@@ -285,31 +292,41 @@ def proximal_adam(
     ) -> tuple[optax.Updates, optax.ScaleByAdamState]:
         del extra_args
         _check_arguments(updates, params, anchor, importance)
-        rate = _now(learning_rate, state)
+        rate, strength_now = _now(learning_rate, state), _now(strength, state)
         directions, next_state = adam.update(updates, state)
-        variances = optax.tree.bias_correction(next_state.nu, b2, next_state.count)
-        step_sizes = jax.tree.map(lambda v: jnp.asarray(rate, v.dtype) / (jnp.sqrt(v) + eps), variances)
         steps = jax.tree.map(lambda direction: -jnp.asarray(rate, direction.dtype) * direction, directions)
-        return _proximal(steps, params, anchor, importance, step_sizes, _now(strength, state)), next_state
+        # Of the bias corrections and of the step one fraction is made: on a CPU, quotients cost more than the memory.
+        mean_rate = -rate / (1 - b1**next_state.count)
+        root_rate = jax.lax.rsqrt(1 - b2**next_state.count)
+
+        def of_leaf(
+            step: jax.Array,
+            anchor: jax.Array,
+            importance: jax.Array,
+            theta: jax.Array,
+            mean: jax.Array,
+            variance: jax.Array,
+        ) -> jax.Array:
+            stiffness = _stiffness(jnp.asarray(rate, step.dtype), strength_now, importance)
+            mean, root = mean * mean_rate.astype(step.dtype), jnp.sqrt(variance) * root_rate.astype(step.dtype)
+            return _proximal_step(mean, root + eps, stiffness, anchor - theta)
+
+        result = _map_protected(of_leaf, steps, anchor, importance, params, next_state.mu, next_state.nu)
+        return optax.tree.cast_like(result, steps), next_state
 
     return optax.GradientTransformationExtraArgs(adam.init, update_fn)
 
 
-def _proximal(
-    updates: optax.Updates,
-    params: Params,
-    anchor: Params,
-    importance: Params,
-    step_sizes: Params,
-    strength: float | jax.Array,
-) -> optax.Updates:
-    def of_leaf(
-        update: jax.Array, anchor: jax.Array, importance: jax.Array, theta: jax.Array, step_size: jax.Array
-    ) -> jax.Array:
-        stiffness = _product(_product(jnp.asarray(strength, update.dtype), step_size), importance)
-        return update / (1 + stiffness) + stiffness / (1 + stiffness) * (anchor - theta)
+def _stiffness(step_size: jax.Array, strength: float | jax.Array, importance: jax.Array) -> jax.Array:
+    return _product(_product(jnp.asarray(strength, step_size.dtype), step_size), importance)
 
-    return optax.tree.cast_like(_map_protected(of_leaf, updates, anchor, importance, params, step_sizes), updates)
+
+def _proximal_step(
+    step: jax.Array, denominator: jax.Array | float, stiffness: jax.Array, to_anchor: jax.Array
+) -> jax.Array:
+    """Goes by step / denominator, and then the proximal step of size 1 / denominator, as two fractions in all."""
+    total = denominator + stiffness
+    return step / total + stiffness / total * to_anchor
 
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -656,6 +656,45 @@ def test_at_1e12_the_explicit_step_gives_nan_and_the_proximal_does_not():
         assert learned["w"][1, 0] != consolidation.anchor["w"][1, 0]  # of importance 0: free to learn
 
 
+@pytest.mark.parametrize("strength", [0.0, STRENGTH, 1e300])
+def test_proximal_adam_is_adam_followed_by_a_proximal_step_of_its_own_step_sizes(strength):
+    settings = {"b1": 0.8, "b2": 0.95, "eps": 1e-3}
+    with jax.enable_x64(True):
+        params, consolidation = make_params(jnp.float64), make_consolidation(jnp.float64)
+        optimizer, adam = proximal_adam(LEARNING_RATE, strength, **settings), optax.adam(LEARNING_RATE, **settings)
+        state, expected, adam_state = optimizer.init(params), params, adam.init(params)
+        for step in range(4):
+            grads = jax.tree.map(lambda leaf, step=step: jnp.cos(leaf + step), params)
+            updates, state = optimizer.update(grads, state, params, **consolidation._asdict())
+            params = optax.apply_updates(params, updates)
+
+            updates, adam_state = adam.update(grads, adam_state)
+            variances = optax.tree.bias_correction(adam_state[0].nu, settings["b2"], adam_state[0].count)
+            stiffness = jax.tree.map(
+                lambda v, omega: strength * omega * LEARNING_RATE / (jnp.sqrt(v) + settings["eps"]),
+                variances,
+                consolidation.importance,
+            )
+            expected = jax.tree.map(
+                lambda theta, u, s, anchor: (theta + u) / (1 + s) + s / (1 + s) * anchor,
+                expected,
+                updates,
+                stiffness,
+                consolidation.anchor,
+            )
+            chex.assert_trees_all_close(params, expected, rtol=1e-12)
+
+
+def test_proximal_adam_leaves_to_adam_what_is_not_protected():
+    params, consolidation = make_params(), make_consolidation()
+    consolidation = Consolidation(*(tree | {"b": None} for tree in consolidation))
+    optimizer, adam = proximal_adam(LEARNING_RATE, STRENGTH), optax.adam(LEARNING_RATE)
+    updates, _ = optimizer.update(params, optimizer.init(params), params, **consolidation._asdict())
+    expected, _ = adam.update(params, adam.init(params))
+    np.testing.assert_array_equal(updates["b"], expected["b"])
+    assert (updates["w"] != expected["w"]).any()
+
+
 # ------------------------------------------------------------------------------------ fixed points
 
 CURVATURE, OPTIMUM = 2.0, jnp.array([1.0, -2.0, 0.5])
