@@ -143,7 +143,8 @@ def learn_task(
         loss, grads = jax.value_and_grad(batch_loss)(params, batch, present)
         extra_args = {**consolidation._asdict(), "loss_fn": loss_fn, "examples": batch, "weights": present}
         updates, opt_state = optimizer.update(grads, opt_state, params, **extra_args)
-        return optax.apply_updates(params, updates), opt_state, losses.at[index].set(loss)
+        params = optax.apply_updates(params, _after(grads, updates))
+        return params, opt_state, losses.at[index].set(loss)
 
     def epoch(state: TrainingState, index: jax.Array) -> tuple[TrainingState, tuple[jax.Array, jax.Array]]:
         key, shuffle_key = jax.random.split(state.key)
@@ -163,3 +164,22 @@ def learn_task(
 
     state, (losses, num_steps) = jax.lax.scan(epoch, state, jnp.arange(num_epochs))
     return state, TrainingInfo(losses, num_steps)
+
+
+def _after(grads: Params, updates: Params) -> Params:
+    """Has every update wait for the gradients of biases and scales, on a CPU.
+
+    These are sums of cotangents: where they are known, the backward pass has read all parameters. Otherwise, XLA takes
+    it that a parameter may be updated before it is read, and copies it in each step. It drops optimization barriers too
+    early to keep it from that, but it does not know that what is added here is 0.
+    """
+    vectors = [leaf for leaf in jax.tree.leaves(grads) if leaf.ndim == 1 and leaf.size and not _is_sharded(leaf)]
+    if jax.default_backend() != "cpu" or not vectors:
+        return updates
+    impossible = functools.reduce(jnp.logical_or, [(leaf[0] > 0) & (leaf[0] < 0) for leaf in vectors])
+    return jax.tree.map(lambda leaf: leaf + impossible.astype(leaf.dtype), updates)
+
+
+def _is_sharded(array: jax.Array) -> bool:
+    """Says whether an array's type says so: a mesh with explicit axes does not let an entry be taken."""
+    return any(jax.typeof(array).sharding.spec)

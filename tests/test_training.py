@@ -1,6 +1,8 @@
 """The training loop against a plain Python loop."""
 
 import functools
+import itertools
+import re
 
 import chex
 import jax
@@ -176,6 +178,69 @@ def test_donating_the_state_leaves_anchor_and_key_alone():
     learn(init_training(optimizer, params, key), consolidation, examples)
     chex.assert_tree_all_finite(consolidation)
     jax.random.split(key)
+
+
+def make_network(key):
+    sizes = [5, 70, 80, 3]
+    return [{"w": jax.random.normal(key, shape) / 10, "b": jnp.zeros(shape[1])} for shape in itertools.pairwise(sizes)]
+
+
+def network_loss(layers, example):
+    x, y = example
+    for layer in layers:
+        x = jnp.tanh(x @ layer["w"] + layer["b"])
+    return jnp.sum((x - y) ** 2)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="about what XLA does on a CPU")
+def test_no_parameter_is_copied_in_each_step():
+    layers = make_network(jax.random.key(0))
+    examples = (jnp.ones((40, 5)), jnp.ones((40, 3)))
+    optimizer = optax.sgd(0.1)
+
+    def learn(state):
+        return learn_task(
+            network_loss, optimizer, state, init_consolidation(layers), examples, num_epochs=1, batch_size=10
+        )
+
+    state = init_training(optimizer, layers, jax.random.key(1))
+    program = jax.jit(learn, donate_argnums=0).lower(state).compile().as_text()
+    assert "f32[70,80]" in program
+    in_the_loop = program[: program.index("ENTRY")]
+    assert not re.search(r"= f32\[70,80\]\S* copy\(", in_the_loop)
+
+
+def test_a_gradient_that_is_nan_stays_where_it_is():
+    params = {"bad": jnp.zeros(2), "good": jnp.zeros(2)}
+    state = init_training(optax.sgd(0.1), params, jax.random.key(0))
+
+    def loss(params, x):
+        return jnp.sum(x * params["good"]) + jnp.sum(jnp.sqrt(params["bad"]) * 0.0)  # 0 · ∞ at 0
+
+    state, _ = learn_task(
+        loss, optax.sgd(0.1), state, init_consolidation(params), jnp.ones((1, 2)), num_epochs=1, batch_size=1
+    )
+    assert jnp.isnan(state.params["bad"]).all()
+    np.testing.assert_allclose(state.params["good"], -0.1, rtol=1e-6)
+
+
+def test_biases_may_be_sharded():
+    mesh = jax.make_mesh((2,), ("model",))
+    params = {"b": jnp.arange(4.0), "c": jnp.zeros(3)}
+    sharded = params | {"b": jax.device_put(params["b"], jax.sharding.NamedSharding(mesh, jax.P("model")))}
+    examples = jnp.ones((5, 3))
+
+    def learn(params):
+        def loss(params, x):
+            return jnp.sum(params["b"] ** 2) + jnp.sum((params["c"] - x) ** 2)
+
+        state = init_training(optax.sgd(0.1), params, jax.random.key(0))
+        none = init_consolidation(params)
+        return learn_task(loss, optax.sgd(0.1), state, none, examples, num_epochs=2, batch_size=2)[0].params
+
+    with jax.set_mesh(mesh):
+        learned = learn(sharded)
+    chex.assert_trees_all_close(learned, learn(params), rtol=1e-6)
 
 
 @pytest.mark.parametrize("scale", [4e36, 3e-38])
