@@ -350,14 +350,15 @@ def _finish_tap(tap: _Tap, operand: jax.Array, summed: jax.Array, weights: jax.A
         return _finish(summed, weights, powers)
     if powers.root is not None:
         summed = powers.root(summed)
-    weighted = summed * weights.astype(summed.dtype).reshape(-1, 1, 1)
+    weights = weights.astype(summed.dtype).reshape(-1, 1, 1)
     if isinstance(tap.factors, Lookup):
-        table = jnp.zeros((tap.factors.rows, tap.factors.columns), weighted.dtype)
-        return table.at[_tokens(tap, operand)].add(weighted, mode="drop")
-    shared = powers.shared(widen(_operand(tap, operand, weighted.dtype)[:, :, 0]))
+        table = jnp.zeros((tap.factors.rows, tap.factors.columns), summed.dtype)
+        return table.at[_tokens(tap, operand)].add(weights * summed, mode="drop")
+    # The weights go to the input's factor: that of the cotangents is the bias's, too, and is computed once.
+    shared = weights * powers.shared(widen(_operand(tap, operand, summed.dtype)[:, :, 0]))
     if shared.shape[1] == 1:  # one plain product: on a CPU, batched ones are slower, even with a batch of one
-        return jnp.matmul(shared[:, 0].T, weighted[:, 0], precision=tap.factors.precision)[None]
-    return jnp.einsum("ngr,ngc->grc", shared, weighted, precision=tap.factors.precision)
+        return jnp.matmul(shared[:, 0].T, summed[:, 0], precision=tap.factors.precision)[None]
+    return jnp.einsum("ngr,ngc->grc", shared, summed, precision=tap.factors.precision)
 
 
 def _sum_equal_tokens(tokens: jax.Array, cotangents: jax.Array) -> jax.Array:

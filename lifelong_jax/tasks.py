@@ -72,8 +72,9 @@ def present(x: jax.Array, permutation: jax.Array | None) -> jax.Array:
     features = jnp.ravel(x)
     permutation = jnp.asarray(permutation).reshape(features.shape)
     # The permutation, but one for each example under vmap: XLA then gathers along each example, in the order of memory,
-    # not feature by feature across all of them.
-    order = permutation + 0 * (features != features).astype(permutation.dtype)
+    # not feature by feature across all of them. It does not know that what is added is 0, or it would hold them all.
+    first = features[0].astype(jnp.float32)
+    order = permutation + ((first > 0) & (first < 0)).astype(permutation.dtype)
     return features[order].reshape(x.shape)
 
 
