@@ -190,7 +190,7 @@ def learn_tasks(
     initial_accuracies = evaluate(apply_fn, params, tasks, scenario) if ahead else [math.nan] * len(tasks)
     epochs, state = checkpoints.restore(_start(optimizer, params, key, initial_accuracies), num_epochs)
     for index in range(epochs // num_epochs, len(tasks)):
-        train_key, importance_key = jax.random.split(jax.random.fold_in(key, index))
+        train_key, importance_key = task_keys(key, index)
         examples = with_class_mask(tasks[index].train, active_classes(tasks, scenario, index, index))
         current = (examples, tasks[index].permutation)
         if epochs == index * num_epochs:
@@ -273,6 +273,21 @@ def learn_jointly(
             state = state._replace(accuracy_matrix=_with_row(state.accuracy_matrix, len(tasks) - 1, accuracies))
         checkpoints.save((epoch + 1) * len(tasks), state)
     return _learned(state)
+
+
+@jax.jit
+def task_keys(key: jax.Array, index: int | jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Makes a task's own keys.
+
+    Args:
+      key: the sequence's key.
+      index: the task's place in the sequence, from 0.
+
+    Returns:
+      The key of its training, and that of its importance.
+    """
+    train_key, importance_key = jax.random.split(jax.random.fold_in(key, index))
+    return train_key, importance_key
 
 
 def _start(

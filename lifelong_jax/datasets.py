@@ -206,9 +206,9 @@ def make_batch(inputs: ArrayLike, labels: ArrayLike, num_classes: int) -> Batch:
         raise ValueError("inputs have entries that are NaN or infinite.")
     if labels.min() < 0 or labels.max() >= num_classes:
         raise ValueError(f"labels reach from {labels.min()} to {labels.max()}, but num_classes is {num_classes}.")
-    # Made by NumPy, which has nothing to compile.
+    # Made by NumPy, and put there as they are: nothing is to be compiled.
     labels, weights = labels.astype(np.int32), np.ones(len(labels), np.float32)
-    return Batch(scale_bytes(inputs), jnp.asarray(labels), jnp.asarray(weights))
+    return Batch(scale_bytes(inputs), *jax.device_put((labels, weights)))
 
 
 @jax.jit  # one pass over memory: a large part of the time that cached data take to load

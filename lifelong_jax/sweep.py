@@ -14,7 +14,7 @@ import numpy as np
 
 from lifelong_jax import _checks
 from lifelong_jax.consolidation import consolidate, init_consolidation
-from lifelong_jax.continual import OptimizerFn, check_sequence
+from lifelong_jax.continual import OptimizerFn, check_sequence, task_keys
 from lifelong_jax.evaluation import accuracy
 from lifelong_jax.methods import Method, cross_entropy
 from lifelong_jax.tasks import Scenario, active_classes, shown, with_class_mask
@@ -229,7 +229,7 @@ def _learn_run(
     def learn(carry: tuple[Any, Consolidation, jax.Array], index: jax.Array) -> tuple[Any, jax.Array]:
         (params, opt_state), consolidation, diverged = carry
         task = task_at(index)
-        train_key, importance_key = jax.random.split(jax.random.fold_in(key, index))
+        train_key, importance_key = task_keys(key, index)
         examples = with_class_mask(task.train, None if masks is None else masks[0][index])
         state = init_training(optimizer, params, train_key)
         carried = method.carry(state.opt_state, opt_state)
