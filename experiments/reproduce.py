@@ -105,9 +105,11 @@ def run_row(
     sweep = functools.partial(
         sweep_strengths,
         init_params=functools.partial(protocol.init_params, protocol.hidden_sizes),
-        seeds=tuple(seeds) or tuple(range(protocol.num_seeds)),
         run=run,
         console=console,
+    )
+    choosing_seeds, seeds = (
+        tuple(seeds) or tuple(range(number)) for number in (protocol.num_choosing_seeds, protocol.num_seeds)
     )
     apply_fn = MLP(protocol.hidden_sizes, dataset.num_classes).apply
     optimizer_fns: dict[float, OptimizerFn] = {}
@@ -132,13 +134,12 @@ def run_row(
         strength, validation = entry.strengths[0], {}
         if len(entry.strengths) > 1:
             make_tasks = functools.partial(protocol.make_tasks, held_out)
-            chosen_by = average_accuracies(
-                sweep({name: learner}, entry.strengths, make_tasks, split="validation")[name]
-            )
+            swept = sweep({name: learner}, entry.strengths, make_tasks, seeds=choosing_seeds, split="validation")
+            chosen_by = average_accuracies(swept[name])
             strength = best_strength(chosen_by, entry.strengths)
             validation = dict(zip(map("{:g}".format, entry.strengths), map(percent, chosen_by), strict=True))
         make_tasks = functools.partial(protocol.make_tasks, dataset)
-        (accuracy,) = average_accuracies(sweep({name: learner}, (strength,), make_tasks)[name])
+        (accuracy,) = average_accuracies(sweep({name: learner}, (strength,), make_tasks, seeds=seeds)[name])
         result = {"name": entry.name, "strength": strength, "accuracies": percent(accuracy), "validation": validation}
         results.append(result)
     return results

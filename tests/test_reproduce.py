@@ -184,12 +184,15 @@ def test_rows_are_run_and_written_down(tmp_path, monkeypatch, capsys, learn):
         tasks = [Task(digits.train, digits.test)] * 3
         small |= {"make_tasks": lambda dataset, key: tasks, "init_params": lambda hidden_sizes, key, x: jnp.zeros(1)}
     of_two = published.ROWS[3]._replace(
-        entries=(published.ROWS[3].entries[3]._replace(strengths=(1.0, 100.0)), published.ROWS[3].entries[-1]), **small
+        entries=(published.ROWS[3].entries[3]._replace(strengths=(1.0, 100.0)), published.ROWS[3].entries[-1]),
+        num_choosing_seeds=2,
+        num_seeds=3,
+        **small,
     )
     unpublished = published.ROWS[5]._replace(entries=published.ROWS[5].entries[2:], batch_size=100, **small)
     monkeypatch.setattr(reproduce, "ROWS", {3: of_two, 5: unpublished})
     settings = {"output_dir": str(tmp_path / "results"), "docs": str(tmp_path / "docs"), "seeds": (0, 1)}
-    reproduce.main(reproduce.Config(rows=(3,), **settings))
+    reproduce.main(reproduce.Config(rows=(3,), **{**settings, "seeds": ()}))
     reproduce.main(reproduce.Config(rows=(5,), **settings))
     reproduce.main(reproduce.Config(rows=(5,), **{**settings, "docs": None, "seeds": (0,)}))  # no deviation of one
     results = json.loads((tmp_path / "docs" / "results.json").read_text())
@@ -198,6 +201,8 @@ def test_rows_are_run_and_written_down(tmp_path, monkeypatch, capsys, learn):
     assert empirical["strength"] == 100.0 or learn is learn_sweep
     assert {strength: len(accuracies) for strength, accuracies in empirical["validation"].items()} == {"1": 2, "100": 2}
     assert none["validation"] == {}
+    assert [len(result["accuracies"]) for result in results["3"]] == [3, 3]
+    assert len(results["5"][0]["accuracies"]) == 2  # as many as were asked for
     assert all(20 < accuracy <= 100 for result in results["3"] for accuracy in result["accuracies"])
     text = (tmp_path / "docs" / "results.md").read_text()
     assert "| empirical | 99.12 ± 0.12 | " in text
