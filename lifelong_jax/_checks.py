@@ -66,6 +66,15 @@ def check_batch(name: str, batch: Batch, num_classes: int) -> None:
     check_finite(f"{name}.inputs", batch.inputs, hint="Clean the data.")
 
 
+def check_logits(logits: Any) -> None:
+    """Raises ValueError unless a network's output for one example, or its shape, is one array with one axis."""
+    if not isinstance(logits, (jax.Array, jax.ShapeDtypeStruct)) or logits.ndim != 1:
+        raise ValueError(
+            f"apply_fn must return [num_classes] for one example, which comes without batch axis, not arrays of shape "
+            f"{jax.tree.map(jnp.shape, logits)}."
+        )
+
+
 def check_positive_integer(name: str, value: int | None, *, optional: bool = False) -> None:
     """Raises ValueError unless `value` is an integer of at least 1, or None where it is `optional`."""
     if optional and value is None:
@@ -88,6 +97,8 @@ def check_number(name: str, value: Any) -> None:
 
 def check_not_negative(name: str, value: Any) -> None:
     """Raises ValueError where the value of a scalar, or of an array, is known and is negative, infinite or NaN."""
+    if not isinstance(value, (int, float, np.generic, np.ndarray, jax.Array)):
+        raise ValueError(f"{name} must be a number or an array of numbers, not {value!r}.")
     if is_concrete(value) and not np.all(np.isfinite(value) & (np.asarray(value) >= 0)):
         raise ValueError(f"{name} must be finite and not negative, not {value}.")
 

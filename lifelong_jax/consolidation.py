@@ -25,7 +25,8 @@ def init_consolidation(params: Params) -> Consolidation:
       params: a tree of floating-point arrays; None, as everywhere, in the place of what is not to be protected.
 
     Returns:
-      A consolidation anchored at `params`, in their dtypes or float32, whichever is wider.
+      A consolidation anchored at a copy of `params`, which may be donated, in their dtypes or float32, whichever is
+      wider.
 
     Raises:
       TypeError: if a leaf of `params` is not floating-point.
@@ -35,7 +36,8 @@ def init_consolidation(params: Params) -> Consolidation:
       {'w': Array([0., 0.], dtype=float32)}
     """
     _checks.check_params("params", params)
-    return Consolidation(_widen(params), jax.tree.map(jnp.zeros_like, _widen(params)))
+    anchor = _widen(params)
+    return Consolidation(jax.device_put(anchor, may_alias=False), jax.tree.map(jnp.zeros_like, anchor))
 
 
 def consolidate(
@@ -84,8 +86,9 @@ def consolidate(
     1805.06370, eq. 9 ("latest").
     """
     _checks.check_choice("rule", rule, ("separate", "latest"))
-    _checks.check_not_negative("decay", decay)
-    _checks.check_not_negative("weight", weight)
+    for name, value in (("decay", decay), ("weight", weight)):
+        _checks.check_number(name, value)
+        _checks.check_not_negative(name, value)
     for name, tree in (("consolidation", consolidation), ("params", params), ("importance", importance)):
         _checks.check_params(name, tree)
     _checks.check_same_structure("params", params, "consolidation.anchor", consolidation.anchor)
@@ -137,6 +140,7 @@ def merge(consolidations: Sequence[Consolidation], strengths: Sequence[float | j
     merged = init_consolidation(first.anchor)
     for index, (consolidation, strength) in enumerate(zip(consolidations, strengths, strict=True)):
         name = f"consolidations[{index}]"
+        _checks.check_number(f"strengths[{index}]", strength)
         _checks.check_not_negative(f"strengths[{index}]", strength)
         _checks.check_same_structure(f"{name}.anchor", consolidation.anchor, "consolidations[0].anchor", first.anchor)
         _checks.check_same_structure(

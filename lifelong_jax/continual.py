@@ -5,7 +5,6 @@ The trainer is handed one task's training examples and nothing else; only the ev
 
 import functools
 import math
-import operator
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol, TypeAlias
@@ -228,7 +227,7 @@ def learn_jointly(
 ) -> LearnedSequence:
     """Learns all tasks at once, from all their data: the upper bound that continual learning is compared with.
 
-    It takes as many steps as `learn_tasks` takes over the whole sequence.
+    It makes as many passes over each task's examples as `learn_tasks`.
 
     Args:
       apply_fn: `apply_fn(params, x) -> [num_classes]`, one example's logits, without batch axis.
@@ -423,11 +422,7 @@ def check_sequence(
     _checks.check_positive_integer("batch_size", batch_size)
     x = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), tasks[0].train.inputs)
     logits = jax.eval_shape(apply_fn, params, x)
-    if not isinstance(logits, jax.ShapeDtypeStruct) or logits.ndim != 1:
-        raise ValueError(
-            f"apply_fn must return [num_classes] for one example, which comes without batch axis, not arrays of shape "
-            f"{jax.tree.map(operator.attrgetter('shape'), logits)}."
-        )
+    _checks.check_logits(logits)
     (num_classes,) = logits.shape
     checked: dict[tuple[int, ...], Batch] = {}  # the batches, too: an id is an object's only while it lives
     for index, task in enumerate(tasks):

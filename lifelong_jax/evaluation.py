@@ -33,7 +33,8 @@ def accuracy(
       A fraction. An output that is NaN is wrong.
 
     Raises:
-      ValueError: if there are no examples, or inputs, labels and weights differ in their number.
+      ValueError: if there are no examples, if inputs, labels and weights differ in their number, or if `apply_fn` does
+        not return one example's logits.
 
     Example:
       >>> test = Batch(jnp.eye(2), jnp.array([0, 0]), jnp.ones(2))
@@ -41,22 +42,28 @@ def accuracy(
       Array(0.5, dtype=float32)
     """
     _checks.check_examples("test", test._replace(weights=None), test.weights, "test.weights")
-    output_fn = functools.partial(shown(apply_fn, permutation), params)
+    output_fn = shown(apply_fn, permutation)
+    test = test._replace(weights=test.weights.astype(float))  # sums of narrower ones would be rounded
     num_examples = len(test.labels)
     size = equal_size(num_examples, _MAX_EVALUATED)
+
+    def logits_fn(x: jax.Array) -> jax.Array:
+        logits = output_fn(params, x)
+        _checks.check_logits(logits)
+        return logits
 
     def correct_weights(start: jax.Array) -> jax.Array:
         # The last part ends with the last example: what it has in common with the part before is left out.
         first = jnp.minimum(start, num_examples - size)
         part = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, first, size), test)
-        outputs = jax.vmap(output_fn)(part.inputs)
+        outputs = jax.vmap(logits_fn)(part.inputs)
         predicted = jnp.argmax(mask_logits(outputs, class_mask), axis=-1)
         correct = predicted.astype(jnp.int32) == part.labels.astype(jnp.int32)
         correct &= ~jnp.isnan(outputs).any(axis=-1)  # argmax would take a NaN for the largest
         correct &= first + jnp.arange(size) >= start
         return jnp.where(correct, part.weights, 0)
 
-    # Summed at once, as all weights are: a sum of rounded sums could be above that in bfloat16.
+    # Summed at once, as all weights are: a sum of rounded sums could be above that.
     return jnp.sum(jax.lax.map(correct_weights, jnp.arange(0, num_examples, size))) / jnp.sum(test.weights)
 
 
@@ -72,11 +79,18 @@ def evaluate(apply_fn: OutputFn, params: Params, tasks: Sequence[Task], scenario
     Returns:
       A fraction for each task.
 
+    Raises:
+      ValueError: as for `accuracy`, or if weights are negative, all 0 or beyond float32.
+
     Example:
       >>> batch = Batch(jnp.eye(2), jnp.array([0, 0]), jnp.ones(2))
       >>> evaluate(lambda params, x: params * x, jnp.array(1.0), [Task(batch, batch)])
       [0.5]
     """
+    for index, task in enumerate(tasks):
+        _checks.check_examples(
+            f"tasks[{index}].test", task.test.inputs, task.test.weights, f"tasks[{index}].test.weights"
+        )
     class_masks = [active_classes(tasks, scenario, index, len(tasks) - 1) for index in range(len(tasks))]
     accuracies = [
         accuracy(apply_fn, params, task.test, task.permutation, class_mask)

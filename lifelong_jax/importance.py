@@ -2,6 +2,10 @@
 
 Each is a mean over examples of a quantity per example. Here is said which outputs, and which cotangents pulled back
 from them, make which importance; the sums are `structured.py`'s, or `per_example.py`'s.
+
+Each is compiled, once for a function and shapes. As in any `jax.jit`, what the function reads from elsewhere (a global,
+an attribute) is a constant from then on: what changes, such as the mask of a head, goes into the parameters or the
+examples, or the function is a `jax.tree_util.Partial(function, value)`, whose arrays are arguments.
 """
 
 import functools

@@ -68,6 +68,7 @@ def quadratic_penalty(params: Params, consolidation: Consolidation, strength: fl
 
     Kirkpatrick et al. 2017, doi 10.1073/pnas.1611835114, eq. 3.
     """
+    _checks.check_number("strength", strength)
     _checks.check_not_negative("strength", strength)
 
     def of_leaf(theta: jax.Array, anchor: jax.Array, importance: jax.Array) -> jax.Array:
@@ -99,8 +100,8 @@ def add_quadratic_penalty(strength: optax.ScalarOrSchedule) -> optax.GradientTra
 
     An explicit step on a stiff quadratic oscillates with growing amplitude where learning rate · strength · importance
     > 2 for any parameter, coupled with SGD (> 2 · (1 + β) with momentum β) or decoupled with any preconditioner. Adam,
-    coupled, moves no faster than its learning rate at any strength; but by that much it leaves the anchor in its first
-    step. `proximal_quadratic_penalty` has no such limit.
+    coupled, moves by a few learning rates a step at the most, (1 − β₁) / sqrt(1 − β₂), at any strength; but by one it
+    leaves the anchor in its first step. `proximal_quadratic_penalty` has no such limit.
 
     Args:
       strength: λ, not negative: a number; a value traced where the factory is called inside jit, or kept in the state
@@ -205,7 +206,11 @@ def proximal_quadratic_penalty(
 
     Parikh and Boyd 2014, Proximal Algorithms, doi 10.1561/2400000003, section 6.1.1.
     """
-    _check_hyperparameter("step_size", step_size)
+    if not callable(step_size):
+        if step_size is None:
+            raise ValueError("step_size must be a number, a schedule or a tree of numbers, not None.")
+        for path, leaf in jax.tree.leaves_with_path(step_size):
+            _checks.check_not_negative(f"step_size{jax.tree_util.keystr(path)}", leaf)
     _check_hyperparameter("strength", strength)
 
     def update_fn(
@@ -297,7 +302,7 @@ def proximal_adam(
         steps = jax.tree.map(lambda direction: -jnp.asarray(rate, direction.dtype) * direction, directions)
         # Of the bias corrections and of the step one fraction is made: on a CPU, quotients cost more than the memory.
         mean_rate = -rate / (1 - b1**next_state.count)
-        root_rate = jax.lax.rsqrt(1 - b2**next_state.count)
+        root_rate = jax.lax.rsqrt(1.0 - b2**next_state.count)
 
         def of_leaf(
             step: jax.Array,
@@ -369,12 +374,10 @@ def _advance(state: ScheduleState | optax.EmptyState) -> ScheduleState | optax.E
     return ScheduleState(optax.safe_increment(state.count)) if isinstance(state, ScheduleState) else state
 
 
-def _check_hyperparameter(name: str, value: optax.ScalarOrSchedule | Params) -> None:
-    if value is None:
-        raise ValueError(f"{name} must be a number, a schedule or a tree of numbers, not None.")
+def _check_hyperparameter(name: str, value: optax.ScalarOrSchedule) -> None:
     if not callable(value):
-        for leaf in jax.tree.leaves(value):
-            _checks.check_not_negative(name, leaf)
+        _checks.check_number(name, value)
+        _checks.check_not_negative(name, value)
 
 
 def _check_arguments(

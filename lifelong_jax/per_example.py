@@ -142,7 +142,7 @@ def sum_microbatches(
         return jax.lax.scan(step, zeros_like_sum(params), starts)[0]
 
     examples, weights = jax.tree.map(jnp.asarray, (examples, weights))
-    mesh, axes = _sharded_over(examples)
+    mesh, axes = _sharded_over((examples, weights))
     if not axes:
         return sum_shard((output_fn, cotangents_fn), params, examples, weights, jnp.int32(0))
     functions = tuple(f if isinstance(f, Partial) else Partial(f) for f in (output_fn, cotangents_fn))
@@ -159,8 +159,8 @@ def sum_microbatches(
     )
 
 
-def _sharded_over(examples: Examples) -> tuple[AbstractMesh | None, tuple[str, ...]]:
-    """The mesh and its axes over which the types of the examples say that they are sharded, if any."""
+def _sharded_over(examples: tuple[Examples, jax.Array | None]) -> tuple[AbstractMesh | None, tuple[str, ...]]:
+    """The mesh and its axes over which the types of the examples, or weights, say that they are sharded, if any."""
     for leaf in jax.tree.leaves(examples):
         sharding = jax.typeof(leaf).sharding
         axes = sharding.spec[0] if sharding.spec else None

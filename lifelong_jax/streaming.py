@@ -123,7 +123,7 @@ def learn_stream(
     _checks.check_positive_integer("num_epochs", num_epochs)
     batch_size = min(batch_size, len(source))
     num_steps = -(-len(source) // batch_size)
-    state = jax.tree.map(jnp.copy, state)  # each step frees the state before, which must not be the caller's
+    state = jax.device_put(state, may_alias=False)  # each step frees the state before, which must not be the caller's
     losses = np.zeros((num_epochs, num_steps))
     with progress_bar(rich.console.Console(stderr=True)) as bar:
         for epoch in range(num_epochs):

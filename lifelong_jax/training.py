@@ -45,8 +45,8 @@ def init_training(optimizer: optax.GradientTransformation, params: Params, key: 
 
     Args:
       optimizer: any optax transform.
-      params: a tree of floating-point arrays. They are copied, and so is the key: a loop that donates its state must
-        not free the caller's, which may be an anchor too.
+      params: a tree of floating-point arrays. All of the state is a copy: a loop that donates it must not free the
+        caller's parameters, which may be an anchor too, nor donate those that an optimiser keeps as well.
       key: a random key, for the shuffling.
 
     Returns:
@@ -56,8 +56,8 @@ def init_training(optimizer: optax.GradientTransformation, params: Params, key: 
       >>> init_training(optax.sgd(0.1), jnp.zeros(2), jax.random.key(0)).params
       Array([0., 0.], dtype=float32)
     """
-    params, key = jax.device_put((params, key), may_alias=False)  # unlike jnp.copy, it has nothing to compile
-    return TrainingState(params, optimizer.init(params), key)
+    state = TrainingState(params, optimizer.init(params), key)
+    return jax.device_put(state, may_alias=False)  # unlike jnp.copy, it has nothing to compile
 
 
 def learn_task(
@@ -95,9 +95,9 @@ def learn_task(
       The state after the last step, and the losses.
 
     Raises:
-      ValueError: if there are no examples, or leaves disagree on their number, or if `num_epochs`, `batch_size` or
-        `max_steps` is not a positive integer, or if the loss is no scalar; outside of jit, if weights are negative, all
-        0, or too large or too small for float32.
+      ValueError: if there are no examples, or leaves disagree on their number, or they are sharded over a mesh's
+        explicit axes, or if `num_epochs`, `batch_size` or `max_steps` is not a positive integer, or if the loss is no
+        scalar; outside of jit, if weights are negative, all 0, or too large or too small for float32.
       TypeError: if a leaf of the parameters is not floating-point.
 
     Example:
@@ -114,6 +114,11 @@ def learn_task(
     _checks.check_positive_integer("max_steps", max_steps, optional=True)
     _checks.check_params("state.params", state.params)
     examples, weights = jax.tree.map(jnp.asarray, (examples, weights))
+    if any(map(_is_sharded, jax.tree.leaves((examples, weights)))):
+        raise ValueError(
+            "examples or weights are sharded over explicit axes of a mesh, which do not say how a batch is taken from "
+            "all shards: make the mesh with axis_types=(jax.sharding.AxisType.Auto,), or put them on each device whole."
+        )
     optimizer = optax.with_extra_args_support(optimizer)
     num_examples = jax.tree.leaves(examples)[0].shape[0]
     batch_size = min(batch_size, num_examples)

@@ -309,6 +309,24 @@ def test_decay_and_weight_are_checked(option, bad):
         consolidate(init_consolidation(make_tree(0)), *make_task(0), **{option: bad})
 
 
+@pytest.mark.parametrize("bad", [None, "1", jnp.ones(2)])
+def test_decay_weight_and_strengths_are_numbers(bad):
+    start = init_consolidation(make_tree(0))
+    for option in ("decay", "weight"):
+        with pytest.raises(ValueError, match=f"{option} must be a number, not "):
+            consolidate(start, *make_task(0), **{option: bad})
+    with pytest.raises(ValueError, match=r"strengths\[1\] must be a number, not "):
+        merge([start, start], [1.0, bad])
+
+
+def test_a_step_may_donate_the_parameters_that_no_task_is_anchored_at():
+    params = jnp.arange(3.0)
+    none = init_consolidation(params)
+    learned = jax.jit(lambda params, none: params + none.anchor, donate_argnums=0)(params, none)
+    np.testing.assert_array_equal(learned, 2 * np.arange(3.0))
+    np.testing.assert_array_equal(none.anchor, np.arange(3.0))
+
+
 def test_unknown_rules_are_refused():
     with pytest.raises(ValueError, match="rule must be one of separate, latest, not 'sum'"):
         consolidate(init_consolidation(make_tree(0)), *make_task(0), rule="sum")

@@ -61,6 +61,23 @@ learn = functools.partial(
 )
 
 
+@pytest.mark.usefixtures("standard_promotion")  # optax's own code needs it
+def test_optimisers_that_keep_parameters():
+    def make_optimizer(strength):
+        return optax.chain(add_quadratic_penalty(strength), optax.contrib.prodigy(1.0))
+
+    tasks = make_tasks()
+    learned = learn(
+        methods.ewc(),
+        optimizer_fn=make_optimizer,
+        params=make_params(),
+        tasks=tasks,
+        key=jax.random.key(0),
+        strength=1.0,
+    )
+    assert np.isfinite(learned.accuracy_matrix).all()
+
+
 @pytest.mark.parametrize("rule", ["separate", "latest"])
 def test_equals_stored_penalties_and_full_batches_written_out(rule):
     # A batch of everything leaves no shuffling: each task is two steps of momentum on loss + penalty.
@@ -129,6 +146,32 @@ def test_accuracy_matrix():
     seen = np.tri(NUM_TASKS, dtype=bool)
     np.testing.assert_array_equal(so_far.accuracy_matrix, np.where(seen, learned.accuracy_matrix, np.nan))
     assert np.isnan(so_far.initial_accuracies).all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, int])
+def test_accuracies_are_exact_whatever_the_dtype_of_the_weights(dtype):
+    num_examples, num_wrong = 70_000, 7
+    labels = (jnp.arange(num_examples) < num_wrong).astype(int)
+    test = Batch(jnp.ones((num_examples, 1)), labels, jnp.ones(num_examples, dtype))
+    (accuracy,) = evaluate(lambda params, x: x * jnp.array([1.0, 0.0]), jnp.zeros(()), [Task(test, test)])
+    np.testing.assert_allclose(accuracy, 1 - num_wrong / num_examples, rtol=1e-6)
+
+
+@pytest.mark.parametrize("outputs", [lambda x: x[None], lambda x: x.sum(), lambda x: (x, x)])
+def test_evaluate_refuses_what_are_not_one_examples_logits(outputs):
+    test = Batch(jnp.ones((4, 3)), jnp.zeros(4, int), jnp.ones(4))
+    with pytest.raises(ValueError, match=r"apply_fn must return \[num_classes\] for one example"):
+        evaluate(lambda params, x: outputs(params * x), jnp.array(1.0), [Task(test, test)])
+
+
+def test_evaluate_refuses_a_test_set_without_weight():
+    test = Batch(jnp.ones((4, 3)), jnp.zeros(4, int), jnp.zeros(4))
+    with pytest.raises(ValueError, match=r"tasks\[1\]\.test\.weights must be finite, not negative and not all 0"):
+        evaluate(
+            lambda params, x: x,
+            jnp.array(1.0),
+            [Task(test._replace(weights=jnp.ones(4)), test._replace(weights=jnp.ones(4))), Task(test, test)],
+        )
 
 
 def test_evaluate_counts_by_weight():

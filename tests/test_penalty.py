@@ -810,10 +810,36 @@ def test_strengths_and_step_sizes_are_checked(bad):
     for make in (proximal_quadratic_penalty, proximal_adam):
         with pytest.raises(ValueError, match="strength must be finite and not negative"):
             make(0.1, bad)
-    with pytest.raises(ValueError, match="step_size must be finite and not negative"):
+    with pytest.raises(ValueError, match=r"step_size\['b'\] must be finite and not negative"):
         proximal_quadratic_penalty({"w": 1.0, "b": jnp.array([1.0, bad])}, 1.0)
     with pytest.raises(ValueError, match="learning_rate must be finite and not negative"):
         proximal_adam(bad, 1.0)
+
+
+@pytest.mark.parametrize("bad", [None, "1", [1.0, 2.0], jnp.ones(2)])
+def test_strengths_are_one_number(bad):
+    with pytest.raises(ValueError, match="strength must be a number, not "):
+        add_quadratic_penalty(bad)
+    with pytest.raises(ValueError, match="strength must be a number, not "):
+        quadratic_penalty(jnp.zeros(2), init_consolidation(jnp.zeros(2)), bad)
+    for make in (proximal_quadratic_penalty, proximal_adam):
+        with pytest.raises(ValueError, match="strength must be a number, not "):
+            make(0.1, bad)
+    with pytest.raises(ValueError, match="learning_rate must be a number, not "):
+        proximal_adam(bad, 1.0)
+
+
+@pytest.mark.parametrize(("bad", "name"), [(None, "step_size"), ({"w": "1"}, r"step_size\['w'\]")])
+def test_step_sizes_are_numbers(bad, name):
+    with pytest.raises(ValueError, match=f"{name} must be a number"):
+        proximal_quadratic_penalty(bad, 1.0)
+
+
+def test_proximal_adam_without_a_memory_is_sign_descent():
+    params, consolidation = jnp.array([1.0, -2.0]), init_consolidation(jnp.zeros(2))
+    optimizer = proximal_adam(0.1, 1.0, b1=0, b2=0)
+    updates, _ = optimizer.update(jnp.array([3.0, -0.5]), optimizer.init(params), params, **consolidation._asdict())
+    np.testing.assert_allclose(updates, [-0.1, 0.1], rtol=1e-6)
 
 
 @pytest.mark.parametrize(

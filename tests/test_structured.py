@@ -614,7 +614,8 @@ def test_inside_a_users_function_that_closes_over_traced_values() -> None:
 
 @pytest.mark.parametrize("method", ["structured", "reference"])
 @pytest.mark.parametrize("inside_jit", [False, True])
-def test_sharded_examples(method: str, inside_jit: bool) -> None:
+@pytest.mark.parametrize("sharded", ["both", "weights"])
+def test_sharded_examples(method: str, inside_jit: bool, sharded: str) -> None:
     output_fn, params, _ = classifier()
     examples, weights = normal(5, 12, 6), jnp.arange(12.0)
     mask = jnp.array([True, True, False, True])
@@ -626,7 +627,8 @@ def test_sharded_examples(method: str, inside_jit: bool) -> None:
     expected = run(params, examples, weights, mask)
     mesh = jax.make_mesh((2, 2), ("data", "model"))
     place = lambda tree, *axes: jax.device_put(tree, NamedSharding(mesh, PartitionSpec(*axes)))  # noqa: E731
-    placed = (place(params), place(examples, "data"), place(weights, "data"), place(mask))
+    axes = ("data",) if sharded == "both" else ()
+    placed = (place(params), place(examples, *axes), place(weights, "data"), place(mask))
     actual = (jax.jit(run) if inside_jit else run)(*placed)
     assert_close(jax.device_get(actual), jax.device_get(expected), 1e-5)
 

@@ -243,6 +243,24 @@ def test_biases_may_be_sharded():
     chex.assert_trees_all_close(learned, learn(params), rtol=1e-6)
 
 
+def test_examples_may_not_be_sharded_over_explicit_axes_but_over_others():
+    examples, params, consolidation = make_problem()
+    examples = jax.tree.map(lambda leaf: leaf[:4], examples)
+    optimizer = optax.sgd(0.05)
+
+    def learn(examples):
+        state = init_training(optimizer, params, jax.random.key(1))
+        return learn_task(loss_fn, optimizer, state, consolidation, examples, num_epochs=1, batch_size=2)[0].params
+
+    def shard(axis_type):
+        mesh = jax.make_mesh((2,), ("data",), axis_types=(axis_type,))
+        return jax.device_put(examples, jax.sharding.NamedSharding(mesh, jax.P("data")))
+
+    with pytest.raises(ValueError, match=r"sharded over explicit axes of a mesh.*AxisType\.Auto"):
+        learn(shard(jax.sharding.AxisType.Explicit))
+    chex.assert_trees_all_close(learn(shard(jax.sharding.AxisType.Auto)), learn(examples), rtol=1e-5)
+
+
 @pytest.mark.parametrize("scale", [4e36, 3e-38])
 def test_only_ratios_of_weights_count(scale):
     examples, params, none = jnp.array([2.0, 4.0, 7.0, 0.0]), jnp.array(1.0), init_consolidation(jnp.array(1.0))
