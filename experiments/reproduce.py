@@ -55,8 +55,8 @@ class Config(RunSettings):
     """Run the protocols of published tables on MNIST, and set the published accuracies beside ours."""
 
     rows: Seeds = (1, 2, 3, 4, 5, 6)
-    """Which rows of the table, 1 to 6: 1-3, or 1,5. On two CPU cores, rows 1, 2, 5 and 6 take half an hour, row 3 an
-    hour and a half, row 4 two hours."""
+    """Which rows of the table, 1 to 6: 1-3, or 1,5. On two CPU cores, rows 1, 2, 5 and 6 take half an hour, row 3 two
+    hours, row 4 two hours."""
 
     seeds: Seeds = ()
     """Sequences of tasks, initialisations and orders of examples; by default as many as the row says."""

@@ -1,6 +1,5 @@
 """Sequences of tasks made from arrays. Tasks of one sequence have equal shapes: one compilation serves them all."""
 
-import functools
 import math
 import operator
 from collections.abc import Sequence
@@ -48,15 +47,9 @@ def permuted_tasks(train: Batch, test: Batch, num_tasks: int, key: jax.Array) ->
     shape = train.inputs.shape[1:]
     if test.inputs.shape[1:] != shape:
         raise ValueError(f"test inputs have shape {test.inputs.shape[1:]} per example, but train inputs have {shape}.")
-    return [Task(train, test, permutation) for permutation in _permutations(key, num_tasks, math.prod(shape))]
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _permutations(key: jax.Array, num_tasks: int, num_features: int) -> tuple[jax.Array, ...]:
-    def permutation(index: jax.Array) -> jax.Array:
-        return jax.random.permutation(jax.random.fold_in(key, index), num_features)
-
-    return tuple(jax.lax.map(permutation, jnp.arange(num_tasks)))
+    num_features = math.prod(shape)
+    keys = [jax.random.fold_in(key, index) for index in range(num_tasks)]
+    return [Task(train, test, jax.random.permutation(task_key, num_features)) for task_key in keys]
 
 
 def present(x: jax.Array, permutation: jax.Array | None) -> jax.Array:
