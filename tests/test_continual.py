@@ -61,23 +61,6 @@ learn = functools.partial(
 )
 
 
-@pytest.mark.usefixtures("standard_promotion")  # optax's own code needs it
-def test_optimisers_that_keep_parameters():
-    def make_optimizer(strength):
-        return optax.chain(add_quadratic_penalty(strength), optax.contrib.prodigy(1.0))
-
-    tasks = make_tasks()
-    learned = learn(
-        methods.ewc(),
-        optimizer_fn=make_optimizer,
-        params=make_params(),
-        tasks=tasks,
-        key=jax.random.key(0),
-        strength=1.0,
-    )
-    assert np.isfinite(learned.accuracy_matrix).all()
-
-
 @pytest.mark.parametrize("rule", ["separate", "latest"])
 def test_equals_stored_penalties_and_full_batches_written_out(rule):
     # A batch of everything leaves no shuffling: each task is two steps of momentum on loss + penalty.

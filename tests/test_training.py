@@ -243,6 +243,14 @@ def test_biases_may_be_sharded():
     chex.assert_trees_all_close(learned, learn(params), rtol=1e-6)
 
 
+def test_a_state_may_be_donated_whole_where_an_optimiser_keeps_the_parameters():
+    params = jnp.arange(3.0)
+    state = init_training(optax.contrib.prodigy(1.0), params, jax.random.key(0))
+    donated = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf, state), donate_argnums=0)(state)
+    np.testing.assert_array_equal(donated.params, np.arange(3.0))
+    np.testing.assert_array_equal(params, np.arange(3.0))
+
+
 def test_examples_may_not_be_sharded_over_explicit_axes_but_over_others():
     examples, params, consolidation = make_problem()
     examples = jax.tree.map(lambda leaf: leaf[:4], examples)
