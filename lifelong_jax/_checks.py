@@ -89,16 +89,11 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}.")
 
 
-def check_number(name: str, value: Any) -> None:
-    """Raises ValueError unless `value` is a number, or an array without axes."""
-    if not isinstance(value, (int, float, np.generic, np.ndarray, jax.Array)) or np.ndim(value) != 0:
-        raise ValueError(f"{name} must be a number, not {value!r}.")
-
-
-def check_not_negative(name: str, value: Any) -> None:
-    """Raises ValueError where the value of a scalar, or of an array, is known and is negative, infinite or NaN."""
-    if not isinstance(value, (int, float, np.generic, np.ndarray, jax.Array)):
-        raise ValueError(f"{name} must be a number or an array of numbers, not {value!r}.")
+def check_not_negative(name: str, value: Any, *, or_array: bool = False) -> None:
+    """Raises ValueError unless `value` is a number, or an array where it may be one, and not negative where known."""
+    numeric = isinstance(value, (int, float, np.generic, np.ndarray, jax.Array))
+    if not numeric or (np.ndim(value) != 0 and not or_array):
+        raise ValueError(f"{name} must be a number{' or an array of numbers' * or_array}, not {value!r}.")
     if is_concrete(value) and not np.all(np.isfinite(value) & (np.asarray(value) >= 0)):
         raise ValueError(f"{name} must be finite and not negative, not {value}.")
 

@@ -86,9 +86,8 @@ def consolidate(
     1805.06370, eq. 9 ("latest").
     """
     _checks.check_choice("rule", rule, ("separate", "latest"))
-    for name, value in (("decay", decay), ("weight", weight)):
-        _checks.check_number(name, value)
-        _checks.check_not_negative(name, value)
+    _checks.check_not_negative("decay", decay)
+    _checks.check_not_negative("weight", weight)
     for name, tree in (("consolidation", consolidation), ("params", params), ("importance", importance)):
         _checks.check_params(name, tree)
     _checks.check_same_structure("params", params, "consolidation.anchor", consolidation.anchor)
@@ -140,7 +139,6 @@ def merge(consolidations: Sequence[Consolidation], strengths: Sequence[float | j
     merged = init_consolidation(first.anchor)
     for index, (consolidation, strength) in enumerate(zip(consolidations, strengths, strict=True)):
         name = f"consolidations[{index}]"
-        _checks.check_number(f"strengths[{index}]", strength)
         _checks.check_not_negative(f"strengths[{index}]", strength)
         _checks.check_same_structure(f"{name}.anchor", consolidation.anchor, "consolidations[0].anchor", first.anchor)
         _checks.check_same_structure(

@@ -178,7 +178,6 @@ def learn_tasks(
       (3, 3)
     """
     check_sequence(apply_fn, params, tasks, scenario, num_epochs, batch_size)
-    _checks.check_number("strength", strength)
     _checks.check_not_negative("strength", strength)
     _checks.check_choice("method.rule", method.rule, ("separate", "latest"))
     _checks.check_not_negative("method.decay", method.decay)

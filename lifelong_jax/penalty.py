@@ -68,7 +68,6 @@ def quadratic_penalty(params: Params, consolidation: Consolidation, strength: fl
 
     Kirkpatrick et al. 2017, doi 10.1073/pnas.1611835114, eq. 3.
     """
-    _checks.check_number("strength", strength)
     _checks.check_not_negative("strength", strength)
 
     def of_leaf(theta: jax.Array, anchor: jax.Array, importance: jax.Array) -> jax.Array:
@@ -210,7 +209,7 @@ def proximal_quadratic_penalty(
         if step_size is None:
             raise ValueError("step_size must be a number, a schedule or a tree of numbers, not None.")
         for path, leaf in jax.tree.leaves_with_path(step_size):
-            _checks.check_not_negative(f"step_size{jax.tree_util.keystr(path)}", leaf)
+            _checks.check_not_negative(f"step_size{jax.tree_util.keystr(path)}", leaf, or_array=True)
     _check_hyperparameter("strength", strength)
 
     def update_fn(
@@ -376,7 +375,6 @@ def _advance(state: ScheduleState | optax.EmptyState) -> ScheduleState | optax.E
 
 def _check_hyperparameter(name: str, value: optax.ScalarOrSchedule) -> None:
     if not callable(value):
-        _checks.check_number(name, value)
         _checks.check_not_negative(name, value)
 
 

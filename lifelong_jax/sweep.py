@@ -99,7 +99,6 @@ def learn_sweep(
         raise ValueError("runs is empty: there is nothing to learn.")
     checked = set()
     for index, run in enumerate(runs):
-        _checks.check_number(f"runs[{index}].strength", run.strength)
         _checks.check_not_negative(f"runs[{index}].strength", run.strength)
         _checks.check_same_structure(f"runs[{index}].params", run.params, "runs[0].params", runs[0].params)
         if len(run.tasks) != len(runs[0].tasks):

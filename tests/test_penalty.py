@@ -801,32 +801,32 @@ def test_the_proximal_step_never_overshoots(theta, update, anchor, importance, s
 # ------------------------------------------------------------------------------------ refusals
 
 
-@pytest.mark.parametrize("bad", [-1.0, np.nan, np.inf])
-def test_strengths_and_step_sizes_are_checked(bad):
-    with pytest.raises(ValueError, match="strength must be finite and not negative"):
-        add_quadratic_penalty(bad)
-    with pytest.raises(ValueError, match="strength must be finite and not negative"):
-        quadratic_penalty(jnp.zeros(1), init_consolidation(jnp.zeros(1)), bad)
-    for make in (proximal_quadratic_penalty, proximal_adam):
-        with pytest.raises(ValueError, match="strength must be finite and not negative"):
-            make(0.1, bad)
-    with pytest.raises(ValueError, match=r"step_size\['b'\] must be finite and not negative"):
-        proximal_quadratic_penalty({"w": 1.0, "b": jnp.array([1.0, bad])}, 1.0)
-    with pytest.raises(ValueError, match="learning_rate must be finite and not negative"):
-        proximal_adam(bad, 1.0)
+UNUSABLE = [-1.0, np.nan, np.inf]
 
 
-@pytest.mark.parametrize("bad", [None, "1", [1.0, 2.0], jnp.ones(2)])
-def test_strengths_are_one_number(bad):
-    with pytest.raises(ValueError, match="strength must be a number, not "):
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        *((number, "must be finite and not negative") for number in UNUSABLE),
+        *((other, "must be a number, not ") for other in (None, "1", [1.0, 2.0], jnp.ones(2))),
+    ],
+)
+def test_strengths_and_learning_rates_are_checked(bad, message):
+    with pytest.raises(ValueError, match=f"strength {message}"):
         add_quadratic_penalty(bad)
-    with pytest.raises(ValueError, match="strength must be a number, not "):
+    with pytest.raises(ValueError, match=f"strength {message}"):
         quadratic_penalty(jnp.zeros(2), init_consolidation(jnp.zeros(2)), bad)
     for make in (proximal_quadratic_penalty, proximal_adam):
-        with pytest.raises(ValueError, match="strength must be a number, not "):
+        with pytest.raises(ValueError, match=f"strength {message}"):
             make(0.1, bad)
-    with pytest.raises(ValueError, match="learning_rate must be a number, not "):
+    with pytest.raises(ValueError, match=f"learning_rate {message}"):
         proximal_adam(bad, 1.0)
+
+
+@pytest.mark.parametrize("bad", UNUSABLE)
+def test_step_sizes_are_checked(bad):
+    with pytest.raises(ValueError, match=r"step_size\['b'\] must be finite and not negative"):
+        proximal_quadratic_penalty({"w": 1.0, "b": jnp.array([1.0, bad])}, 1.0)
 
 
 @pytest.mark.parametrize(("bad", "name"), [(None, "step_size"), ({"w": "1"}, r"step_size\['w'\]")])
