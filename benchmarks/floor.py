@@ -60,9 +60,9 @@ def training_products(linear: Linear, weights: list[jax.Array], x: jax.Array) ->
 def importance_products(
     linear: Linear, weights: list[jax.Array], x: jax.Array, stacked: bool = False
 ) -> list[jax.Array]:
-    """Computes those of an exact Fisher diagonal: a cotangent pulled back per class, one product by all weights."""
+    """Computes those of an exact Fisher diagonal: a cotangent pulled back per class but one."""
     *inputs, logits = [x, *evaluation_products(linear, weights, x)]
-    scores = jnp.eye(logits.shape[-1])[:, None] - logits  # [num_classes, num_examples, num_classes]
+    scores = jnp.eye(logits.shape[-1])[:-1, None] - logits  # [num_classes - 1, num_examples, num_classes]
     if stacked:
         pulled_back = _pull_back(linear, weights, scores.reshape(-1, logits.shape[-1]))
         pulled_back = [cotangents[: len(x)] for cotangents in jax.lax.optimization_barrier(pulled_back)]
@@ -106,9 +106,8 @@ def flops(part: str, sizes: Sequence[int]) -> int:
     """Counts a part's floating-point operations per example: two for each multiply-add of its products."""
     by_layer = [rows * columns for rows, columns in itertools.pairwise(sizes)]
     forward, back = sum(by_layer), sum(by_layer[1:])
-    return (
-        2 * {"training": 2 * forward + back, "importance": 2 * forward + sizes[-1] * back, "evaluation": forward}[part]
-    )
+    backward_passes = {"training": 1, "importance": sizes[-1] - 1}
+    return 2 * (forward if part == "evaluation" else 2 * forward + backward_passes[part] * back)
 
 
 class AtOnce(NamedTuple):

@@ -9,7 +9,7 @@ which only compilation stands apart. Each turn has each of them anew, compilatio
 and decoding the data are left out: loading is from the cache; and so is what a script compiles to split its keys.
 
 The floor is the same matrix products, bare and at their fastest (`benchmarks/floor.py`): those of every training step;
-of the Fisher, one cotangent pulled back per example, or ten; and of the test images of each task learned so far, after
+of the Fisher, one cotangent pulled back per example, or nine; and of the test images of each task learned so far, after
 each task. The practical floor adds Adam's memory traffic: its update alone, the proximal step included, for every step.
 In each turn the floors are timed before, between and after the runs, and the median of these times counts. Seconds, and
 ratios of a run and the floor in one turn, are medians over the turns, with quartiles.

@@ -93,7 +93,8 @@ def fisher_diagonal(
     The expectation is exact, or a mean over `num_samples` sampled labels per example. p is by `likelihood`:
 
     - "categorical": y one of the classes, p = softmax(logits) over the last axis. Leading axes (tokens) are independent
-      labels of one example; the exact expectation then takes num_labels · num_classes backward passes, a sample one.
+      labels of one example. The exact expectation takes num_labels · (num_classes − 1) backward passes, without those
+      of classes that no example can have (outside of a head, say); a sample takes one.
     - "gaussian": y a vector, p normal with mean the logits and unit variance.
     - "bernoulli": y a vector of independent binary outputs, p = sigmoid(logits).
 
@@ -298,15 +299,21 @@ def _squared_l2_cotangent(outputs: jax.Array, key: None) -> jax.Array:
 
 def _exact_categorical(logits: jax.Array, key: None) -> jax.Array:
     _check_has_classes(logits)
-    # ∂ log p_y / ∂logits = e_y − p, weighted by p_y. One cotangent per label and class: the gradients of independent
-    # labels have mean 0 and do not correlate, so in expectation the square of their sum is the sum of their squares.
-    probabilities = jax.nn.softmax(widen(logits))
-    scores = jnp.eye(logits.shape[-1], dtype=probabilities.dtype) - probabilities[..., None, :]
-    weighted = jnp.sqrt(probabilities)[..., None] * scores  # [..., num_classes (y), num_classes]
-    num_labels = probabilities[..., 0].size
-    one_label = jnp.eye(num_labels, dtype=weighted.dtype).reshape(num_labels, 1, *logits.shape[:-1], 1)
-    per_class = jnp.moveaxis(weighted, -2, 0)  # [num_classes (y), ..., num_classes]
-    return (one_label * per_class).reshape(-1, *logits.shape).astype(logits.dtype)
+    # E_y of the squared gradient of log p_y is Σ_k (∂logitsᵀ v_k)², for any v with Σ_k v_k v_kᵀ = diag(p) − p pᵀ. Here
+    # it is the Cholesky factor: is y class k, if it is none before k? At the last class that is no question any more,
+    # so there is a cotangent less than there are classes. Each label has its own: the gradients of independent labels
+    # have mean 0 and do not correlate, so in expectation the square of their sum is the sum of their squares.
+    p = jax.nn.softmax(widen(logits))
+    num_classes, smallest = p.shape[-1], jnp.finfo(p.dtype).tiny  # where a sum is less, so is p, and it counts as 0
+    from_here = jax.lax.cumsum(p, axis=p.ndim - 1, reverse=True)
+    later = jnp.concatenate([from_here[..., 1:], jnp.zeros_like(p[..., :1])], axis=-1)
+    spread = jnp.sqrt(p / jnp.maximum(from_here, smallest) * later)
+    p_if_later = jnp.triu(p[..., None, :] / jnp.maximum(later, smallest)[..., None], 1)
+    factor = spread[..., None] * (jnp.eye(num_classes, dtype=p.dtype) - p_if_later)  # [..., k, num_classes]
+    factor = factor[..., : max(1, num_classes - 1), :]
+    num_labels = p[..., 0].size
+    one_label = jnp.eye(num_labels, dtype=p.dtype).reshape(num_labels, 1, *logits.shape[:-1], 1)
+    return (one_label * jnp.moveaxis(factor, -2, 0)).reshape(-1, *logits.shape).astype(logits.dtype)
 
 
 def _exact_gaussian(outputs: jax.Array, key: None) -> jax.Array:

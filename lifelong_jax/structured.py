@@ -136,7 +136,7 @@ def default_microbatch_size(
     On a CPU, as many as make products of 512 rows, which measured fastest or close to it for convolutions and
     transformers (`benchmarks/importance.py`), or of 1,024 where no weight is used at several positions, as in a dense
     network on vectors. Elsewhere a rule of thumb. Fewer, where what is held per example would not fit: gradients,
-    and cotangents, of which an exact Fisher has `outputs.size`, each as large as the outputs.
+    and cotangents, of which an exact Fisher has almost `outputs.size`, each as large as the outputs.
 
     Args:
       output_fn: `output_fn(params, example) -> outputs`.
@@ -287,7 +287,16 @@ def _sum_microbatch(
         total = entries(cotangents[0])
     else:  # one after the other: an array of cotangents × weights would leave the cache
         start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(entries, cotangents[0]))
-        total, _ = jax.lax.scan(lambda t, c: (jax.tree.map(jnp.add, t, entries(c)), None), start, cotangents)
+
+        def add(total: dict[int, jax.Array], cotangent: jax.Array) -> tuple[dict[int, jax.Array], None]:
+            # It is 0 for all examples where it belongs to a class outside of the head.
+            return jax.lax.cond(
+                jnp.any(cotangent != 0),
+                lambda: jax.tree.map(jnp.add, total, entries(cotangent)),
+                lambda: total,
+            ), None
+
+        total, _ = jax.lax.scan(add, start, cotangents)
 
     results = jax.tree.leaves(zeros_like_sum(params))
     for number, summed in total.items():

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.tree_util import Partial
 
 from lifelong_jax import empirical_fisher_diagonal, fisher_diagonal, mas_importance
 
@@ -297,6 +298,66 @@ def test_sample_does_not_depend_on_the_microbatch_size_but_on_the_key():
 def relative_distance(ours, theirs):
     ours, theirs = (jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)]) for tree in (ours, theirs))
     return float(jnp.linalg.norm(ours - theirs) / jnp.linalg.norm(theirs))
+
+
+# The exact expectation over classes, by a factor of their covariance.
+
+
+@pytest.mark.parametrize(
+    "logits",
+    [
+        [3.0],
+        [0.5, -1.0],
+        [0.3, -1.0, 2.0, 0.1],
+        [-200.0, 0.0, 1.0, -200.0],  # where no class before, or none after, is possible
+        [0.0, 150.0, -150.0],  # beyond float32's smallest number
+        [np.finfo(np.float32).min, 1.0, 2.0, np.finfo(np.float32).min, 0.0],
+        [[1.0, 2.0, 0.0], [-1.0, 3.0, 1.0]],
+    ],
+)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_exact_fisher_is_that_of_the_covariance_of_the_labels(logits, dtype):
+    logits = np.array(logits)
+    directions = np.random.default_rng(0).normal(size=(*logits.shape, 20))
+    odds = np.exp(logits - logits.max(-1, keepdims=True))
+    p = (odds / odds.sum(-1, keepdims=True)).reshape(-1, logits.shape[-1])
+    covariances = [np.diag(one) - np.outer(one, one) for one in p]  # of the one-hot label, for each label
+    by_label = directions.reshape(len(p), -1, 20)
+    expected = sum(np.diag(d.T @ c @ d) for c, d in zip(covariances, by_label, strict=True))
+    with jax.enable_x64(dtype == "float64"):
+        inputs = jnp.asarray(directions[None], dtype)
+
+        def logits_fn(params, x):
+            return jnp.asarray(logits, dtype) + x @ params
+
+        computed = fisher_diagonal(logits_fn, jnp.zeros(20, dtype), inputs)
+        tolerance = 1e-5 if dtype == "float32" else 1e-12
+        np.testing.assert_allclose(computed, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_exact_fisher_has_a_backward_pass_for_each_class_that_is_possible_but_the_last():
+    passes = []
+
+    @jax.custom_vjp
+    def counted(x):
+        return x
+
+    def count(_, cotangent):
+        jax.debug.callback(lambda: passes.append(1))
+        return (cotangent,)
+
+    counted.defvjp(lambda x: (x, None), count)
+
+    def logits_fn(mask, params, x):
+        return jnp.where(mask, counted(x @ params), jnp.finfo(jnp.float32).min)
+
+    params, inputs = jnp.ones((2, 6)), jnp.ones((1, 2))
+    for active in ([0, 1, 2, 3, 4, 5], [0, 1], [1, 3, 4], [5]):
+        mask = jnp.zeros(6, bool).at[jnp.array(active)].set(True)
+        fisher_diagonal(Partial(logits_fn, mask), params, inputs)
+        jax.effects_barrier()
+        assert len(passes) == len(active) - 1
+        passes.clear()
 
 
 # Logits with leading axes, masked classes, other kinds of parameters.
