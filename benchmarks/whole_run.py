@@ -3,16 +3,17 @@
     python -m benchmarks.whole_run
 
 Five permuted tasks, MLP 784-1000-1000-10, one epoch each, batch 128, Adam with the proximal penalty, EWC with the
-Fisher of all 60,000 examples of each task: empirical, at the true labels, or, by `--fisher exact`, in expectation over
-the classes. `learn_tasks`, the loop on the host, is broken into its parts; `learn_sweep` of one run is one program, of
-which only compilation stands apart. Each turn has each of them anew, compilation included, and the floors. Importing
-and decoding the data are left out: loading is from the cache; and so is what a script compiles to split its keys.
+Fisher of all 60,000 examples of each task: exact, in expectation over the classes, as `ewc()` has it, or, by `--fisher
+empirical`, at the true labels. `learn_tasks`, the loop on the host, is broken into its parts; `learn_sweep` of one run
+is one program, of which only compilation stands apart. Each turn has each of them anew, compilation included, and the
+floors. Importing and decoding the data are left out: loading is from the cache; and so is what a script compiles to
+split its keys.
 
 The floor is the same matrix products, bare and at their fastest (`benchmarks/floor.py`): those of every training step;
-of the Fisher, one cotangent pulled back per example, or nine; and of the test images of each task learned so far, after
-each task. The practical floor adds Adam's memory traffic: its update alone, the proximal step included, for every step.
-In each turn the floors are timed before, between and after the runs, and the median of these times counts. Seconds, and
-ratios of a run and the floor in one turn, are medians over the turns, with quartiles.
+of the Fisher, with nine cotangents pulled back per example, or one; and of the test images of each task learned so far,
+after each task. The practical floor adds Adam's memory traffic: its update alone, the proximal step included, for every
+step. In each turn the floors are timed before, between and after the runs, and the median of these times counts.
+Seconds, and ratios of a run and the floor in one turn, are medians over the turns, with quartiles.
 """
 
 import argparse
@@ -60,7 +61,7 @@ def main() -> None:
     parser.add_argument(
         "--examples", type=int, help="training examples, and a sixth of these to test on; all by default"
     )
-    parser.add_argument("--fisher", choices=("empirical", "exact"), default="empirical")
+    parser.add_argument("--fisher", choices=("exact", "empirical"), default="exact")
     arguments = parser.parse_args()
     method = ewc(arguments.fisher)
     run = start(arguments.examples)  # fills the cache of decoded data
