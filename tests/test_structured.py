@@ -671,6 +671,18 @@ def test_explain_prints_a_table() -> None:
     assert structured.explain(output_fn, *shapes) == table
 
 
+@pytest.mark.parametrize("reduction", ["sum_of_squares", "norm"])
+def test_squares_for_a_bias_are_those_for_its_kernel(reduction) -> None:
+    # One sum for each layer's outputs goes through the loop over cotangents, not two.
+    output_fn, params, examples, _ = made("mlp")
+    assert len(jax.tree.leaves(params)) == 4  # two layers
+    run = functools.partial(structured.sum_over_examples, output_fn, some_cotangents(2), reduction=reduction)
+    jaxpr = jax.make_jaxpr(functools.partial(run, microbatch_size=2))(params, examples).jaxpr
+    (over_microbatches,) = (e for e in jaxpr.eqns if e.primitive.name == "scan")
+    (over_cotangents,) = (e for e in over_microbatches.params["jaxpr"].jaxpr.eqns if e.primitive.name == "scan")
+    assert over_cotangents.params["num_carry"] == 2
+
+
 def test_default_microbatch_is_wide_for_vectors_and_narrow_for_tokens() -> None:
     sizes = []
     for name in ("mlp", "transformer_with_causal_mask"):
