@@ -273,7 +273,7 @@ def _sum_microbatch(
     )
     cotangents = jnp.moveaxis(over_examples(cotangents_fn)(outputs, indices), 1, 0)
     powers = _powers(reduction, cotangents.shape[0])
-    twins = _find_twins(pull_back, cotangents[0], taps)
+    twins = _find_twins(pull_back, cotangents[0], taps) if cotangents.shape[0] > 1 else {}
 
     def entries(cotangents: jax.Array) -> dict[int, jax.Array]:
         (pulled_back,) = pull_back(cotangents)
