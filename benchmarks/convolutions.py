@@ -1,26 +1,27 @@
-"""Times training steps of a small CNN by different ways to convolve, and prints a Markdown table.
+"""Times training steps of a small CNN with different ways to convolve, and prints a Markdown table.
 
-    python benchmarks/convolutions.py
+    python -m benchmarks.convolutions
 
-A step is forward pass, gradient and SGD. It is timed alone, and in a `lax.scan` over ten batches, as training loops
-are; and so is the empirical Fisher of a batch. All ways take turns in one process; a ratio is the median over the turns
-of a way over `convolve_by_patches` in the same turn, so that other load on the machine cancels. Brackets hold the
-quartiles.
+A step is a forward pass, a gradient and an SGD update. It is timed alone, and in a `lax.scan` over ten batches, as in a
+training loop. The empirical Fisher of a batch is timed too. All ways take turns in one process. A ratio is the time of
+a way divided by that of `convolve_by_patches` in the same turn, so that other load on the machine cancels. The table
+has medians over the turns, with quartiles in brackets.
 """
 
 import argparse
 import functools
+import operator
 import statistics
-import time
 from collections.abc import Callable
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
 
+from benchmarks.timing import device, quartiles, take_turns, time_call
 from lifelong_jax import empirical_fisher_diagonal, models
+from lifelong_jax._tables import markdown_table
 from lifelong_jax.methods import cross_entropy
-from lifelong_jax.runs import markdown_table
 from lifelong_jax.types import Batch, Params
 
 MODEL = models.CNN(features=(32, 64), num_outputs=10)
@@ -28,7 +29,7 @@ NUM_STEPS = 10
 
 
 def convolve_by_lax_patches(image: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
-    """Gathers patches by `lax.conv_general_dilated_patches`, which is a convolution itself."""
+    """Convolves with patches from `lax.conv_general_dilated_patches`, which is itself a convolution."""
     height, width, _, features = kernel.shape
     patches = jax.lax.conv_general_dilated_patches(
         image[None],
@@ -51,11 +52,11 @@ WAYS = {
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--turns", type=int, default=11, help="turns that each way takes")
+    parser.add_argument("--turns", type=int, default=11, help="number of turns")
     parser.add_argument("--sizes", type=int, nargs="+", default=[28, 8], help="height and width of the images")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[32, 128], help="examples per step")
     arguments = parser.parse_args()
-    print(f"{jax.devices()[0].device_kind}, {jax.device_count()} device(s), JAX {jax.__version__}\n")
+    print(f"{device()}\n")
     header = ["images", "batch", "what", "patches, ms", *(f"{way}, times patches" for way in WAYS if way != "patches")]
     rows = []
     for size in arguments.sizes:
@@ -65,7 +66,7 @@ def main() -> None:
 
 
 def measure(size: int, batch_size: int, turns: int) -> list[list[str]]:
-    """Times everything at one size of the images and of the batch, and returns rows of the table."""
+    """Times all ways at one image size and batch size, and returns rows of the table."""
     keys = jax.random.split(jax.random.key(0), 3)
     inputs = jax.random.uniform(keys[0], (NUM_STEPS, batch_size, size, size, 1))
     labels = jax.random.randint(keys[1], (NUM_STEPS, batch_size), 0, 10)
@@ -74,7 +75,7 @@ def measure(size: int, batch_size: int, turns: int) -> list[list[str]]:
     params = models.init_network(MODEL, keys[2], inputs[0, 0])
     runs = {}
     for way, convolve in WAYS.items():
-        # A network of its own for each way, or jit would take the first one's compiled functions for the others'.
+        # Each way has its own network function, because jit would reuse what it compiled for another way.
         loss_fn = cross_entropy(lambda params, x: MODEL.apply(params, x))
         step = functools.partial(sgd_step, loss_fn)
         functions = {
@@ -85,20 +86,15 @@ def measure(size: int, batch_size: int, turns: int) -> list[list[str]]:
         for what, (function, data) in functions.items():
             runs[what, way] = functools.partial(compile_with(convolve, function, params, data), params, data)
     for run in runs.values():
-        seconds(run)
-    orders = [list(runs)[:: 1 if turn % 2 else -1] for turn in range(turns)]
-    turns_taken = [{name: seconds(runs[name]) for name in order} for order in orders]
+        time_call(run)  # the first call is slow
+    seconds = take_turns(runs, turns)
     rows = []
     for what in dict.fromkeys(what for what, _ in runs):
         steps = NUM_STEPS if what == "a step in a loop" else 1
-        by_patches = statistics.median(times[what, "patches"] for times in turns_taken) / steps
-        cells = []
-        for way in WAYS:
-            if way != "patches":
-                ratios = [times[what, way] / times[what, "patches"] for times in turns_taken]
-                low, median, high = statistics.quantiles(ratios, n=4)
-                cells.append(f"{median:.2f} ({low:.2f} to {high:.2f})")
-        rows.append([f"{size}×{size}×1", str(batch_size), what, f"{1e3 * by_patches:.1f}", *cells])
+        by_patches = seconds[what, "patches"]
+        ratios = [quartiles(map(operator.truediv, seconds[what, way], by_patches)) for way in WAYS if way != "patches"]
+        milliseconds = 1e3 * statistics.median(by_patches) / steps
+        rows.append([f"{size}×{size}×1", str(batch_size), what, f"{milliseconds:.1f}", *ratios])
     return rows
 
 
@@ -109,21 +105,14 @@ def sgd_step(loss_fn: Callable, params: Params, batch: Batch) -> Params:
 
 
 def sgd_loop(step: Callable, params: Params, batches: Batch) -> Params:
-    """Makes a step on each of several batches."""
+    """Makes one step on each batch."""
     return jax.lax.scan(lambda p, batch: (step(p, batch), None), params, batches)[0]
 
 
 def compile_with(convolve: Callable, function: Callable, *arguments: object) -> Callable:
-    """Compiles a function of the network with one way to convolve."""
+    """Compiles a function of the network, with one way to convolve."""
     with mock.patch.object(models, "convolve", convolve):
         return jax.jit(function).lower(*arguments).compile()
-
-
-def seconds(run: Callable[[], object]) -> float:
-    """Times one run."""
-    start = time.perf_counter()
-    jax.block_until_ready(run())
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""The machine's floor: the bare time of a run's matrix products, at their fastest, for the benchmarks to divide by.
+"""The floor: the shortest time in which the machine computes the matrix products of a run, and nothing else.
 
-A floor is what a run would take if it did nothing but its products, in float32, by XLA, on all cores: `find_floor`
-tries batch sizes where these are free, weights kept as `[in, out]` and as `[out, in]`, cotangents of classes one by one
-and stacked, and takes the fastest. Each is one compiled loop over batches that differ, and each
-step reads of the last one's results, so that no product can be left out, made smaller or moved out of the loop
-(`tests/test_benchmarks.py` counts them in what XLA compiled). Nothing else of a run is in it: no activation, no loss,
-no shuffling, no optimiser.
+Other benchmarks divide by it. The products are in float32, by XLA, on all cores. Activations, the loss, shuffling and
+the optimiser are left out. `find_floor` tries several ways and returns the fastest: batch sizes, where the run may have
+any; weights stored as `[in, out]` or `[out, in]`; cotangents of the classes one by one or stacked.
+
+Each way is one compiled loop over different batches. Each step uses results of the step before, so that XLA cannot
+leave products out, make them smaller or move them out of the loop. `tests/benchmarks/test_floor.py` counts the products
+in the compiled program.
 """
 
 import concurrent.futures
@@ -19,15 +20,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.timing import time_call
+from benchmarks.timing import device, time_call
 
-NUM_BATCHES = 4  # that a loop goes through, over and over
-SCREENED = 1024  # examples, to see which of several ways is the fastest
-BATCH_SIZES = (64, 256, 512, 1024, 2048)  # to try where a run may take any
+NUM_BATCHES = 4  # the loop goes through them again and again
+NUM_TRIED = 1024  # examples for which the ways are compared
+BATCH_SIZES = (64, 256, 512, 1024, 2048)  # tried where a run may have any batch size
+SIZE = 2048  # of the square matrices by which the machine is described
 
 
 class Linear(NamedTuple):
-    """How a layer's weights are kept, `[out, in]` if transposed, and the three products with them."""
+    """The three products of a layer, whose weights are stored as `[in, out]`, or as `[out, in]` if transposed."""
 
     transposed: bool
 
@@ -36,11 +38,11 @@ class Linear(NamedTuple):
         return inputs @ (weights.T if self.transposed else weights)
 
     def back(self, cotangents: jax.Array, weights: jax.Array) -> jax.Array:
-        """Computes the cotangents at the layer's inputs."""
+        """Computes the cotangents of the layer's inputs."""
         return cotangents @ (weights if self.transposed else weights.T)
 
     def outer(self, inputs: jax.Array, cotangents: jax.Array) -> jax.Array:
-        """Computes what has the weights' shape: gradients, or sums of squares."""
+        """Computes the product of the weights' shape: a gradient or a sum of squares."""
         return cotangents.T @ inputs if self.transposed else inputs.T @ cotangents
 
 
@@ -51,7 +53,7 @@ def evaluation_products(linear: Linear, weights: list[jax.Array], x: jax.Array) 
 
 
 def training_products(linear: Linear, weights: list[jax.Array], x: jax.Array) -> list[jax.Array]:
-    """Computes those of a gradient: by all weights, and by the activations between the layers."""
+    """Computes the products of a gradient with respect to all weights: forward, back through the layers, and outer."""
     *inputs, logits = [x, *evaluation_products(linear, weights, x)]
     cotangents = _pull_back(linear, weights, logits)
     return [linear.outer(*pair) for pair in zip(inputs, [*cotangents, logits], strict=True)]
@@ -60,7 +62,7 @@ def training_products(linear: Linear, weights: list[jax.Array], x: jax.Array) ->
 def importance_products(
     linear: Linear, weights: list[jax.Array], x: jax.Array, stacked: bool = False
 ) -> list[jax.Array]:
-    """Computes those of an exact Fisher diagonal: a cotangent pulled back per class but one."""
+    """Computes the products of an exact Fisher diagonal, with a backward pass for each class except one."""
     *inputs, logits = [x, *evaluation_products(linear, weights, x)]
     scores = jnp.eye(logits.shape[-1])[:-1, None] - logits  # [num_classes - 1, num_examples, num_classes]
     if stacked:
@@ -73,22 +75,22 @@ def importance_products(
 
 
 def _pull_back(linear: Linear, weights: list[jax.Array], cotangents: jax.Array) -> list[jax.Array]:
-    """Computes the cotangents between the layers, the first layer's outputs first."""
+    """Computes the cotangents between the layers, from the first layer's outputs on."""
     return list(itertools.accumulate(weights[:0:-1], linear.back, initial=cotangents))[:0:-1]
 
 
 def _in_turn(step: Callable, batches: jax.Array, count: jax.Array | int) -> jax.Array:
-    """Makes `count` steps, each on a batch to which next to nothing of the last step's results is added."""
+    """Makes `count` steps. A tiny multiple of each step's results is added to the next step's batch."""
 
     def body(index: jax.Array, last: jax.Array) -> jax.Array:
         results = jax.lax.optimization_barrier(step(batches[index % len(batches)] + 1e-9 * last))
-        return sum(result[0, 0] for result in results)  # of whole results: what is behind the barrier stays
+        return sum(result[0, 0] for result in results)  # the barrier keeps the results whole
 
     return jax.lax.fori_loop(0, count, body, jnp.zeros(()))
 
 
 def loop(products: Callable, weights: list[jax.Array], batches: jax.Array, count: jax.Array) -> jax.Array:
-    """Computes the products for `count` batches, `[num_batches, batch_size, in]` in turn; returns a checksum."""
+    """Computes the products for `count` of the batches `[num_batches, batch_size, in]` in turn; returns a checksum."""
     return _in_turn(functools.partial(products, weights), batches, count)
 
 
@@ -111,21 +113,21 @@ def flops(part: str, sizes: Sequence[int]) -> int:
 
 
 class AtOnce(NamedTuple):
-    """How many runs' products are computed at once: by `vmap`, and by threads."""
+    """The number of runs whose products are computed at once, by `vmap` and by threads."""
 
     vmapped: int = 1
     threads: int = 1
 
 
 class Floor(NamedTuple):
-    """One part's products, in the fastest way that was found.
+    """The fastest way to compute the products of one part of a run.
 
     Attributes:
-      how: the way.
-      flops: of one run.
-      steps: that one run needs.
-      at_once: how many runs are computed at once.
-      call: `call(num_steps)` computes them for all these runs.
+      how: a description of the way.
+      flops: the floating-point operations of one run.
+      steps: the number of steps of one run.
+      at_once: the number of runs that are computed at once.
+      call: `call(num_steps)` computes the products of so many steps, for all these runs.
     """
 
     how: str
@@ -135,7 +137,7 @@ class Floor(NamedTuple):
     call: Callable[[int], None]
 
     def seconds(self) -> float:
-        """Times one run's share."""
+        """Times the products, and returns the seconds per run."""
         whole = math.ceil(self.steps)
         return time_call(functools.partial(self.call, whole)) * self.steps / whole / self.at_once
 
@@ -151,19 +153,19 @@ def find_floor(
 
     Args:
       part: "training", "importance" or "evaluation".
-      sizes: the widths of a dense network, its input's first.
-      num_examples: of one run in all, one epoch's or task's after the other.
-      batch_sizes: to try; of training, that which the run has.
-      ways: how many runs to try at once.
+      sizes: the widths of the layers of a dense network, from its input on.
+      num_examples: the number of examples of one run, summed over epochs and tasks.
+      batch_sizes: the batch sizes to try; for training, only the run's own.
+      ways: the numbers of runs at once to try.
 
     Returns:
-      The floor of all examples.
+      The floor for all examples of a run.
     """
     calls, found = [], []
     for how, batch_size, at_once, call in _all_ways(part, sizes, num_examples, batch_sizes, ways):
-        runs, count = at_once.vmapped * at_once.threads, max(1, SCREENED // batch_size)
+        runs, count = at_once.vmapped * at_once.threads, max(1, NUM_TRIED // batch_size)
         calls.append((functools.partial(call, count), count * batch_size * runs))
-        calls[-1][0]()  # what is allocated first is slow
+        calls[-1][0]()  # the first call is slow
         found.append(Floor(how, flops(part, sizes) * num_examples, num_examples / batch_size, runs, call))
     turns = [[time_call(call) / examples for call, examples in calls] for _ in range(3)]
     return found[int(np.argmin(np.min(turns, axis=0)))]
@@ -190,7 +192,7 @@ def _all_ways(
 def compile_loop(
     function: Callable, sizes: Sequence[int], batch_size: int, transposed: bool, vmapped: int = 1
 ) -> tuple[Callable, tuple[list[jax.Array], jax.Array]]:
-    """Compiles a loop for several runs, and draws weights and batches for it; the number of steps is an argument."""
+    """Compiles a loop for several runs, with the number of steps as an argument, and draws its weights and batches."""
     *keys, input_key = jax.random.split(jax.random.key(0), len(sizes))
     leading = (vmapped,) if vmapped > 1 else ()
     weights = [
@@ -211,16 +213,15 @@ def _call(compiled: Callable, arguments: tuple[Any, ...], num_threads: int, num_
         list(executor.map(lambda _: jax.block_until_ready(compiled(*arguments, count)), range(num_threads)))
 
 
-def machine(size: int = 2048) -> str:
+def machine() -> str:
     """Describes the machine, and how fast it multiplies large square matrices."""
-    matrix = jax.random.normal(jax.random.key(0), (size, size))
-    square = jax.jit(jnp.matmul)
-    square(matrix, matrix)
-    rates = [
-        f"{2 * size**3 / min(time_call(lambda: square(matrix, matrix)) for _ in range(5)) / 1e9:.0f} GFLOP/s by XLA"
-    ]
+    matrix = jax.random.normal(jax.random.key(0), (SIZE, SIZE))
+
+    def gigaflops_per_second(square: Callable[[], object]) -> float:
+        return 2 * SIZE**3 / min(time_call(square) for _ in range(6)) / 1e9
+
+    rates = [f"{gigaflops_per_second(functools.partial(jax.jit(jnp.matmul), matrix, matrix)):.0f} GFLOP/s by XLA"]
     if jax.default_backend() == "cpu":
         array = np.asarray(matrix)
-        rates.append(f"{2 * size**3 / min(time_call(lambda: array @ array) for _ in range(5)) / 1e9:.0f} by NumPy")
-    device = f"{jax.devices()[0].device_kind}, {jax.device_count()} device(s), JAX {jax.__version__}"
-    return f"{device}; a {size}×{size} product: {', '.join(rates)}\n"
+        rates.append(f"{gigaflops_per_second(lambda: array @ array):.0f} by NumPy")
+    return f"{device()}; a {SIZE}×{SIZE} product: {', '.join(rates)}\n"

@@ -1,18 +1,19 @@
-"""Times importance passes against an ordinary gradient over the same examples, and prints a Markdown table.
+"""Times importances against an ordinary gradient over the same examples, and prints a Markdown table.
 
-    python benchmarks/importance.py
+    python -m benchmarks.importance
 
-Ratios are to the gradient of a summed loss at the fastest of several batch sizes. All passes of a model take turns in
-one process; a ratio is the median over the turns of pass over gradient, so that other load on the machine cancels.
-Structured and reference passes are at the library's default microbatch sizes (the reference's is 1 on a CPU); one more
-is the reference at microbatches of 32 examples, the usual `vmap(grad)`. Temporary memory is the compiler's
-account (`memory_analysis`) of the structured empirical Fisher, at N examples and at 4 N: it must not grow.
+The ordinary gradient is that of the summed loss, at the fastest of several batch sizes. All passes of a model take
+turns in one process. A ratio is the time of a pass divided by that of the gradient in the same turn, so that other load
+on the machine cancels; the table has medians over the turns. The structured and reference passes have the library's
+default microbatch sizes (1 for the reference on a CPU). The reference is also timed with microbatches of 32 examples,
+the usual `vmap(grad)`. Temporary memory is what the compiler reports (`memory_analysis`) for the structured empirical
+Fisher, at N and at 4 N examples. It must not grow.
 """
 
 import argparse
 import functools
+import operator
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,18 +22,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lifelong_jax.importance import empirical_fisher_diagonal, fisher_diagonal, mas_importance
-
-
-class Mlp(nn.Module):
-    """784-1000-1000-10."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps one input to logits."""
-        for width in (1000, 1000):
-            x = nn.relu(nn.Dense(width)(x))
-        return nn.Dense(10)(x)
+from benchmarks.timing import device, take_turns, time_call
+from lifelong_jax import empirical_fisher_diagonal, fisher_diagonal, mas_importance
+from lifelong_jax._tables import markdown_table
+from lifelong_jax.models import MLP
 
 
 class Cnn(nn.Module):
@@ -47,7 +40,7 @@ class Cnn(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Pre-norm blocks over rows of an image, or over tokens where there is a vocabulary."""
+    """A transformer with layer normalisation before each block; over tokens if it has a vocabulary, else over rows."""
 
     num_blocks: int
     width: int
@@ -71,14 +64,14 @@ class Case(NamedTuple):
     name: str
     model: nn.Module
     inputs: jax.Array
-    batch_sizes: tuple[int, ...]  # of the ordinary gradient
+    batch_sizes: tuple[int, ...]  # tried for the ordinary gradient
 
 
 def cases() -> list[Case]:
     """Lists the models of the table."""
     key = jax.random.key(0)
     return [
-        Case("MLP 784-1000-1000-10", Mlp(), jax.random.normal(key, (2048, 784)), (64, 256, 512, 1024)),
+        Case("MLP 784-1000-1000-10", MLP((1000, 1000), 10), jax.random.normal(key, (2048, 784)), (64, 256, 512, 1024)),
         Case("CNN, two 3×3 convolutions", Cnn(), jax.random.normal(key, (256, 28, 28, 1)), (1, 8, 32, 64, 128)),
         Case(
             "transformer, 2 blocks of width 64, 28 tokens",
@@ -106,28 +99,13 @@ def gradient_pass(loss_fn: Callable, params: Any, examples: Any, batch_size: int
     return jax.lax.scan(step, jax.tree.map(jnp.zeros_like, params), batches)[0]
 
 
-def seconds(run: Callable[[], Any]) -> float:
-    """Times one run."""
-    start = time.perf_counter()
-    jax.block_until_ready(run())
-    return time.perf_counter() - start
-
-
-def ratios(base: Callable[[], Any], others: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Times functions in turns; returns each one's median ratio to the base of the same turn."""
-    for run in others.values():
-        seconds(run)  # compiles
-    turns = [(seconds(base), {name: seconds(run) for name, run in others.items()}) for _ in range(rounds)]
-    return {name: statistics.median(times[name] / base_time for base_time, times in turns) for name in others}
-
-
 def temporary_mebibytes(loss_fn: Callable, params: Any, examples: Any) -> float:
-    """Asks the compiler what memory the structured pass takes beyond its arguments and its result."""
+    """Returns the memory that the structured pass takes in addition to its arguments and its result."""
     compiled = jax.jit(lambda p, e: empirical_fisher_diagonal(loss_fn, p, e)).lower(params, examples).compile()
     return compiled.memory_analysis().temp_size_in_bytes / 2**20
 
 
-def row(case: Case, rounds: int) -> str:
+def measure(case: Case, rounds: int) -> list[str]:
     """Measures one model, and returns its row of the table."""
     params = case.model.init(jax.random.key(1), case.inputs[0])
     num_examples = case.inputs.shape[0]
@@ -144,10 +122,10 @@ def row(case: Case, rounds: int) -> str:
         for size in case.batch_sizes
     }
     for run in gradients.values():
-        seconds(run)  # compiles
-    batch_size = min(gradients, key=lambda size: min(seconds(gradients[size]) for _ in range(3)))
+        time_call(run)  # compiles
+    batch_size = min(gradients, key=lambda size: min(time_call(gradients[size]) for _ in range(3)))
 
-    passes = {}
+    passes: dict[tuple[str, str], Callable[[], Any]] = {}
     for method in ("structured", "reference"):
         passes["Fisher", method] = functools.partial(
             empirical_fisher_diagonal, loss_fn, params, examples, method=method
@@ -157,31 +135,35 @@ def row(case: Case, rounds: int) -> str:
         empirical_fisher_diagonal, loss_fn, params, examples, method="reference", microbatch_size=32
     )
     passes["exact Fisher", "structured"] = functools.partial(fisher_diagonal, logits_fn, params, case.inputs)
-    measured = ratios(gradients[batch_size], passes, rounds)
+    for run in passes.values():
+        time_call(run)  # compiles
+    *others, gradient = take_turns(passes | {("gradient", ""): gradients[batch_size]}, rounds).values()
+    ratios = {
+        name: statistics.median(map(operator.truediv, seconds, gradient))
+        for name, seconds in zip(passes, others, strict=True)
+    }
 
     more = jax.tree.map(lambda x: jnp.concatenate([x] * 4), examples)
-    memory = [temporary_mebibytes(loss_fn, params, some) for some in (examples, more)]
+    memory = [temporary_mebibytes(loss_fn, params, few_or_more) for few_or_more in (examples, more)]
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / 2**20
-    gradient_time = statistics.median(seconds(gradients[batch_size]) for _ in range(3))
-    cells = [
+    return [
         case.name,
-        f"{1000 * gradient_time / num_examples:.2f} ms at {batch_size}",
-        *(f"{measured[name, 'structured']:.2f}" for name in ("Fisher", "MAS", "exact Fisher")),
-        *(f"{measured[name, 'reference']:.2f}" for name in ("Fisher", "MAS")),
-        f"{measured['Fisher', 'microbatches']:.2f}",
+        f"{1000 * statistics.median(gradient) / num_examples:.2f} ms at {batch_size}",
+        *(f"{ratios[name, 'structured']:.2f}" for name in ("Fisher", "MAS", "exact Fisher")),
+        *(f"{ratios[name, 'reference']:.2f}" for name in ("Fisher", "MAS")),
+        f"{ratios['Fisher', 'microbatches']:.2f}",
         f"{size:.1f}",
         f"{memory[0]:.1f}, {memory[1]:.1f}",
     ]
-    return "| " + " | ".join(cells) + " |"
 
 
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5, help="turns per model; medians are over these")
-    parser.add_argument("--models", type=int, nargs="*", help="rows to measure, from 0; all by default")
+    parser.add_argument("--rounds", type=int, default=5, help="number of turns of each model")
+    parser.add_argument("--models", type=int, nargs="*", help="rows of the table, counted from 0; all by default")
     arguments = parser.parse_args()
-    print(f"{jax.devices()[0].device_kind}, {jax.device_count()} device(s), JAX {jax.__version__}\n")
+    print(f"{device()}\n")
     header = (
         "model",
         "gradient per example, at batch size",
@@ -194,10 +176,8 @@ def main() -> None:
         "parameters, MiB",
         "temporary MiB at N, 4 N",
     )
-    print("| " + " | ".join(header) + " |\n|" + " --- |" * len(header))
-    for number, case in enumerate(cases()):
-        if arguments.models is None or number in arguments.models:
-            print(row(case, arguments.rounds), flush=True)
+    chosen = [case for number, case in enumerate(cases()) if arguments.models is None or number in arguments.models]
+    print(markdown_table(header, [measure(case, arguments.rounds) for case in chosen]))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Times what a PyTorch user has for squared per-example gradients, on the MLP of `importance.py`.
+"""Times sums of squared per-example gradients in PyTorch, on the MLP of `benchmarks.importance`.
 
     pip install torch==2.13.0 backpack-for-pytorch
-    python benchmarks/importance_torch.py
+    python -m benchmarks.importance_torch
 
-Neither is a dependency of the project. Ratios are to an ordinary gradient of the summed loss over the same examples, at
-the fastest of several batch sizes; all passes take turns, and medians are printed.
+Neither package is a dependency of the project. All passes take turns, each at the fastest of several batch sizes. A
+ratio is the time of a pass divided by that of an ordinary gradient of the summed loss over the same examples, in the
+same turn. The table has medians over the turns.
 """
 
 import copy

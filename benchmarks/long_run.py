@@ -1,11 +1,11 @@
-"""Measures whether a long run grows, and what checkpoints cost a short one, and prints Markdown tables.
+"""Measures whether memory grows in a long run, and the cost of checkpoints in a short one; prints Markdown tables.
 
     python -m benchmarks.long_run
 
-One network learns 200 permuted tasks of the bundled digits with EWC, an epoch each, logged and kept as the scripts do.
-The first table has, at points of the sequence, the process's memory, the arrays alive on the device, the compilations
-so far, and the size of the log and of the checkpoints. The second is of `python -m experiments.permuted` as it stands:
-the time that writing checkpoints and tasks takes, as a share of the whole run's.
+For the first table, a network learns 200 permuted tasks of the bundled digits with EWC, one epoch each, with the log
+and the checkpoints of the scripts. The table has the process's memory, the arrays on the device, the compilations so
+far, and the sizes of the log and the checkpoints, at ten points of the run. The second table has the time that
+`python -m experiments.permuted` takes to write checkpoints and tasks, as a share of its whole time.
 """
 
 import argparse
@@ -13,20 +13,23 @@ import contextlib
 import functools
 import pathlib
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from unittest import mock
 
 import jax
 import jax.monitoring
 import optax
 import psutil
 
+from benchmarks.timing import time_call
 from experiments import permuted
-from lifelong_jax import Progress, add_quadratic_penalty, learn_tasks, methods, permuted_tasks, resuming
+from experiments.harness import sequences
+from experiments.harness.runs import Run
+from experiments.harness.sequences import ResumableSequence, learn_resumably
+from lifelong_jax import Progress, Recipe, add_quadratic_penalty, methods, permuted_tasks
+from lifelong_jax._tables import markdown_table
 from lifelong_jax.datasets import load_dataset
 from lifelong_jax.models import MLP, init_network
-from lifelong_jax.resuming import ResumableSequence
-from lifelong_jax.runs import Run, markdown_table
 
 MIB = 2**20
 
@@ -34,17 +37,22 @@ MIB = 2**20
 def main() -> None:
     """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--tasks", type=int, default=200, help="length of the sequence")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="of the short run")
-    parser.add_argument("--epochs", type=int, default=20, help="of the short run")
+    parser.add_argument("--tasks", type=int, default=200, help="number of tasks of the long run")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="seeds of the short run")
+    parser.add_argument("--epochs", type=int, default=20, help="epochs of the short run")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         print(growth(pathlib.Path(folder), arguments.tasks))
         print(cost(pathlib.Path(folder), tuple(arguments.seeds), arguments.epochs))
 
 
+def optimizer_fn(strength: jax.Array) -> optax.GradientTransformation:
+    """Makes SGD with momentum and a coupled penalty."""
+    return optax.chain(add_quadratic_penalty(strength), optax.sgd(0.01, momentum=0.9))
+
+
 def growth(folder: pathlib.Path, num_tasks: int) -> str:
-    """Measures a long sequence at ten points."""
+    """Measures a long run at ten points."""
     dataset = load_dataset("digits")
     model = MLP((64,), dataset.num_classes)
     tasks_key, params_key, key = jax.random.split(jax.random.key(0), 3)
@@ -74,30 +82,18 @@ def growth(folder: pathlib.Path, num_tasks: int) -> str:
             )
 
     jax.monitoring.register_event_duration_secs_listener(count_compilation)
-    learn_tasks(
-        methods.ewc(),
-        model.apply,
-        lambda strength: optax.chain(add_quadratic_penalty(strength), optax.sgd(0.01, momentum=0.9)),
-        init_network(model, params_key, dataset.train.inputs[0]),
-        tasks,
-        key,
-        strength=10.0,
-        num_epochs=1,
-        batch_size=32,
-        report=report,
-        checkpoints=sequence,
-    )
+    recipe = Recipe(model.apply, optimizer_fn, num_epochs=1, batch_size=32)
+    params = init_network(model, params_key, dataset.train.inputs[0])
+    learn_resumably(methods.ewc(), recipe, 10.0, params, tasks, key, sequence, report)
     header = ["tasks learned", "memory, MiB", "arrays", "in them, MiB", "compilations", "log, MiB", "checkpoints, MiB"]
     return markdown_table(header, rows)
 
 
 def cost(folder: pathlib.Path, seeds: tuple[int, ...], num_epochs: int) -> str:
-    """Times what is written, within the whole run."""
+    """Times a short run, and the writing of its checkpoints and tasks."""
     config = permuted.Config(seeds=seeds, num_epochs=num_epochs, output_dir=str(folder))
-    start = time.perf_counter()
-    with timed(resuming, "save_checkpoint") as checkpoints, timed(resuming, "save_consolidation") as kept:
-        permuted.main(config)
-    total = time.perf_counter() - start
+    with timed_calls(sequences, "save_checkpoint") as checkpoints, timed_calls(sequences, "save_consolidation") as kept:
+        total = time_call(functools.partial(permuted.main, config))
     rows = [
         [name, str(len(seconds)), f"{sum(seconds):.2f}", f"{100 * sum(seconds) / total:.2f}"]
         for name, seconds in (("checkpoints", checkpoints), ("tasks kept", kept), ("the whole run", [total]))
@@ -106,22 +102,15 @@ def cost(folder: pathlib.Path, seeds: tuple[int, ...], num_epochs: int) -> str:
 
 
 @contextlib.contextmanager
-def timed(module: object, name: str) -> Iterator[list[float]]:
-    """Yields the seconds that each call of a module's function takes."""
-    function: Callable = getattr(module, name)
-    seconds = []
+def timed_calls(module: object, name: str) -> Iterator[list[float]]:
+    """Yields a list that gets the seconds of each call of a module's function."""
+    function, seconds = getattr(module, name), []
 
-    @functools.wraps(function)
     def call(*arguments: object, **options: object) -> None:
-        start = time.perf_counter()
-        function(*arguments, **options)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time_call(functools.partial(function, *arguments, **options)))
 
-    setattr(module, name, call)
-    try:
+    with mock.patch.object(module, name, call):
         yield seconds
-    finally:
-        setattr(module, name, function)
 
 
 if __name__ == "__main__":

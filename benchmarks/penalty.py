@@ -1,29 +1,31 @@
-"""Times a training step with the penalty against the step without, and prints Markdown tables.
+"""Times training steps with and without the penalty, and prints Markdown tables.
 
-    python benchmarks/penalty.py
-    python benchmarks/penalty.py --methods
+    python -m benchmarks.penalty
+    python -m benchmarks.penalty --methods
 
-The first prints what the penalty costs, in each place; the second what the methods that gather their importance while
-training cost, in a step with the penalty, and what the state that they keep takes in copies of the parameters.
+The first command compares steps with the penalty, at each place in the pipeline, with a step without it. Its second
+table has steps after K tasks: with one consolidation of all tasks, and with K stored penalties in the loss. The second
+command compares steps of the methods that gather their importance during training with a step with the penalty alone.
+It also prints the size of their state, in copies of the parameters.
 
-MLP 784-1000-1000-10, batch 128, Adam. All steps take turns in one process, each next to a step without the penalty; a
-ratio is the median over the turns of the one over the other, so that other load on the machine cancels. The second
-table has the same network after K tasks: with one consolidation of them all, and with K stored penalties added to the
-loss. Brackets hold the quartiles. A step without the penalty is timed against another such, too: what that ratio
-differs from 1 by is noise.
+The network is an MLP 784-1000-1000-10, with batches of 128 and Adam. All steps take turns in one process, and each is
+timed next to the step that it is compared with. A ratio is that of two such times, so that other load on the machine
+cancels. The tables have medians over the turns, with quartiles in brackets. In the row "none", the step is compared
+with itself: its distance from 1 is noise.
 """
 
 import argparse
 import functools
 import statistics
-import time
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from benchmarks.timing import quartiles, time_call
 from lifelong_jax import (
+    Batch,
     Consolidation,
     add_quadratic_penalty,
     consolidate,
@@ -34,10 +36,10 @@ from lifelong_jax import (
     quadratic_penalty,
     riemannian_walk,
 )
+from lifelong_jax._tables import markdown_table
 from lifelong_jax.methods import cross_entropy
 from lifelong_jax.models import MLP
-from lifelong_jax.runs import markdown_table
-from lifelong_jax.types import Batch, Params
+from lifelong_jax.types import Params
 
 LEARNING_RATE = 1e-3
 MODEL = MLP((1000, 1000), 10)
@@ -46,9 +48,9 @@ MODEL = MLP((1000, 1000), 10)
 def main() -> None:
     """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--turns", type=int, default=41, help="turns that each step takes")
-    parser.add_argument("--tasks", type=int, nargs="+", default=[1, 2, 5, 10], help="numbers of tasks K")
-    parser.add_argument("--methods", action="store_true", help="time the methods that gather while training")
+    parser.add_argument("--turns", type=int, default=41, help="number of turns")
+    parser.add_argument("--tasks", type=int, nargs="+", default=[1, 2, 5, 10], help="numbers of tasks, K")
+    parser.add_argument("--methods", action="store_true", help="time methods that gather importances in training")
     arguments = parser.parse_args()
     time_methods(arguments.turns) if arguments.methods else time_penalties(arguments.turns, arguments.tasks)
 
@@ -61,20 +63,20 @@ def make_problem() -> tuple[Params, Batch]:
 
 
 def time_methods(turns: int) -> None:
-    """Prints what si and rwalk cost per step, by interval, and what they keep."""
+    """Prints the cost per step of si, and of rwalk at several intervals, and the size of their state."""
     params, batch = make_problem()
     last = make_task(params, jax.random.key(1))
     base = optax.chain(add_quadratic_penalty(1.0), optax.adam(LEARNING_RATE))
     intervals = [1, 10, 50]
     pipelines = {"none": base, "si": path_integral(base)}
     pipelines |= {f"rwalk, interval {count}": riemannian_walk(base, interval=count) for count in intervals}
-    # As many steps to a time as the longest interval has, so that each has its share of the Fisher's cost.
+    # Each timing makes as many steps as the longest interval, so that it includes the Fisher of each interval.
     make_steps = functools.partial(
         Steps, params=params, batch=batch, stored=(), consolidation=last, repeats=max(intervals)
     )
     alone, everything = make_steps(base), {name: make_steps(optimizer) for name, optimizer in pipelines.items()}
-    ratios, milliseconds = take_turns(alone, everything, turns)
-    print(f"The step without: {milliseconds / max(intervals):.1f} ms\n")
+    ratios, milliseconds = compare(alone, everything, turns)
+    print(f"The step with the penalty alone: {milliseconds / max(intervals):.1f} ms\n")
     size = optax.tree.size(params)
     kept = {
         name: (optax.tree.size(optimizer.init(params)) - optax.tree.size(base.init(params))) / size
@@ -85,7 +87,7 @@ def time_methods(turns: int) -> None:
 
 
 def time_penalties(turns: int, numbers_of_tasks: list[int]) -> None:
-    """Prints what the penalty costs per step, by place and by number of tasks."""
+    """Prints the cost of the penalty per step, by its place and by the number of tasks."""
     params, batch = make_problem()
     tasks = [make_task(params, key) for key in jax.random.split(jax.random.key(1), max(numbers_of_tasks))]
     kept = {count: consolidate_all(params, tasks[:count]) for count in numbers_of_tasks}
@@ -107,8 +109,8 @@ def time_penalties(turns: int, numbers_of_tasks: list[int]) -> None:
     }
 
     none = {"none": Steps(optax.adam(LEARNING_RATE), params, batch, ())}
-    ratios, milliseconds = take_turns(without, none | places | one | stored, turns)
-    print(f"The step without: {milliseconds:.1f} ms\n")
+    ratios, milliseconds = compare(without, none | places | one | stored, turns)
+    print(f"The step without the penalty: {milliseconds:.1f} ms\n")
     rows = [[name, ratios[name]] for name in none | places]
     print(markdown_table(["place of the penalty", "times the step without"], rows))
     header = ["tasks", "one consolidation", "stored penalties"]
@@ -117,7 +119,7 @@ def time_penalties(turns: int, numbers_of_tasks: list[int]) -> None:
 
 
 class Steps:
-    """Training steps by one pipeline, from one state to the next."""
+    """Training steps with one pipeline, each from the state that the last one left."""
 
     def __init__(
         self,
@@ -128,9 +130,8 @@ class Steps:
         consolidation: Consolidation | None = None,
         repeats: int = 1,
     ) -> None:
-        """Compiles the step; the consolidation goes to the optimiser, stored ones to the loss; `repeats` are timed."""
+        """Makes the step. The optimiser gets `consolidation`, the loss has a penalty for each of `stored`."""
         optimizer = optax.with_extra_args_support(optimizer)
-
         example_loss = cross_entropy(MODEL.apply)
 
         def loss_fn(params: Params, stored: list[Consolidation]) -> jax.Array:
@@ -151,37 +152,36 @@ class Steps:
         self.repeats = repeats
 
     def seconds(self) -> float:
-        """Makes as many steps as `repeats` says and returns how long they took."""
-        start = time.perf_counter()
+        """Times `repeats` steps."""
+        return time_call(self._make_steps)
+
+    def _make_steps(self) -> None:
         for _ in range(self.repeats):
             self.state = jax.block_until_ready(self.step(*self.state, *self.constants))
-        return time.perf_counter() - start
 
 
-def take_turns(without: Steps, everything: dict[str, Steps], turns: int) -> tuple[dict[str, str], float]:
-    """Times each next to the step without, in each turn; returns the ratios, and the step without in milliseconds."""
-    for steps in (without, *everything.values()):
+def compare(reference: Steps, others: dict[str, Steps], turns: int) -> tuple[dict[str, str], float]:
+    """Times each next to the reference in each turn. Returns the ratios, and the reference's milliseconds."""
+    for steps in (reference, *others.values()):
         steps.seconds()  # compiles
-    reference, ratios = [], {name: [] for name in everything}
+    of_reference, ratios = [], {name: [] for name in others}
     for turn in range(turns):
-        for name, steps in everything.items():
-            pair = (without, steps) if turn % 2 else (steps, without)
+        for name, steps in others.items():
+            pair = (reference, steps) if turn % 2 else (steps, reference)
             seconds = {id(each): each.seconds() for each in pair}
-            reference.append(seconds[id(without)])
-            ratios[name].append(seconds[id(steps)] / seconds[id(without)])
-    quartiles = {name: statistics.quantiles(values, n=4) for name, values in ratios.items()}
-    texts = {name: f"{median:.2f} ({low:.2f} to {high:.2f})" for name, (low, median, high) in quartiles.items()}
-    return texts, 1e3 * statistics.median(reference)
+            of_reference.append(seconds[id(reference)])
+            ratios[name].append(seconds[id(steps)] / seconds[id(reference)])
+    return {name: quartiles(values) for name, values in ratios.items()}, 1e3 * statistics.median(of_reference)
 
 
 def make_task(params: Params, key: jax.Array) -> Consolidation:
-    """Draws the anchor and the importance of one task."""
+    """Draws an anchor and an importance of one task."""
     anchor = jax.tree.map(lambda p: p + 0.01 * jax.random.normal(key, p.shape), params)
     return Consolidation(anchor, jax.tree.map(lambda p: jax.random.exponential(key, p.shape), params))
 
 
 def consolidate_all(params: Params, tasks: list[Consolidation]) -> Consolidation:
-    """Makes one consolidation of all."""
+    """Makes one consolidation of all tasks."""
     kept = init_consolidation(params)
     for task in tasks:
         kept = consolidate(kept, *task)

@@ -1,19 +1,18 @@
-"""Measures how many runs per second a sweep makes, one by one and several at once, and prints a Markdown table.
+"""Measures how many runs per second a sweep makes, one by one and several at once, and prints Markdown tables.
 
     python -m benchmarks.sweep
     python -m benchmarks.sweep --setting mnist
 
-A run learns three permuted tasks with EWC, the exact Fisher, and Adam, and evaluates all tasks before and after each;
-runs differ in seed and strength. `learn_tasks` is the loop on the host, one run after the other; it evaluates after
-each epoch too. `learn_sweep` makes one program of several runs by `vmap`. On a CPU, programs of one run are also run by
-as many threads as there are cores, as `sweep_strengths` does. All ways take turns in one process. Runs per second are
-medians over the turns, with quartiles. Each way is called once before; the time that tracing, lowering and compiling
-took in that call is shown (the threads run what the program of one run has compiled).
+A run learns three permuted tasks with EWC, the exact Fisher and Adam, and evaluates all tasks before and after each
+task. Runs differ in seed and strength. `learn_tasks` makes one run after the other, in a loop on the host, and also
+evaluates after each epoch. `learn_sweep` makes one program of several runs by `vmap`. On a CPU, programs of one run are
+also executed in as many threads as there are cores, as the scripts do. All ways take turns in one process. Runs per
+second are medians over the turns, with quartiles. Compilation is the time of tracing, lowering and compiling in each
+way's first call; the threads reuse the compiled program of one run.
 
-The floor is the same run's matrix products, bare and at their fastest (`benchmarks/floor.py`): those of all training
-steps, of the Fisher, and of the evaluations that the program makes; alone on all cores, in as many threads as cores,
-or of several runs by `vmap`, whichever is the fastest per run. Its runs per second, those of its fastest turn, are the
-most that this machine could make if it computed nothing but products.
+The floor has only the matrix products of the run (see `benchmarks/floor.py`): of all training steps, of the Fisher, and
+of the program's evaluations. It is the fastest per run of: one run on all cores, one run per core in threads, and
+several runs by `vmap`. The runs per second of its fastest turn are the most that this machine could make.
 """
 
 import argparse
@@ -29,38 +28,52 @@ import optax
 
 from benchmarks import floor
 from benchmarks.floor import AtOnce, Floor
-from benchmarks.timing import CompilationClock, quartiles, time_call, timed
-from lifelong_jax import add_quadratic_penalty, ewc, learn_tasks, permuted_tasks
-from lifelong_jax.datasets import load_dataset
+from benchmarks.timing import CompilationClock, load_part, quartiles, time_call, timed
+from lifelong_jax import (
+    Recipe,
+    SweepRun,
+    add_quadratic_penalty,
+    learn_sweep,
+    learn_tasks,
+    methods,
+    permuted_tasks,
+)
+from lifelong_jax._tables import markdown_table
 from lifelong_jax.models import MLP, init_network
-from lifelong_jax.runs import markdown_table
-from lifelong_jax.sweep import SweepRun, learn_sweep
 
 NUM_TASKS = 3
 STRENGTHS = (1.0, 10.0, 100.0, 1000.0)
-BATCH_SIZES = (64, 256, 512)  # that the floors of the Fisher and of evaluation try
+BATCH_SIZES = (64, 256, 512)  # tried for the floors of the Fisher and of evaluation
 
 
 class Setting(NamedTuple):
-    """What a run learns, and with what."""
+    """The settings of a run.
+
+    Attributes:
+      hidden_sizes: the widths of the network's hidden layers.
+      batch_size: examples per step.
+      num_epochs: passes over each task's training examples.
+      num_examples: training examples, and six times the number of test examples; None for all.
+    """
 
     hidden_sizes: tuple[int, ...]
     batch_size: int
     num_epochs: int
-    num_examples: int | None  # None for all; to test on, a sixth of these
+    num_examples: int | None
 
 
 SETTINGS = {"digits": Setting((256, 256), 32, 5, None), "mnist": Setting((400, 400), 128, 1, 12000)}
 
 
 def main() -> None:
-    """Prints the table."""
+    """Prints the tables."""
     on_cpu = jax.default_backend() == "cpu"
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--setting", choices=SETTINGS, default="digits", help="data, network and batch size")
-    parser.add_argument("--turns", type=int, default=5, help="turns that each way takes")
-    parser.add_argument("--runs", type=int, nargs="+", default=[1, 4, 16] if on_cpu else [1, 16, 128], help="at once")
-    parser.add_argument("--examples", type=int, help="training examples per task, and a sixth of these to test on")
+    parser.add_argument("--turns", type=int, default=5, help="number of turns")
+    numbers = [1, 4, 16] if on_cpu else [1, 16, 128]
+    parser.add_argument("--runs", type=int, nargs="+", default=numbers, help="runs at once")
+    parser.add_argument("--examples", type=int, help="training examples per task; test examples are a sixth of that")
     parser.add_argument("--epochs", type=int, help="passes over each task")
     arguments = parser.parse_args()
     setting = SETTINGS[arguments.setting]
@@ -75,7 +88,7 @@ def main() -> None:
     for name, (_, learn) in ways.items():
         with timed(clock) as timer:
             learn()
-        compilation[name] = timer.compilation[0]
+        compilation[name] = timer.compilation
     tried = [AtOnce(), *(AtOnce(vmapped=count) for count in arguments.runs if count > 1)]
     tried += [AtOnce(threads=threads)] if threads > 1 else []
     floors = make_floors(runs[0], setting, model.num_outputs, tried)
@@ -86,13 +99,9 @@ def main() -> None:
 
 
 def make_runs(name: str, setting: Setting, num_runs: int) -> tuple[list[SweepRun], MLP]:
-    """Makes runs of several seeds at several strengths; those of a seed have their tasks in common."""
-    dataset = load_dataset(name)
-    train, test = dataset.train, dataset.test
-    if setting.num_examples is not None:
-        train = jax.tree.map(lambda leaf: leaf[: setting.num_examples], train)
-        test = jax.tree.map(lambda leaf: leaf[: max(1, setting.num_examples // 6)], test)
-    model = MLP(setting.hidden_sizes, dataset.num_classes)
+    """Makes runs of several seeds at several strengths. Runs with the same seed share their tasks."""
+    train, test, num_classes = load_part(name, setting.num_examples)
+    model = MLP(setting.hidden_sizes, num_classes)
 
     @functools.cache
     def begin(seed: int) -> SweepRun:
@@ -105,25 +114,23 @@ def make_runs(name: str, setting: Setting, num_runs: int) -> tuple[list[SweepRun
 
 
 def optimizer_fn(strength: jax.Array) -> optax.GradientTransformation:
-    """Makes Adam with the penalty in the loss."""
+    """Makes Adam with a coupled penalty."""
     return optax.chain(add_quadratic_penalty(strength), optax.adam(1e-3))
 
 
 def make_ways(
     model: MLP, runs: Sequence[SweepRun], setting: Setting, numbers: Sequence[int], threads: int
 ) -> dict[str, tuple[int, Callable[[], object]]]:
-    """Makes the ways: by name, how many runs a call makes, and the call."""
-    method, options = ewc(), {"num_epochs": setting.num_epochs, "batch_size": setting.batch_size}
-    apply_fn = model.apply
+    """Returns each way by name: the number of runs that a call makes, and the call."""
+    method = methods.ewc()
+    recipe = Recipe(model.apply, optimizer_fn, setting.num_epochs, setting.batch_size)
 
     def by_host(run: SweepRun) -> object:
-        learned = learn_tasks(
-            method, apply_fn, optimizer_fn, run.params, run.tasks, run.key, strength=run.strength, **options
-        )
+        learned = learn_tasks(method, recipe, run.params, run.tasks, run.key, strength=run.strength)
         return jax.block_until_ready(learned.params)
 
     def by_program(*at_once: SweepRun) -> object:
-        return learn_sweep(method, apply_fn, optimizer_fn, at_once, **options)
+        return learn_sweep(method, recipe, at_once)
 
     def by_threads() -> None:
         with concurrent.futures.ThreadPoolExecutor(threads) as executor:
@@ -155,7 +162,7 @@ def make_floors(run: SweepRun, setting: Setting, num_classes: int, tried: Sequen
 def take_turns(
     ways: dict[str, tuple[int, Callable[[], object]]], floors: dict[str, Floor], turns: int
 ) -> tuple[dict[str, list[float]], list[float]]:
-    """Times all ways and the floors in each turn; returns their runs per second."""
+    """Times all ways and the floors in each turn. Returns their runs per second."""
     rates: dict[str, list[float]] = {name: [] for name in ways}
     of_floor = []
     for turn in range(turns):
@@ -172,7 +179,7 @@ def print_rates(
     compilation: dict[str, float],
     of_floor: list[float],
 ) -> None:
-    """Prints the table; times the floor are a run's share of the time over the floor's."""
+    """Prints the table. "Times the floor" is the time per run divided by the floor's."""
     digits = 2 if statistics.median(of_floor) > 1 else 4
     header = ["way", "runs at once", "runs per second", "times the floor", "compilation, s"]
     rows = []

@@ -1,24 +1,55 @@
-"""How the benchmarks time: calls, blocks of code without what is compiled in them, and the spread of several times."""
+"""What the benchmarks share: timing of calls and blocks of code, turns, medians with quartiles, and data."""
 
 import contextlib
+import dataclasses
+import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from typing import TypeVar
 
 import jax
 import jax.monitoring
 
+from lifelong_jax.datasets import Dataset, load_dataset
+
+Name = TypeVar("Name", bound=Hashable)
+
+
+def device() -> str:
+    """Describes the device and the version of JAX."""
+    return f"{jax.devices()[0].device_kind}, {jax.device_count()} device(s), JAX {jax.__version__}"
+
+
+def load_part(name: str, num_examples: int | None) -> Dataset:
+    """Loads a data set: its first training examples and a sixth of that number of test examples, or all if None."""
+    dataset = load_dataset(name)
+    if num_examples is None:
+        return dataset
+    train = jax.tree.map(lambda leaf: leaf[:num_examples], dataset.train)
+    test = jax.tree.map(lambda leaf: leaf[: max(1, num_examples // 6)], dataset.test)
+    return dataset._replace(train=train, test=test)
+
 
 def time_call(function: Callable[[], object]) -> float:
-    """Times a call, its result included."""
+    """Times a call, until its result is computed."""
     start = time.perf_counter()
     jax.block_until_ready(function())
     return time.perf_counter() - start
 
 
-def quartiles(values: Sequence[float], digits: int = 2) -> str:
-    """Writes the median and, of more than one value, the quartiles."""
+def take_turns(functions: Mapping[Name, Callable[[], object]], turns: int) -> dict[Name, list[float]]:
+    """Times each function once per turn, in forward and backward order by turns. Returns the seconds by name."""
+    seconds: dict[Name, list[float]] = {name: [] for name in functions}
+    for turn in range(turns):
+        for name in list(functions)[:: 1 if turn % 2 else -1]:
+            seconds[name].append(time_call(functions[name]))
+    return seconds
+
+
+def quartiles(values: Iterable[float], digits: int = 2) -> str:
+    """Formats the median and, if there are several values, the quartiles."""
+    values = list(values)
     if len(values) == 1:
         return f"{values[0]:.{digits}f}"
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -26,7 +57,7 @@ def quartiles(values: Sequence[float], digits: int = 2) -> str:
 
 
 class CompilationClock:
-    """Adds up the time in which anything was traced, lowered or compiled, in this process."""
+    """Adds up the time that this process spends on tracing, lowering and compiling."""
 
     def __init__(self) -> None:
         """Starts to listen."""
@@ -36,7 +67,7 @@ class CompilationClock:
     def _listen(self, event: str, seconds: float, **_: object) -> None:
         if event.startswith("/jax/core/compile/"):
             end = time.perf_counter()
-            # What was traced within this span is within this span's seconds too.
+            # This span contains the spans that began within it, so these are not counted twice.
             while self.spans and self.spans[-1][0] >= end - seconds:
                 self.spans.pop()
             self.spans.append((end - seconds, end))
@@ -46,18 +77,24 @@ class CompilationClock:
         return sum(end - start for start, end in self.spans)
 
 
-class Timer(NamedTuple):
-    """What a block of code took: wall time without compilation, and compilation."""
+@dataclasses.dataclass
+class Timer:
+    """The times of a block of code, known when it ends.
 
-    seconds: list[float]
-    compilation: list[float]
+    Attributes:
+      seconds: wall time, without compilation.
+      compilation: the time of compilation, in seconds.
+    """
+
+    seconds: float = math.nan
+    compilation: float = math.nan
 
 
 @contextlib.contextmanager
 def timed(clock: CompilationClock) -> Iterator[Timer]:
     """Times a block of code."""
-    timer = Timer([], [])
+    timer = Timer()
     began, compiled = time.perf_counter(), clock.seconds()
     yield timer
-    timer.compilation.append(clock.seconds() - compiled)
-    timer.seconds.append(time.perf_counter() - began - timer.compilation[0])
+    timer.compilation = clock.seconds() - compiled
+    timer.seconds = time.perf_counter() - began - timer.compilation

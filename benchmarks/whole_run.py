@@ -1,19 +1,18 @@
-"""Measures a whole run of permuted MNIST, part by part, beside the machine's floor, and prints Markdown tables.
+"""Measures a whole run of permuted MNIST, part by part, and the machine's floor, and prints Markdown tables.
 
     python -m benchmarks.whole_run
 
-Five permuted tasks, MLP 784-1000-1000-10, one epoch each, batch 128, Adam with the proximal penalty, EWC with the
-Fisher of all 60,000 examples of each task: exact, in expectation over the classes, as `ewc()` has it, or, by `--fisher
-empirical`, at the true labels. `learn_tasks`, the loop on the host, is broken into its parts; `learn_sweep` of one run
-is one program, of which only compilation stands apart. Each turn has each of them anew, compilation included, and the
-floors. Importing and decoding the data are left out: loading is from the cache; and so is what a script compiles to
-split its keys.
+The run has five permuted tasks, an MLP 784-1000-1000-10, one epoch per task, batches of 128, Adam with the proximal
+penalty, and EWC with the Fisher of all 60,000 examples of each task: exact, as in `ewc()`, or at the true labels, by
+`--fisher empirical`. One way is `learn_tasks`, a loop on the host, whose parts are timed. The other is `learn_sweep`,
+one program, whose compilation is timed apart. Each turn makes the run in both ways, with compilation, and times the
+floors. Imports and the decoding of the data are left out: loading is from the cache.
 
-The floor is the same matrix products, bare and at their fastest (`benchmarks/floor.py`): those of every training step;
-of the Fisher, with nine cotangents pulled back per example, or one; and of the test images of each task learned so far,
-after each task. The practical floor adds Adam's memory traffic: its update alone, the proximal step included, for every
-step. In each turn the floors are timed before, between and after the runs, and the median of these times counts.
-Seconds, and ratios of a run and the floor in one turn, are medians over the turns, with quartiles.
+The floor has only the matrix products of the run (see `benchmarks/floor.py`): of every training step; of the Fisher,
+with nine backward passes per example, or one if it is empirical; and of the test images of all tasks so far, after each
+task. The practical floor adds the memory traffic of Adam: its update alone, with the proximal step, for every step. In
+each turn the floors are timed before, between and after the runs, and the median of these times counts. Seconds, and
+ratios of a run to the floor in the same turn, are medians over the turns, with quartiles.
 """
 
 import argparse
@@ -31,39 +30,49 @@ import numpy as np
 import optax
 
 from benchmarks import floor
-from benchmarks.timing import CompilationClock, quartiles, time_call, timed
-from lifelong_jax import Method, continual, ewc, learn_tasks, permuted_tasks, proximal_adam
-from lifelong_jax.datasets import load_dataset
+from benchmarks.timing import CompilationClock, load_part, quartiles, time_call, timed
+from lifelong_jax import (
+    Recipe,
+    SweepRun,
+    continual,
+    learn_sweep,
+    learn_tasks,
+    methods,
+    permuted_tasks,
+    proximal_adam,
+)
+from lifelong_jax._tables import markdown_table
+from lifelong_jax.methods import Method
 from lifelong_jax.metrics import average_accuracy
 from lifelong_jax.models import MLP, init_network
-from lifelong_jax.runs import markdown_table
-from lifelong_jax.sweep import SweepRun, learn_sweep
 
 SIZES = (784, 1000, 1000, 10)
 MODEL = MLP(SIZES[1:-1], SIZES[-1])
 NUM_TASKS = 5
 BATCH_SIZE = 128
-SETTINGS = {"num_epochs": 1, "batch_size": BATCH_SIZE, "forward_transfer": False}
 LEARNING_RATE = 1e-3
-STRENGTH = 300.0  # 100 and 1,000 were the best of 10 to 100,000 on validation data, with a third of the examples
+STRENGTH = 300.0  # on validation data, 100 and 1,000 were the best of 10 to 100,000, with a third of the examples
 PARTS = ("training", "importance", "evaluation")
 
 
 def optimizer_fn(strength: jax.Array) -> optax.GradientTransformation:
-    """Makes Adam with the penalty."""
+    """Makes Adam with the proximal penalty."""
     return proximal_adam(LEARNING_RATE, strength)
+
+
+RECIPE = Recipe(MODEL.apply, optimizer_fn, num_epochs=1, batch_size=BATCH_SIZE)
 
 
 def main() -> None:
     """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--turns", type=int, default=3, help="whole runs of each way")
+    parser.add_argument("--turns", type=int, default=3, help="number of turns")
     parser.add_argument(
-        "--examples", type=int, help="training examples, and a sixth of these to test on; all by default"
+        "--examples", type=int, help="training examples; test examples are a sixth of that; all by default"
     )
     parser.add_argument("--fisher", choices=("exact", "empirical"), default="exact")
     arguments = parser.parse_args()
-    method = ewc(arguments.fisher)
+    method = methods.ewc(arguments.fisher)
     run = start(arguments.examples)  # fills the cache of decoded data
     num_train, num_test = (len(batch.labels) for batch in (run.tasks[0].train, run.tasks[0].test))
     clock = CompilationClock()
@@ -92,12 +101,7 @@ def main() -> None:
 
 def start(num_examples: int | None) -> SweepRun:
     """Loads the data, makes the tasks and draws the parameters."""
-    dataset = load_dataset("mnist")
-    if num_examples is None:
-        train, test = dataset.train, dataset.test
-    else:
-        train = jax.tree.map(lambda leaf: leaf[:num_examples], dataset.train)
-        test = jax.tree.map(lambda leaf: leaf[: max(1, num_examples // 6)], dataset.test)
+    train, test, _ = load_part("mnist", num_examples)
     tasks_key, params_key, key = map(jax.random.key, range(3))
     tasks = permuted_tasks(train, test, NUM_TASKS, tasks_key)
     run = SweepRun(init_network(MODEL, params_key, np.zeros(train.inputs.shape[1:], np.float32)), tasks, key, STRENGTH)
@@ -105,7 +109,7 @@ def start(num_examples: int | None) -> SweepRun:
 
 
 def learn_by_host(method: Method, num_examples: int | None, clock: CompilationClock) -> dict[str, float]:
-    """Makes the whole run by `learn_tasks`; returns the seconds of its parts, and the accuracy."""
+    """Makes the whole run by `learn_tasks`. Returns the seconds of its parts, and the accuracy."""
     evaluations: list[float] = []
     evaluate = continual.evaluate
 
@@ -113,40 +117,41 @@ def learn_by_host(method: Method, num_examples: int | None, clock: CompilationCl
         jax.block_until_ready(params)
         with timed(clock) as timer:
             accuracies = evaluate(apply_fn, params, tasks, *scenario)
-        evaluations.append(timer.seconds[0])
+        evaluations.append(timer.seconds)
         return accuracies
 
     with timed(clock) as loading:
         run = start(num_examples)
-    settings = {"strength": run.strength, **SETTINGS}
     with timed(clock) as learning, mock.patch.object(continual, "evaluate", timed_evaluate):
-        learned = learn_tasks(method, MODEL.apply, optimizer_fn, run.params, run.tasks, run.key, **settings)
+        learned = learn_tasks(
+            method, RECIPE, run.params, run.tasks, run.key, strength=run.strength, forward_transfer=False
+        )
         jax.block_until_ready((learned.params, learned.consolidation))
     parts = {
-        "loading": loading.seconds[0],
-        "compilation": loading.compilation[0] + learning.compilation[0],
+        "loading": loading.seconds,
+        "compilation": loading.compilation + learning.compilation,
         "training": learned.training_seconds,
         "importance": learned.importance_seconds,
         "evaluation": sum(evaluations),
     }
-    total = sum(timer.seconds[0] + timer.compilation[0] for timer in (loading, learning))
+    total = sum(timer.seconds + timer.compilation for timer in (loading, learning))
     parts |= {"the rest": total - sum(parts.values()), "total": total}
     return parts | {"accuracy": average_accuracy(learned.accuracy_matrix)}
 
 
 def learn_as_program(method: Method, num_examples: int | None, clock: CompilationClock) -> dict[str, float]:
-    """Makes the whole run by `learn_sweep`; likewise."""
+    """Makes the whole run by `learn_sweep`. Returns the seconds of its parts, and the accuracy."""
     with timed(clock) as loading:
         run = start(num_examples)
     with timed(clock) as learning:
-        swept = learn_sweep(method, MODEL.apply, optimizer_fn, [run], **SETTINGS)
-    parts = {"loading": loading.seconds[0], "compilation": loading.compilation[0] + learning.compilation[0]}
-    total = sum(parts.values()) + learning.seconds[0]
+        swept = learn_sweep(method, RECIPE, [run], forward_transfer=False)
+    parts = {"loading": loading.seconds, "compilation": loading.compilation + learning.compilation}
+    total = sum(parts.values()) + learning.seconds
     return parts | {"total": total, "accuracy": average_accuracy(swept.accuracy_matrix[0])}
 
 
 def find_floors(num_train: int, num_test: int, fisher: str) -> dict[str, floor.Floor]:
-    """Finds the fastest way to compute each part's products, for a task's share of the run."""
+    """Finds the fastest way to compute each part's products, for one task of the run."""
     steps = -(-num_train // BATCH_SIZE)
     batch_sizes = [min(size, num_test) for size in floor.BATCH_SIZES]
     return {
@@ -155,21 +160,21 @@ def find_floors(num_train: int, num_test: int, fisher: str) -> dict[str, floor.F
         "importance": floor.find_floor(
             "importance" if fisher == "exact" else "training", SIZES, num_train, floor.BATCH_SIZES
         ),
-        # Of one task after the first, of two after the second, and so on: so many a task in the mean.
+        # One test set after the first task, two after the second, and so on: the mean per task.
         "evaluation": floor.find_floor("evaluation", SIZES, num_test * (NUM_TASKS + 1) // 2, batch_sizes),
     }
 
 
 class PenalisedAdam:
-    """Adam's update with the proximal step, alone, of arrays as large as all parameters."""
+    """Adam's update with the proximal step, on arrays of the size of all parameters."""
 
     def __init__(self) -> None:
-        """Draws the arrays and compiles the update in two ways: in a loop, and by itself."""
+        """Draws the arrays, and compiles the update in two ways: in a loop, and alone."""
         self.size = sum((rows + 1) * columns for rows, columns in itertools.pairwise(SIZES))
         arrays = [jax.random.uniform(key, (self.size,)) for key in jax.random.split(jax.random.key(0), 6)]
         self.state, self.given = tuple(arrays[:3]), tuple(arrays[3:])
         self.count = jnp.int32(20)
-        # The constants are arguments, or they would be multiplied beforehand.
+        # All arrays are arguments, because XLA would compute with constants at compile time.
         compile_fn = functools.partial(jax.jit, donate_argnums=0)
         self.loop = compile_fn(self._updates).lower(self.state, self.given, self.count).compile()
         self.once = compile_fn(self._update).lower(self.state, self.given, jnp.int32(1)).compile()
@@ -189,26 +194,26 @@ class PenalisedAdam:
         return jax.lax.fori_loop(1, count + 1, lambda index, state: cls._update(state, given, index), state)
 
     def seconds(self) -> float:
-        """Times one update, in the faster of the two ways."""
+        """Times one update in the faster of the two ways."""
 
         def in_loop() -> None:
             self.state = jax.block_until_ready(self.loop(self.state, self.given, self.count))
 
-        def by_itself() -> None:
+        def alone() -> None:
             for index in range(int(self.count)):
                 self.state = self.once(self.state, self.given, jnp.int32(index + 1))
             jax.block_until_ready(self.state)
 
-        return min(time_call(way) for way in (in_loop, by_itself)) / int(self.count)
+        return min(time_call(way) for way in (in_loop, alone)) / int(self.count)
 
 
 def sum_of_parts(bare: dict[str, float]) -> float:
-    """Adds up the floors of the parts."""
+    """Returns the sum of the floors of all parts."""
     return sum(bare[part] for part in PARTS)
 
 
 def print_parts(measured: list[dict[str, float]], bare: list[dict[str, float]]) -> None:
-    """Prints the parts of the loop on the host."""
+    """Prints the parts of the run by `learn_tasks`, and their floors."""
     bare = [turn | {"total": sum_of_parts(turn)} for turn in bare]
     rows = []
     for part in ("loading", "compilation", *PARTS, "the rest", "total"):
@@ -221,7 +226,7 @@ def print_parts(measured: list[dict[str, float]], bare: list[dict[str, float]]) 
 
 
 def print_ways(measured: dict[str, list[dict[str, float]]], bare: list[dict[str, float]]) -> None:
-    """Prints the whole run in both ways, beside both floors."""
+    """Prints the whole run by both functions, and both floors."""
     floors = {"products alone": list(map(sum_of_parts, bare))}
     floors["with Adam's traffic"] = [sum_of_parts(turn) + turn["updates"] for turn in bare]
     rows = []
@@ -238,7 +243,7 @@ def print_ways(measured: dict[str, list[dict[str, float]]], bare: list[dict[str,
 def print_floors(
     floors: dict[str, floor.Floor], update: PenalisedAdam, bare: list[dict[str, float]], updates: int
 ) -> None:
-    """Prints what the floors are made of."""
+    """Prints the operations, the rate and the fastest way of each floor."""
     median = {part: statistics.median(turn[part] for turn in bare) for part in bare[0]}
     rows = []
     for part, of_task in floors.items():

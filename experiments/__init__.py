@@ -1,1 +1,1 @@
-"""Studies that use the library, each readable on its own: `python -m experiments.<name> --help`."""
+"""Studies that use the library. Each is a script: `python -m experiments.<name> --help`."""

@@ -1,7 +1,7 @@
-"""A network that has learned to add 1 to a digit, and then learns to add 2, can no longer add 1.
+"""A network learns to add 1 to a digit, and then to add 2. Afterwards it can no longer add 1.
 
-The input is a real image of a digit, and which number to add; the class is the sum. The number to add is an input, so
-that one network can learn both: what it lacks after the second task is not the information but the memory.
+The input is an image of a digit and the number to add; the class is the sum. As the number to add is part of the input,
+one network could do both. After the second task it has simply forgotten the first.
 """
 
 import dataclasses
@@ -11,12 +11,11 @@ from typing import Literal
 
 import jax.numpy as jnp
 
+from experiments.harness.experiment import Experiment, Settings, Strength, load_or_exit, make_network, run_experiment
+from experiments.harness.settings import check_settings, parse_settings
 from lifelong_jax import Batch, Task
 from lifelong_jax.datasets import Dataset
-from lifelong_jax.experiment import Experiment, Settings, Strength, load_or_exit, make_network, run_experiment
 from lifelong_jax.models import init_network
-from lifelong_jax.resuming import parse_settings
-from lifelong_jax.runs import check_settings
 
 STRENGTH = Strength(l2=0.1, ewc=3.16e4, mas=3.16, local_mas=316.0, si=3.16e5, rwalk=100.0)  # chosen by --tune
 
@@ -29,10 +28,10 @@ class Config(Settings):
     """digits (bundled), or the name of a data set of images of digits, such as mnist."""
 
     addends: tuple[int, ...] = (1, 2)
-    """What is added to the digit, one number for each task."""
+    """The number that each task adds to the digit."""
 
     network: Literal["mlp"] = "mlp"
-    """A multilayer perceptron: an image and a number are no image."""
+    """A multilayer perceptron. A convolutional network cannot be used, because the input is an image and a number."""
 
     num_epochs: int = 10
     """Passes over each task's training data."""
@@ -40,17 +39,13 @@ class Config(Settings):
     strength: Strength = STRENGTH
 
     def __post_init__(self) -> None:
-        """Refuses what would fail only after much has run."""
+        """Validates before computing."""
         super().__post_init__()
         check_settings(not_negative={"addends": self.addends}, distinct={"addends": self.addends})
 
 
 def main(config: Config) -> None:
-    """Runs the comparison.
-
-    Args:
-      config: the whole configuration.
-    """
+    """Runs the comparison."""
     dataset = load_or_exit(config.dataset, config.data_dir)
     network = make_network(config, dataset.num_classes + max(config.addends))
     experiment = Experiment(
@@ -67,16 +62,16 @@ def main(config: Config) -> None:
 
 
 def make_task(dataset: Dataset, addends: Sequence[int], addend: int) -> Task:
-    """Makes the task of adding one number: an image's pixels and the number, one-hot, as input; the sum as class.
+    """Makes the task of adding one number. Inputs are an image's pixels and the number, one-hot; the class is the sum.
 
-    The number is as large an input as an average image, so that it does not drown among the pixels.
+    The one-hot vector is scaled to the norm of an average image, so that the network does not overlook it.
     """
-    size = jnp.sqrt(jnp.mean(jnp.sum(dataset.train.inputs**2, axis=(1, 2, 3))))
+    norm = jnp.sqrt(jnp.mean(jnp.sum(dataset.train.inputs**2, axis=(1, 2, 3))))
 
     def add(batch: Batch) -> Batch:
         pixels = batch.inputs.reshape(len(batch.labels), -1)
-        shown = jnp.tile(jnp.where(jnp.array(addends) == addend, size, 0), (len(pixels), 1))
-        return batch._replace(inputs=jnp.concatenate([pixels, shown], axis=1), labels=batch.labels + addend)
+        one_hot = jnp.tile(jnp.where(jnp.array(addends) == addend, norm, 0), (len(pixels), 1))
+        return batch._replace(inputs=jnp.concatenate([pixels, one_hot], axis=1), labels=batch.labels + addend)
 
     return Task(add(dataset.train), add(dataset.test))
 

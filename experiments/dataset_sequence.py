@@ -1,7 +1,7 @@
-"""Learns one data set after another: a shared trunk, and a head for each, as memory-aware synapses were first tested.
+"""Learns one data set after another with a shared trunk and a head for each, as in the paper on MAS.
 
-The task is known at test time. Runs anywhere on digits and letters; the published sequence begins with MIT indoor
-scenes and Caltech-UCSD birds:
+The task is known at test time. By default the data sets are the bundled digits and letters. The paper's sequence begins
+with MIT indoor scenes and Caltech-UCSD birds:
 
     python -m experiments.dataset_sequence --datasets mit_scenes:PATH caltech_birds2011 --image-size 224 --channels 3 \
         --network alexnet --pretrained alexnet.safetensors --num-epochs 10 --learning-rate 1e-3
@@ -14,11 +14,10 @@ from typing import Literal
 import flax.linen as nn
 import jax
 
-from lifelong_jax.experiment import Experiment, Settings, Strength, load_or_exit, make_network, run_experiment
+from experiments.harness.experiment import Experiment, Settings, Strength, load_or_exit, make_network, run_experiment
+from experiments.harness.settings import check_settings, parse_settings
+from lifelong_jax import dataset_tasks
 from lifelong_jax.models import AlexNet, init_network, load_pretrained
-from lifelong_jax.resuming import parse_settings
-from lifelong_jax.runs import check_settings
-from lifelong_jax.tasks import dataset_tasks
 from lifelong_jax.types import Example, Params
 
 STRENGTH = Strength(l2=0.01, ewc=1e3, mas=1.0, local_mas=1.0, si=1e3, rwalk=100.0)  # chosen by --tune
@@ -29,10 +28,10 @@ class Config(Settings):
     """Learn one data set after another with a shared trunk and a head for each."""
 
     datasets: tuple[str, ...] = ("digits", "letters")
-    """digits, letters (both bundled), mit_scenes:PATH, folder:PATH, or names of data sets that TFDS has prepared."""
+    """digits and letters (both bundled), mit_scenes:PATH, folder:PATH, or names of data sets that TFDS has prepared."""
 
     image_size: int = 8
-    """Height and width in pixels that all images are resized to."""
+    """All images are resized to this height and width, in pixels."""
 
     channels: Literal[1, 3] = 1
     """1 for grey, 3 for colour."""
@@ -41,12 +40,12 @@ class Config(Settings):
     """The shared trunk; alexnet needs images of at least 63 pixels."""
 
     pretrained: str | None = None
-    """A safetensors file with torchvision's parameters of AlexNet."""
+    """A safetensors file with torchvision's parameters for AlexNet."""
 
     strength: Strength = STRENGTH
 
     def __post_init__(self) -> None:
-        """Refuses what would fail only after much has run."""
+        """Validates before computing."""
         super().__post_init__()
         check_settings(positive={"image_size": self.image_size}, distinct={"datasets": self.datasets})
         if self.pretrained is not None and self.network != "alexnet":
@@ -54,11 +53,7 @@ class Config(Settings):
 
 
 def main(config: Config) -> None:
-    """Runs the comparison.
-
-    Args:
-      config: the whole configuration.
-    """
+    """Runs the comparison."""
     datasets = [
         load_or_exit(name, config.data_dir, image_size=config.image_size, channels=config.channels)
         for name in config.datasets
@@ -69,7 +64,7 @@ def main(config: Config) -> None:
         params = init_network(network, key, x)
         return params if config.pretrained is None else load_pretrained(params, config.pretrained)
 
-    if config.pretrained is not None:  # a file that does not fit is named before anything is learned
+    if config.pretrained is not None:  # a file that does not fit is reported before training
         init_params(jax.random.key(0), datasets[0].train.inputs[0])
 
     experiment = Experiment(
@@ -86,13 +81,13 @@ def main(config: Config) -> None:
 
 
 def short_name(name: str) -> str:
-    """Names a data set in pictures: a folder of images by its last part, any other by its name."""
+    """Returns a data set's name for pictures: of a folder of images, the last part of its path."""
     kind, _, path = name.partition(":")
     return pathlib.Path(path).name if kind == "folder" else kind
 
 
 def make_trunk_and_heads(config: Config, num_outputs: int) -> nn.Module:
-    """Makes the network: one output layer holds the heads of all data sets."""
+    """Makes the network. Its output layer holds the heads of all data sets."""
     return AlexNet(num_outputs) if config.network == "alexnet" else make_network(config, num_outputs)
 
 

@@ -1,9 +1,13 @@
-"""Is the loss's curvature about N times the Fisher information? Exact matrices of a small network, while it trains.
+"""Is the loss's curvature about N times the Fisher information? Exact matrices of a small network during training.
 
-Per example (divided by N), at several epochs, on training and on held-out data: the Hessian of −log p(D given θ), the
-true Fisher (labels in expectation over the model's classes) and the empirical Fisher (labels as they are), all of them
-whole. How far each Fisher is from the Hessian, what is the size of one against the other, and what the diagonal, which
-is what EWC keeps, leaves out.
+At several epochs, on training and on held-out data, this study computes three matrices, each divided by N:
+
+- the Hessian H of −log p(D given θ),
+- the true Fisher F, in expectation over the labels that the model predicts,
+- the empirical Fisher E, at the labels of the data.
+
+It measures how far F and E are from H, how large E is compared with F, and how much of F is not on its diagonal, which
+is all that EWC keeps.
 """
 
 import dataclasses
@@ -20,24 +24,16 @@ import optax
 import rich.console
 from jax.flatten_util import ravel_pytree
 
+from experiments.harness.report import estimate, format_estimate, print_table, progress_bar
+from experiments.harness.runs import Run, compute_once, open_run
+from experiments.harness.settings import RunSettings, Seeds, check_settings, parse_settings
 from lifelong_jax import Batch, TrainingState, init_consolidation, init_training, learn_task
+from lifelong_jax._tables import markdown_table
 from lifelong_jax.datasets import hold_out_validation, load_dataset
 from lifelong_jax.methods import cross_entropy
 from lifelong_jax.models import MLP, init_network
 from lifelong_jax.plotting import COLORS, draw_over_seeds, make_figure
-from lifelong_jax.resuming import compute_once, open_run, parse_settings
-from lifelong_jax.runs import (
-    Run,
-    RunSettings,
-    Seeds,
-    check_settings,
-    estimate,
-    format_estimate,
-    markdown_table,
-    print_table,
-    progress_bar,
-)
-from lifelong_jax.studies import permuted
+from lifelong_jax.tasks import with_permutation
 from lifelong_jax.types import Params
 
 PARTS = ("training", "held-out")
@@ -45,16 +41,17 @@ PARTS = ("training", "held-out")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(RunSettings):
-    """Compare the exact Hessian, the true Fisher and the empirical Fisher of a small network, while it trains."""
+    """Compare the exact Hessian, the true Fisher and the empirical Fisher of a small network during training."""
 
     hidden_sizes: tuple[int, ...] = (16,)
-    """Widths of the hidden layers. The inputs are the digits at 4×4 pixels; matrices are [parameters, parameters]."""
+    """Widths of the hidden layers. The inputs are digits of 4×4 pixels. Memory grows with the square of the number of
+    parameters."""
 
     activations: tuple[Literal["relu", "tanh"], ...] = ("relu", "tanh")
-    """What the hidden layers apply: a network for each."""
+    """Activation functions of the hidden layers. Each gives a network of its own."""
 
     epochs: tuple[int, ...] = (0, 1, 3, 10, 30, 100, 300, 1000)
-    """After how many passes over the training data the matrices are computed, ascending."""
+    """The matrices are computed after these numbers of passes over the training data, in ascending order."""
 
     batch_size: int = 64
     """Examples per step."""
@@ -63,10 +60,10 @@ class Config(RunSettings):
     """The step size of Adam."""
 
     seeds: Seeds = (0, 1, 2)
-    """One initialisation and one order of examples for each."""
+    """Each seed sets the initial parameters and the order of the examples."""
 
     def __post_init__(self) -> None:
-        """Refuses what would fail only after much has run."""
+        """Validates before computing."""
         check_settings(
             positive={name: getattr(self, name) for name in ("hidden_sizes", "batch_size", "learning_rate")},
             not_negative={"epochs": self.epochs},
@@ -77,21 +74,19 @@ class Config(RunSettings):
 
 
 class Measured(NamedTuple):
-    """What is measured at one epoch on one part of the data.
-
-    Norms are Frobenius norms; errors are relative to the Hessian's.
+    """Measurements at one epoch on one part of the data. Norms are Frobenius norms.
 
     Attributes:
       accuracy: a fraction.
-      loss: mean, in nats.
-      true_error: ‖H − F‖ / ‖H‖ with F the true Fisher.
-      empirical_error: the same with the empirical Fisher.
-      true_diagonal_error: of the diagonals alone.
-      empirical_diagonal_error: of the diagonals alone.
+      loss: the mean, in nats.
+      true_error: ‖H − F‖ / ‖H‖.
+      empirical_error: ‖H − E‖ / ‖H‖.
+      true_diagonal_error: the same for the diagonals of H and F.
+      empirical_diagonal_error: the same for the diagonals of H and E.
       true_size: tr F / tr H.
-      empirical_size: tr E / tr F, the empirical Fisher against the true.
-      off_diagonal: the share of ‖F‖² that is not on its diagonal.
-      along_step: dᵀ diag(F) d / dᵀ F d, with d the first step of another task, the same inputs with permuted pixels.
+      empirical_size: tr E / tr F.
+      off_diagonal: the share of ‖F‖² that is not on the diagonal.
+      along_step: dᵀ diag(F) d / dᵀ F d, with d the first step of another task: the same images, their pixels permuted.
     """
 
     accuracy: float
@@ -107,11 +102,11 @@ class Measured(NamedTuple):
 
 
 class PerExample(NamedTuple):
-    """Of each training example, unless the network is too sure of it for float32: how large its part of the Fishers is.
+    """How large the Fishers of single training examples are.
 
     Attributes:
-      doubt: 1 − p(label), `[num_examples]`, from the other classes' probabilities; above 1e-6.
-      ratio: the trace of its empirical Fisher over that of its true one.
+      doubt: 1 − p(label), `[num_examples]`. Examples below 1e-6 are left out, because float32 is too coarse for them.
+      ratio: tr E / tr F of each example, `[num_examples]`.
     """
 
     doubt: np.ndarray
@@ -119,11 +114,7 @@ class PerExample(NamedTuple):
 
 
 def main(config: Config) -> None:
-    """Runs the study.
-
-    Args:
-      config: the whole configuration.
-    """
+    """Runs the study."""
     console = rich.console.Console()
     with open_run(config, "fisher_curvature", console) as run:
         data = load_small_digits()
@@ -152,7 +143,7 @@ def main(config: Config) -> None:
 
 
 def load_small_digits() -> dict[str, Batch]:
-    """Loads the digits at 4×4 pixels, the mean of four each: training and held-out data, as many of each."""
+    """Loads the digits, averaged to 4×4 pixels, as training and held-out data of equal size."""
     dataset = hold_out_validation(load_dataset("digits"), 0.5, jax.random.key(0))
     size = dataset.test.labels.size
 
@@ -169,7 +160,7 @@ def make_model(config: Config, activation: str) -> MLP:
 
 
 def train(config: Config, activation: str, data: Mapping[str, Batch], seed: int) -> Iterator[Params]:
-    """Trains, and yields the parameters after each number of epochs."""
+    """Trains a network, and yields its parameters at each of the epochs."""
     params_key, key = jax.random.split(jax.random.key(seed))
     params = init_network(make_model(config, "relu"), params_key, data["training"].inputs[0])
     state = init_training(optax.adam(config.learning_rate), params, key)
@@ -180,7 +171,7 @@ def train(config: Config, activation: str, data: Mapping[str, Batch], seed: int)
 
 @functools.partial(jax.jit, static_argnames=("config", "activation"))
 def learn(config: Config, activation: str, state: TrainingState, batch: Batch, num_epochs: jax.Array) -> TrainingState:
-    """Trains for some epochs."""
+    """Continues training for some epochs."""
     loss_fn = cross_entropy(make_model(config, activation).apply)
     optimizer = optax.adam(config.learning_rate)
     none = init_consolidation(state.params)
@@ -197,7 +188,8 @@ def measure_seed(
     """Trains a network and measures it at each epoch.
 
     Returns:
-      `measured`: for each part of the data a `Measured` of `[num_epochs]`; `examples`: a `PerExample` of all epochs.
+      `measured`: for each part of the data a `Measured` of arrays `[num_epochs]`; `examples`: a `PerExample` of the
+      training data at all epochs.
     """
     measured, examples = [], []
     for epoch, params in zip(config.epochs, train(config, activation, data, seed), strict=True):
@@ -233,7 +225,7 @@ def measure(
             off_diagonal=float(1 - np.sum(diagonal**2) / np.sum(true**2)),
             along_step=float(step**2 @ diagonal / (step @ true @ step)),
         )
-        measurable = found["doubt"] > 1e-6  # below, it is rounding
+        measurable = found["doubt"] > 1e-6  # below this, rounding errors dominate
         ratio = found["empirical_trace"][measurable] / found["true_trace"][measurable]
         results[part] = numbers, PerExample(found["doubt"][measurable], ratio)
     return results
@@ -241,9 +233,9 @@ def measure(
 
 @functools.partial(jax.jit, static_argnames=("model",))
 def first_step(model: MLP, params: Params, batch: Batch, key: jax.Array) -> jax.Array:
-    """Computes the gradient of the loss on another task, which shows the pixels permuted."""
+    """Computes the gradient of the loss on another task: the same images, their pixels permuted."""
     permutation = jax.random.permutation(key, batch.inputs[0].size)
-    loss_fn = cross_entropy(permuted(model.apply, permutation))
+    loss_fn = cross_entropy(with_permutation(model.apply, permutation))
     gradient = jax.grad(lambda params: jnp.mean(jax.vmap(loss_fn, in_axes=(None, 0))(params, batch)))(params)
     return ravel_pytree(gradient)[0]
 
@@ -255,11 +247,15 @@ def relative_error(approximation: np.ndarray, exact: np.ndarray) -> float:
 
 @functools.partial(jax.jit, static_argnames=("model",))
 def matrices(model: MLP, params: Params, batch: Batch) -> dict[str, jax.Array]:
-    """Computes the Hessian of the mean loss and both Fishers, each `[num_params, num_params]`, and what goes with them.
+    """Computes the Hessian of the mean loss and both Fishers, each `[num_params, num_params]`.
 
-    With J_n the Jacobian of example n's logits, and s_nc = e_c − p_n the score of class c at the logits:
+    With J_n the Jacobian of example n's logits, and s_nc = e_c − p_n the gradient of log p(c) at the logits:
 
         F = mean_n Σ_c p_nc (J_nᵀ s_nc) (J_nᵀ s_nc)ᵀ        E = mean_n (J_nᵀ s_ny) (J_nᵀ s_ny)ᵀ
+
+    Returns:
+      The matrices and the mean loss, and for each example whether it is classified correctly, the doubt 1 − p(label)
+      and the traces of both Fishers.
     """
     flat, unravel = ravel_pytree(params)
     num_examples = batch.labels.size
@@ -275,19 +271,19 @@ def matrices(model: MLP, params: Params, batch: Batch) -> dict[str, jax.Array]:
     probabilities = jax.nn.softmax(logits)
     scores = jacobians - jnp.einsum("nc,ncp->np", probabilities, jacobians)[:, None]
     weighted = (jnp.sqrt(probabilities)[..., None] * scores).reshape(-1, flat.size)
-    labels_own = jacobians[jnp.arange(num_examples), batch.labels][:, None]
-    # The score of the label, written so that nothing cancels where the network is sure.
-    of_label = jnp.einsum("nc,ncp->np", probabilities, labels_own - jacobians)
+    of_label = jacobians[jnp.arange(num_examples), batch.labels][:, None]
+    # The gradient of log p(label). Unlike `scores` at the label, it has no cancellation where p(label) is nearly 1.
+    label_scores = jnp.einsum("nc,ncp->np", probabilities, of_label - jacobians)
     is_other = jnp.arange(logits.shape[-1]) != batch.labels[:, None]
     return {
         "hessian": jax.hessian(mean_loss)(flat),
         "true": weighted.T @ weighted / num_examples,
-        "empirical": of_label.T @ of_label / num_examples,
+        "empirical": label_scores.T @ label_scores / num_examples,
         "loss": mean_loss(flat),
         "correct": jnp.argmax(logits, axis=-1) == batch.labels,
         "doubt": jnp.sum(jnp.where(is_other, probabilities, 0), axis=-1),
         "true_trace": jnp.sum(weighted.reshape(num_examples, -1) ** 2, axis=-1),
-        "empirical_trace": jnp.sum(of_label**2, axis=-1),
+        "empirical_trace": jnp.sum(label_scores**2, axis=-1),
     }
 
 
@@ -306,7 +302,7 @@ def report(
         }
         for activation, parts in values.items()
     }
-    # Exact: by Jensen's inequality, E ≤ doubt · S and F = S − E, with S the second moment of the classes' gradients.
+    # With S = Σ_c p_c ‖J_y − J_c‖², tr F = S − tr E exactly, and tr E ≤ doubt · S by Jensen's inequality.
     bound = examples.doubt / (1 - examples.doubt)
     sure = examples.doubt < 0.01
     of_examples = {
@@ -324,7 +320,7 @@ def report(
         "diag(F) of F along B, %": ("along_step", 100, 0),
     }
     header = ["data", "epoch", *columns]
-    shown = sorted({0, len(config.epochs) // 2, len(config.epochs) - 1})
+    in_table = sorted({0, len(config.epochs) // 2, len(config.epochs) - 1})
     rows = [
         [
             f"{activation}, {part}",
@@ -333,7 +329,7 @@ def report(
         ]
         for activation in config.activations
         for part in PARTS
-        for index in shown
+        for index in in_table
     ]
     title = "The Hessian H, the true Fisher F and the empirical Fisher E; errors relative to H, Frobenius norm"
     print_table(console, title, header, rows)
@@ -367,9 +363,11 @@ def draw(
         draw_over_seeds(size, epochs, held_out["empirical_size"], COLORS[3], f"held-out data, {activation}", **options)
         draw_over_seeds(size, epochs, training["empirical_size"], COLORS[1], f"training data, {activation}", **options)
         draw_over_seeds(
-            diagonal, epochs, training["off_diagonal"], COLORS[0], f"of ‖F‖², off it, {activation}", **options
+            diagonal, epochs, training["off_diagonal"], COLORS[0], f"‖F‖² off the diagonal, {activation}", **options
         )
-        draw_over_seeds(diagonal, epochs, training["along_step"], COLORS[2], f"of dᵀFd, on it, {activation}", **options)
+        draw_over_seeds(
+            diagonal, epochs, training["along_step"], COLORS[2], f"dᵀFd on the diagonal, {activation}", **options
+        )
     for axis in (error, size, diagonal):
         axis.set_xscale("symlog", linthresh=1)
         axis.set_xlabel("epochs")
@@ -378,8 +376,8 @@ def draw(
     size.set(yscale="log", ylabel="trace, empirical / true", title="size of the empirical Fisher")
     size.axhline(1, color="0.7", linewidth=0.8, zorder=0)
     diagonal.set(ylim=(0, 1.02), ylabel="share", title="F's diagonal (d: first step of another task)")
-    shown = np.random.default_rng(0).permutation(examples.doubt.size)[:3000]
-    ratio.plot(examples.doubt[shown], examples.ratio[shown], ".", color=COLORS[4], markersize=2)
+    drawn = np.random.default_rng(0).permutation(examples.doubt.size)[:3000]
+    ratio.plot(examples.doubt[drawn], examples.ratio[drawn], ".", color=COLORS[4], markersize=2)
     doubt = 1 / (1 + np.geomspace(1e6, 1e-4))
     ratio.plot(doubt, doubt / (1 - doubt), color="black", linewidth=1, label="bound, ε / (1 − ε)")
     ratio.set(xscale="log", yscale="log", xlabel="doubt ε = 1 − p(label)", ylabel="trace, empirical / true")

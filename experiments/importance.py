@@ -1,9 +1,9 @@
-"""What importances look like: as images, against each other, and how much those of two tasks overlap.
+"""What importances look like, how those of EWC and MAS are related, and how much those of two tasks overlap.
 
-A network learns task A, the digits, and with EWC task B, the same digits with the pixels of a central square permuted;
-the larger the square, the more the tasks differ. Shown are the first layer's importances by pixel; MAS's against EWC's
-importance of the same parameters; and how much A's and B's Fishers overlap, layer by layer, in the network that has
-learned both: both are taken at the same parameters, so that only the inputs differ.
+A network learns task A, the digits, and then task B with EWC: the same digits with the pixels of a central square
+permuted. The larger the square, the more the tasks differ. The study draws the first layer's importances by pixel,
+compares MAS's importance of each parameter with EWC's, and computes how much the Fishers of A and B overlap in each
+layer. Both Fishers are computed at the parameters after both tasks, so that only the inputs differ.
 """
 
 import dataclasses
@@ -14,28 +14,20 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import rich.console
+from jax.flatten_util import ravel_pytree
+from matplotlib.axes import Axes
+from matplotlib.figure import SubFigure
 
-from lifelong_jax import (
-    Batch,
-    Consolidation,
-    init_consolidation,
-)
+from experiments.harness.report import estimate, format_estimate, print_table
+from experiments.harness.runs import Run, open_run
+from experiments.harness.settings import RunSettings, Seeds, check_settings, parse_settings
+from experiments.harness.study import both_importances, is_correct, learn_permuted, measure_seeds
+from lifelong_jax import Batch, Consolidation, init_consolidation
+from lifelong_jax._tables import markdown_table
 from lifelong_jax.datasets import Dataset, load_dataset
 from lifelong_jax.geometry import importance_overlap
 from lifelong_jax.models import MLP, init_network
 from lifelong_jax.plotting import COLORS, draw_image, draw_over_seeds, make_figure
-from lifelong_jax.resuming import open_run, parse_settings
-from lifelong_jax.runs import (
-    Run,
-    RunSettings,
-    Seeds,
-    check_settings,
-    estimate,
-    format_estimate,
-    markdown_table,
-    print_table,
-)
-from lifelong_jax.studies import both_importances, is_correct, learn_permuted, measure_seeds
 from lifelong_jax.types import Params
 
 SIDE = 8  # pixels to a side of the bundled digits
@@ -44,10 +36,10 @@ POWERS = np.arange(0.1, 1.55, 0.05)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(RunSettings):
-    """Show what importances look like, EWC's against MAS's, and how much two tasks' overlap the more they differ."""
+    """Draw importances, compare EWC's with MAS's, and compute how much those of two tasks overlap."""
 
     squares: tuple[int, ...] = (0, 2, 4, 6, 8)
-    """The widths in pixels of the central square that task B permutes; even, ascending, at most 8."""
+    """Widths in pixels of the central square that task B permutes: even, at most 8, in ascending order."""
 
     hidden_sizes: tuple[int, ...] = (64, 64)
     """Widths of the hidden layers."""
@@ -62,13 +54,13 @@ class Config(RunSettings):
     """The step size of SGD with momentum 0.9."""
 
     strength: float = 100.0
-    """λ of EWC, which keeps task A while B is learned."""
+    """λ of EWC, while task B is learned."""
 
     seeds: Seeds = (0, 1, 2, 3, 4)
-    """One initialisation, one order of examples and one set of permutations for each."""
+    """Each seed sets the initial parameters, the order of the examples and the permutations."""
 
     def __post_init__(self) -> None:
-        """Refuses what would fail only after much has run."""
+        """Validates before computing."""
         check_settings(
             positive={
                 name: getattr(self, name) for name in ("hidden_sizes", "num_epochs", "batch_size", "learning_rate")
@@ -83,18 +75,18 @@ class Config(RunSettings):
 
 
 class Measured(NamedTuple):
-    """What one seed gives.
+    """Measurements of one seed.
 
     Attributes:
-      overlap: `[num_squares, num_layers]`, of A's and B's Fishers.
-      accuracy: `[num_squares, 2]`, on A's and B's test data after B, fractions.
-      correlations: `[len(POWERS)]`, of MAS with these powers of the Fisher, over all parameters, after A.
-      log_slope: of MAS against the Fisher in logarithms, by total least squares.
-      ink_correlation: of the first layer's Fisher by pixel with the pixel's mean square, after A.
-      images: `[1 + num_squares, 3, 8, 8]`: of A, and of B with each square, the mean input, and the first layer's
-        Fisher and MAS.
-      fisher: `[num_params]`, after A.
-      mas: `[num_params]`, after A.
+      overlap: `[num_squares, num_layers]`, of the Fishers of A and B, after both tasks.
+      accuracy: `[num_squares, 2]`, on the test data of A and B, after both tasks; fractions.
+      correlations: `[len(POWERS)]`, of MAS's importance with these powers of the Fisher, over all parameters, after A.
+      log_slope: the slope of log MAS against log Fisher, by total least squares, after A.
+      ink_correlation: of the first layer's Fisher, summed by pixel, with the pixel's mean square, after A.
+      images: `[1 + num_squares, 3, 8, 8]`: the mean input and the first layer's Fisher and MAS, for A, and for B with
+        each square.
+      fisher: `[num_params]`, the Fisher diagonal after A.
+      mas: `[num_params]`, MAS's importance after A.
     """
 
     overlap: np.ndarray
@@ -108,11 +100,7 @@ class Measured(NamedTuple):
 
 
 def main(config: Config) -> None:
-    """Runs the study.
-
-    Args:
-      config: the whole configuration.
-    """
+    """Runs the study."""
     console = rich.console.Console()
     with open_run(config, "importance", console) as run:
         dataset = load_dataset("digits")
@@ -124,7 +112,7 @@ def main(config: Config) -> None:
 
 
 def measure(config: Config, dataset: Dataset, key: jax.Array) -> Measured:
-    """Learns A and then B with each square, and compares their importances."""
+    """Learns A, then B once with each square, and compares their importances."""
     init_key, a_key, b_key, square_key = jax.random.split(key, 4)
     model = MLP(config.hidden_sizes, dataset.num_classes)
     learn = functools.partial(
@@ -149,21 +137,19 @@ def measure(config: Config, dataset: Dataset, key: jax.Array) -> Measured:
         fisher_b, mas_b = both_importances(model, after, dataset.train, permutation)
         layers = sorted(fisher_a["params"])
         overlaps.append([importance_overlap(fisher_a["params"][name], fisher_b["params"][name]) for name in layers])
-        accuracies.append([np.mean(is_correct(model, after, dataset.test, shown)) for shown in (plain, permutation)])
+        accuracies.append([np.mean(is_correct(model, after, dataset.test, order)) for order in (plain, permutation)])
         images.append(images_of(dataset.train, permutation, fisher_b, mas_b))
-    flat_fisher, flat_mas = (
-        np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)]) for tree in (fisher, mas)
-    )
+    flat_fisher, flat_mas = (np.asarray(ravel_pytree(tree)[0]) for tree in (fisher, mas))
     positive = (flat_fisher > 0) & (flat_mas > 0)
     logs = np.log([flat_fisher[positive], flat_mas[positive]])
     direction = np.linalg.eigh(np.cov(logs))[1][:, -1]
-    squares = np.square(np.asarray(dataset.train.inputs)).mean(axis=0)
+    mean_square_ink = np.square(np.asarray(dataset.train.inputs)).mean(axis=0)
     return Measured(
         overlap=np.array(overlaps),
         accuracy=np.array(accuracies),
         correlations=np.array([np.corrcoef(flat_fisher**power, flat_mas)[0, 1] for power in POWERS]),
         log_slope=direction[1] / direction[0],
-        ink_correlation=np.corrcoef(np.ravel(squares), np.ravel(images[0][1]))[0, 1],
+        ink_correlation=np.corrcoef(np.ravel(mean_square_ink), np.ravel(images[0][1]))[0, 1],
         images=np.array(images),
         fisher=flat_fisher,
         mas=flat_mas,
@@ -171,7 +157,7 @@ def measure(config: Config, dataset: Dataset, key: jax.Array) -> Measured:
 
 
 def permute_square(width: int, key: jax.Array) -> np.ndarray:
-    """Draws a permutation of the pixels of a central square; the others stay."""
+    """Draws a permutation of the pixels in a central square; the other pixels keep their places."""
     pixels = np.arange(SIDE * SIDE)
     margin = (SIDE - width) // 2
     square = pixels.reshape(SIDE, SIDE)[margin : SIDE - margin, margin : SIDE - margin].reshape(-1)
@@ -181,20 +167,24 @@ def permute_square(width: int, key: jax.Array) -> np.ndarray:
 
 
 def images_of(batch: Batch, permutation: np.ndarray, *importances: Params) -> np.ndarray:
-    """Makes the images of one task, as the network sees it: the mean input, and the first layer's importances."""
+    """Returns images of one task: the mean input, and the first layer's importances summed by pixel."""
     mean = np.asarray(batch.inputs).mean(axis=0).reshape(-1)[permutation]
     first_layer = [np.sum(importance["params"]["Dense_0"]["kernel"], axis=1) for importance in importances]
     return np.stack([np.reshape(image, (SIDE, SIDE)) for image in (mean, *first_layer)])
+
+
+def index_of_power(power: float) -> int:
+    """Returns the index of a power in `POWERS`."""
+    return int(np.abs(POWERS - power).argmin())
 
 
 def report(config: Config, values: Mapping[str, np.ndarray], run: Run, console: rich.console.Console) -> None:
     """Prints the tables; writes `summary.json` and `table.md`."""
     overlaps = [[estimate(column) for column in square.T] for square in values["overlap"].transpose(1, 0, 2)]
     accuracies = [[estimate(column) for column in square.T] for square in values["accuracy"].transpose(1, 0, 2)]
-    one, half = (int(np.abs(POWERS - power).argmin()) for power in (1.0, 0.5))
     relation = {
-        "MAS with the Fisher": estimate(values["correlations"][:, one]),
-        "MAS with its square root": estimate(values["correlations"][:, half]),
+        "MAS with the Fisher": estimate(values["correlations"][:, index_of_power(1.0)]),
+        "MAS with its square root": estimate(values["correlations"][:, index_of_power(0.5)]),
         "power of the Fisher that correlates best": estimate(POWERS[values["correlations"].argmax(axis=1)]),
         "slope in logarithms": estimate(values["log_slope"]),
         "Fisher by pixel with mean square ink": estimate(values["ink_correlation"]),
@@ -232,56 +222,56 @@ def draw(config: Config, values: Mapping[str, np.ndarray], run: Run) -> None:
         f"{mean[-1, 0]:.2f} in the first layer, {mean[-1, -1]:.2f} in the last",
     )
     left, middle, right = figure.subfigures(1, 3, width_ratios=(1.05, 1, 1))
+    draw_images(config, values["images"][0], left)
+    draw_relation(values, middle.subplots())
+    draw_overlap(config, values["overlap"], right.subplots())
+    figure.savefig(run.folder / "importance.png")
+
+
+def draw_images(config: Config, images: np.ndarray, figure: SubFigure) -> None:
+    """Draws the images of task A, and of B with a square of the middle and of the largest width."""
     middle_width = config.squares[len(config.squares) // 2]
-    shown = [
+    columns = [
         ("task A", 0),
         (f"B, {middle_width}×{middle_width}", config.squares.index(middle_width) + 1),
         (f"B, {config.squares[-1]}×{config.squares[-1]}", -1),
     ]
-    rows = left.subplots(3, 3)
-    for column, (name, index) in zip(rows.T, shown, strict=True):
-        for axis, image, label in zip(column, values["images"][0, index], ("mean input", "EWC", "MAS"), strict=True):
+    for axes, (name, index) in zip(figure.subplots(3, 3).T, columns, strict=True):
+        for axis, image, label in zip(axes, images[index], ("mean input", "EWC", "MAS"), strict=True):
             draw_image(axis, image, name if label == "mean input" else "")
             if index == 0:
                 axis.set_ylabel(label)
-    left.suptitle("first layer, Ω by pixel", fontsize=10)
-    axis = middle.subplots()
+    figure.suptitle("first layer, Ω by pixel", fontsize=10)
+
+
+def draw_relation(values: Mapping[str, np.ndarray], axis: Axes) -> None:
+    """Draws MAS's importances against the Fisher for the first seed, with lines ∝ F and ∝ √F."""
     fisher, mas = values["fisher"][0], values["mas"][0]
     positive = (fisher > 1e-10) & (mas > 0)
     axis.hexbin(
         fisher[positive], mas[positive], xscale="log", yscale="log", gridsize=45, mincnt=1, bins="log", cmap="cividis"
     )
-    middle_point = np.exp([np.log(fisher[positive]).mean(), np.log(mas[positive]).mean()])
+    centre = np.exp([np.log(fisher[positive]).mean(), np.log(mas[positive]).mean()])
     ends = np.quantile(fisher[positive], [0.02, 0.999])
     for power, style in ((0.5, "-"), (1.0, ":")):
-        axis.plot(
-            ends,
-            middle_point[1] * (ends / middle_point[0]) ** power,
-            style,
-            color=COLORS[1],
-            label=f"∝ F$^{{{power:g}}}$",
-        )
+        line = centre[1] * (ends / centre[0]) ** power
+        axis.plot(ends, line, style, color=COLORS[1], label=f"∝ F$^{{{power:g}}}$")
     axis.set(xlabel="EWC: Fisher diagonal F", ylabel="MAS")
-    correlations = values["correlations"].mean(axis=0)
-    one, half = (int(np.abs(POWERS - power).argmin()) for power in (1.0, 0.5))
-    axis.set_title(f"correlation: {correlations[half]:.2f} with √F, {correlations[one]:.2f} with F", fontsize=10)
+    half, one = (values["correlations"][:, index_of_power(power)].mean() for power in (0.5, 1.0))
+    axis.set_title(f"correlation: {half:.2f} with √F, {one:.2f} with F", fontsize=10)
     axis.legend(frameon=False, fontsize=9)
-    axis = right.subplots()
-    for layer in range(mean.shape[1]):
-        draw_over_seeds(
-            axis,
-            config.squares,
-            values["overlap"][..., layer],
-            COLORS[layer % len(COLORS)],
-            f"layer {layer + 1}",
-            marker="o",
-            markersize=4,
-        )
+
+
+def draw_overlap(config: Config, overlap: np.ndarray, axis: Axes) -> None:
+    """Draws the overlap of the Fishers against the size of the square, a line for each layer."""
+    for layer in range(overlap.shape[-1]):
+        style = {"marker": "o", "markersize": 4}
+        color = COLORS[layer % len(COLORS)]
+        draw_over_seeds(axis, config.squares, overlap[..., layer], color, f"layer {layer + 1}", **style)
     axis.set(xlabel="permuted square, pixels wide", ylabel="overlap of the Fishers", ylim=(0, 1.02))
     axis.set_xticks(config.squares)
     axis.set_title("both tasks learned", fontsize=10)
     axis.legend(frameon=False, fontsize=9)
-    figure.savefig(run.folder / "importance.png")
 
 
 if __name__ == "__main__":

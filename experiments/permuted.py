@@ -1,24 +1,23 @@
-"""Learns a sequence of permuted-image tasks with one network, once per method: forgetting, and its cures.
+"""Compares how much methods forget of a sequence of permuted-image tasks.
 
-Every task shows the same images through another fixed permutation of their pixels. The network is trained on one task
-after the other, and tested on all of them after each.
+Each task has the same images, with their pixels in another fixed order. For each method, one network is trained on one
+task after the other. After each task it is tested on all of them.
 """
 
 import dataclasses
 import functools
 
-from lifelong_jax.experiment import Experiment, Settings, Strength, load_or_exit, make_network, run_experiment
+from experiments.harness.experiment import Experiment, Settings, Strength, load_or_exit, make_network, run_experiment
+from experiments.harness.settings import check_settings, parse_settings
+from lifelong_jax import permuted_tasks
 from lifelong_jax.models import init_network
-from lifelong_jax.resuming import parse_settings
-from lifelong_jax.runs import check_settings
-from lifelong_jax.tasks import permuted_tasks
 
 STRENGTH = Strength(l2=0.00316, ewc=100.0, mas=0.0316, local_mas=0.316, si=31.6, rwalk=31.6)  # chosen by --tune
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(Settings):
-    """Learn a sequence of permuted-image tasks with one network, once per method: forgetting, and its cures."""
+    """Compare how much methods forget of a sequence of permuted-image tasks."""
 
     dataset: str = "digits"
     """digits (bundled), or the name of an image-classification data set that TFDS has prepared, such as mnist."""
@@ -29,17 +28,13 @@ class Config(Settings):
     strength: Strength = STRENGTH
 
     def __post_init__(self) -> None:
-        """Refuses what would fail only after much has run."""
+        """Validates before computing."""
         super().__post_init__()
         check_settings(positive={"num_tasks": self.num_tasks})
 
 
 def main(config: Config) -> None:
-    """Runs the comparison.
-
-    Args:
-      config: the whole configuration.
-    """
+    """Runs the comparison."""
     dataset = load_or_exit(config.dataset, config.data_dir)
     network = make_network(config, dataset.num_classes)
     experiment = Experiment(

@@ -1,7 +1,7 @@
-"""The protocols of published tables on MNIST: what `reproduce` runs, and the accuracies that it sets beside ours.
+"""The protocols of published tables on MNIST, which `reproduce` runs, and the published accuracies.
 
-Where a source's importance is not this library's (a batch-summed MAS, the Fisher at the predicted label, a squared mean
-gradient), it is written out here.
+Importances that differ from this library's (MAS on batches, the Fisher at the predicted label, ...) are in
+`published_importances.py`.
 """
 
 import math
@@ -13,22 +13,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lifelong_jax import (
-    Batch,
-    Method,
-    Task,
-    TrainingState,
-    empirical_fisher_diagonal,
-    mask_logits,
-    mask_outputs,
-    methods,
-    permuted_tasks,
-    split_tasks,
+from experiments.published_importances import (
+    fisher_at_prediction,
+    fisher_of_500,
+    mas_of_batches,
+    mean_of_active,
+    scaled_mas,
+    squared_batch_gradient,
+    sum_of_all,
+    unclipped_si,
 )
+from lifelong_jax import Task, methods, permuted_tasks, split_tasks
 from lifelong_jax.datasets import Dataset
+from lifelong_jax.methods import Method
 from lifelong_jax.models import MLP
-from lifelong_jax.tasks import Scenario
-from lifelong_jax.types import Example, OutputFn, Params
+from lifelong_jax.types import Example, Params, Scenario
 
 
 def decades(last: int, first: int = 1, step: int = 1) -> tuple[float, ...]:
@@ -37,11 +36,11 @@ def decades(last: int, first: int = 1, step: int = 1) -> tuple[float, ...]:
 
 
 class Published(NamedTuple):
-    """An accuracy as a source gives it, in percent.
+    """A published accuracy, in percent.
 
     Attributes:
-      mean: over its runs.
-      deviation: what it writes behind ±, of the kind that its protocol says.
+      mean: the mean over the source's runs.
+      deviation: the number after ±, of the kind that `Protocol.deviation` names.
     """
 
     mean: float
@@ -49,11 +48,11 @@ class Published(NamedTuple):
 
 
 class PublishedRange(NamedTuple):
-    """Where sources put an accuracy, in percent.
+    """A range of published accuracies, in percent.
 
     Attributes:
-      low: at least.
-      high: at most.
+      low: the lowest.
+      high: the highest.
     """
 
     low: float
@@ -64,11 +63,11 @@ class Entry(NamedTuple):
     """A method in a protocol.
 
     Attributes:
-      name: as it stands in tables.
-      method: with the source's importance, and the state of the optimiser that it carries over.
-      strengths: our λ: one, the source's, or several to choose from on validation data, where the source tuned it.
-      published: in percent; None for what is there to explain another entry.
-      learning_rate: where the source has one for each method; else the protocol's.
+      name: the name in tables.
+      method: the method, with the source's importance and its treatment of the optimiser's state.
+      strengths: our λ: the source's, or several to choose from on validation data, where the source tuned it.
+      published: the published accuracy, or None for an entry that explains another one.
+      learning_rate: the method's own step size, or None for the protocol's.
     """
 
     name: str
@@ -82,24 +81,23 @@ class Protocol(NamedTuple):
     """How a source trains and tests.
 
     Attributes:
-      title: in a few words.
-      source: the paper, and what else the settings are from.
-      remark: what a reader of the row should know.
-      deviation: what ± is, of its runs and so of ours.
-      published_runs: how many runs its means are over.
-      num_seeds: how many of ours, unless told otherwise.
+      title: a title of a few words.
+      source: the paper, and where else the settings are from.
+      remark: a remark for readers of the table.
+      deviation: the meaning of ±, for the source's runs and ours.
+      published_runs: the number of the source's runs.
+      num_seeds: the default number of our runs.
       scenario: "task", "domain" or "class".
-      transform: of the inputs.
+      transform: `transform(images) -> inputs`.
       make_tasks: `make_tasks(dataset, key) -> tasks`.
       init_params: `init_params(hidden_sizes, key, x) -> params`.
-      hidden_sizes: of the perceptron, with ReLU.
-      optimizer: `optimizer(learning_rate)`, what comes behind the coupled penalty.
-      learning_rate: its step size.
+      hidden_sizes: the widths of the multilayer perceptron's hidden layers.
+      optimizer: `optimizer(learning_rate)`, which comes after the coupled penalty.
+      learning_rate: the step size.
       batch_size: examples per step.
       num_epochs: passes over each task's training data.
-      max_steps: steps of each task, within these epochs; None for all.
+      max_steps: the largest number of steps on each task, or None for no limit.
       entries: the methods.
-      num_choosing_seeds: how many of our runs choose a strength, where an entry has several.
     """
 
     title: str
@@ -119,128 +117,6 @@ class Protocol(NamedTuple):
     num_epochs: int
     max_steps: int | None
     entries: tuple[Entry, ...]
-    num_choosing_seeds: int = 3
-
-
-# --- importances that are not the library's ---------------------------------------------------------------------------
-
-
-def fisher_at_prediction(apply_fn: OutputFn, state: TrainingState, batch: Batch, key: jax.Array) -> Params:
-    """Computes mean_n g_n², g_n the gradient of −log p at the label that the model finds most likely."""
-
-    def predict(x: jax.Array, class_mask: jax.Array | None) -> jax.Array:
-        return jnp.argmax(mask_logits(apply_fn(state.params, x), class_mask), axis=-1)
-
-    labels = jax.lax.map(lambda x: predict(*x), (batch.inputs, batch.class_mask), batch_size=512)
-    predicted = batch._replace(labels=labels.astype(batch.labels.dtype))
-    return empirical_fisher_diagonal(methods.cross_entropy(apply_fn), state.params, predicted, weights=batch.weights)
-
-
-def fisher_of_500(apply_fn: OutputFn, state: TrainingState, batch: Batch, key: jax.Array) -> Params:
-    """Computes the exact Fisher diagonal on 500 of the examples."""
-    order = jax.random.permutation(key, len(batch.labels))
-    chosen = order[jnp.argsort(batch.weights[order] == 0, stable=True)][:500]
-    return methods.ewc("exact").importance_fn(apply_fn, state, jax.tree.map(lambda x: x[chosen], batch), key)
-
-
-def sum_over_batches(
-    of_gradient: Callable[[jax.Array], jax.Array],
-    loss_fn: Callable[[Params, Batch], jax.Array],
-    params: Params,
-    batch: Batch,
-    key: jax.Array,
-    batch_size: int,
-) -> tuple[Params, jax.Array]:
-    """Sums `of_gradient(gradient of a batch's loss)` over shuffled batches; returns the sum, and how many there were.
-
-    This is what per-example importances are mistaken for: it depends on the batch size.
-    """
-    num_batches = -(-len(batch.labels) // batch_size)
-    order = jax.random.permutation(key, len(batch.labels))
-    order = order[jnp.argsort(batch.weights[order] == 0, stable=True)]  # padding last
-    order = jnp.pad(order, (0, num_batches * batch_size - len(order)), constant_values=len(order))
-
-    def add(total: tuple[Params, jax.Array], chosen: jax.Array) -> tuple[tuple[Params, jax.Array], None]:
-        part = jax.tree.map(lambda x: x[chosen], batch)
-        part = part._replace(weights=jnp.where(chosen < len(batch.labels), part.weights, 0))
-        gradient = jax.grad(loss_fn)(params, part)
-        summed, count = total
-        return (
-            jax.tree.map(lambda a, g: a + of_gradient(g), summed, gradient),
-            count + part.weights.any().astype(count.dtype),
-        ), None
-
-    start = (jax.tree.map(jnp.zeros_like, params), jnp.zeros(()))
-    return jax.lax.scan(add, start, order.reshape(num_batches, batch_size))[0]
-
-
-def weighted_mean(values: jax.Array, weights: jax.Array) -> jax.Array:
-    """Computes a batch's mean over the examples that are no padding."""
-    return jnp.sum(values * weights) / jnp.maximum(jnp.sum(weights), 1)
-
-
-def squared_batch_gradient(apply_fn: OutputFn, state: TrainingState, batch: Batch, key: jax.Array) -> Params:
-    """Computes the mean, over batches of 128, of the squared gradient of the batch's mean loss: no Fisher diagonal."""
-
-    def loss_fn(params: Params, part: Batch) -> jax.Array:
-        losses = jax.vmap(methods.cross_entropy(apply_fn), in_axes=(None, 0))(params, part)
-        return weighted_mean(losses, part.weights)
-
-    total, count = sum_over_batches(jnp.square, loss_fn, state.params, batch, key, batch_size=128)
-    return jax.tree.map(lambda x: x / count, total)
-
-
-def mas_of_batches(batch_size: int, over_outputs: Callable[[jax.Array, jax.Array | None], jax.Array]) -> Callable:
-    """Makes MAS with the absolute value of a batch's gradient; `over_outputs(squares, class_mask)` sums or averages."""
-
-    def importance_fn(apply_fn: OutputFn, state: TrainingState, batch: Batch, key: jax.Array) -> Params:
-        def loss_fn(params: Params, part: Batch) -> jax.Array:
-            def squares(x: jax.Array, class_mask: jax.Array | None) -> jax.Array:
-                return over_outputs(jnp.square(mask_outputs(apply_fn(params, x), class_mask)), class_mask)
-
-            return weighted_mean(jax.vmap(squares)(part.inputs, part.class_mask), part.weights)
-
-        total, count = sum_over_batches(jnp.abs, loss_fn, state.params, batch, key, batch_size)
-        return jax.tree.map(lambda x: x / count, total)
-
-    return importance_fn
-
-
-def mean_of_active(squares: jax.Array, class_mask: jax.Array | None) -> jax.Array:
-    """Averages over the active outputs."""
-    return jnp.mean(squares) if class_mask is None else jnp.sum(squares) / jnp.sum(class_mask, dtype=squares.dtype)
-
-
-def sum_of_all(squares: jax.Array, class_mask: jax.Array | None) -> jax.Array:
-    """Sums over the outputs, the inactive ones being 0."""
-    return jnp.sum(squares)
-
-
-def scaled_mas(apply_fn: OutputFn, state: TrainingState, batch: Batch, key: jax.Array) -> Params:
-    """Computes MAS over batches of 10, scaled so that the smallest importance is 0 and the largest 1."""
-    importance = mas_of_batches(10, sum_of_all)(apply_fn, state, batch, key)
-    leaves = jax.tree.leaves(importance)
-    least, largest = (jnp.stack([f(leaf) for leaf in leaves]) for f in (jnp.min, jnp.max))
-    least, largest = least.min(), largest.max()
-    return jax.tree.map(lambda x: (x - least) / (largest - least), importance)
-
-
-def unclipped_si(apply_fn: OutputFn, state: TrainingState, batch: Batch, key: jax.Array) -> Params:
-    """Computes Synaptic Intelligence's importance without the maximum with 0: path / (distance² + 0.1)."""
-    path = state.opt_state
-    return jax.tree.map(lambda w, old, new: w / (jnp.square(new - old) + 0.1), path.path, path.start, state.params)
-
-
-def keeping_optimizer(method: Method) -> Method:
-    """Makes the method that begins each task with the optimiser's state in which the last one ended."""
-    if method.wrap_optimizer is methods.si().wrap_optimizer:
-        return method._replace(carry=lambda fresh, last: fresh._replace(inner_state=last.inner_state))
-    return method._replace(carry=lambda fresh, last: last)
-
-
-def with_importance(importance_fn: Callable, rule: Literal["separate", "latest"], decay: float = 1.0) -> Method:
-    """Makes a method of an importance, for a source that keeps Adam's state from task to task."""
-    return keeping_optimizer(methods.ewc(rule=rule, decay=decay)._replace(importance_fn=importance_fn))
 
 
 # --- data and initialisations -----------------------------------------------------------------------------------------
@@ -252,12 +128,12 @@ def pad(images: jax.Array) -> jax.Array:
 
 
 def pad_and_normalize(images: jax.Array) -> jax.Array:
-    """Pads, and normalises by the mean and the deviation that the benchmark has for padded MNIST."""
+    """Pads, and normalises by the mean and the standard deviation of Hsu et al. for padded MNIST."""
     return (pad(images) - 0.1) / 0.2752
 
 
 def in_pairs(dataset: Dataset, key: jax.Array) -> Sequence[Task]:
-    """Splits the digits into 0 and 1, 2 and 3, and so on."""
+    """Splits the digits into pairs: 0 and 1, 2 and 3, and so on."""
     return split_tasks(dataset.train, dataset.test, np.arange(10).reshape(5, 2).tolist(), 10)
 
 
@@ -268,12 +144,12 @@ def in_random_pairs(dataset: Dataset, key: jax.Array) -> Sequence[Task]:
 
 
 def permuted(num_tasks: int) -> Callable[[Dataset, jax.Array], Sequence[Task]]:
-    """Makes what permutes pixels anew for each task."""
+    """Makes a `make_tasks` of permuted tasks."""
     return lambda dataset, key: permuted_tasks(dataset.train, dataset.test, num_tasks, key)
 
 
 def uniform_init(hidden_sizes: tuple[int, ...], key: jax.Array, x: Example) -> Params:
-    """Draws weights and biases uniformly in ±1/sqrt(inputs of the layer), PyTorch's default for linear layers."""
+    """Draws weights and biases uniformly in ±1/√(number of inputs), PyTorch's default for linear layers."""
 
     def draw(layer: Mapping[str, jax.Array], key: jax.Array) -> dict[str, jax.Array]:
         bound = 1 / math.sqrt(layer["kernel"].shape[0])
@@ -287,7 +163,7 @@ def uniform_init(hidden_sizes: tuple[int, ...], key: jax.Array, x: Example) -> P
 
 
 def truncated_init(hidden_sizes: tuple[int, ...], key: jax.Array, x: Example) -> Params:
-    """Draws weights from a normal distribution of deviation 0.1, cut off at two deviations; biases are 0.1."""
+    """Draws weights from a normal distribution of deviation 0.1, truncated at two deviations; biases are 0.1."""
 
     def draw(layer: Mapping[str, jax.Array], key: jax.Array) -> dict[str, jax.Array]:
         kernel = 0.1 * jax.random.truncated_normal(key, -2, 2, layer["kernel"].shape)
@@ -302,11 +178,27 @@ def _of_layers(draw: Callable, hidden_sizes: tuple[int, ...], key: jax.Array, x:
     return {"params": {name: draw(layer, key) for (name, layer), key in zip(layers.items(), keys, strict=True)}}
 
 
-# --- the table --------------------------------------------------------------------------------------------------------
+# --- methods ----------------------------------------------------------------------------------------------------------
+
+
+def keeping_optimizer(method: Method) -> Method:
+    """Makes a method that keeps the optimiser's state from task to task."""
+    if method.wrap_optimizer is methods.si().wrap_optimizer:
+        return method._replace(carry=lambda fresh, last: fresh._replace(inner_state=last.inner_state))
+    return method._replace(carry=lambda fresh, last: last)
+
+
+def with_importance(importance_fn: Callable, rule: Literal["separate", "latest"], decay: float = 1.0) -> Method:
+    """Makes EWC with another importance, which keeps the optimiser's state from task to task."""
+    return keeping_optimizer(methods.ewc(rule=rule, decay=decay)._replace(importance_fn=importance_fn))
+
 
 FINETUNE = keeping_optimizer(methods.finetune())
 
-# Its penalties have no ½: our strength is twice its coefficient.
+
+# --- the rows of the table --------------------------------------------------------------------------------------------
+
+# The source's penalties have no ½, so our strength is twice its coefficient.
 HSU = Protocol(
     title="Split MNIST, task-incremental",
     source="Hsu et al. 2018, arXiv 1810.12488, table 2; settings from its code, GT-RIPL/Continual-Learning-Benchmark",
@@ -349,9 +241,9 @@ ROWS = {
     3: Protocol(
         title="Split MNIST, by estimator of the Fisher",
         source="van de Ven 2025, arXiv 2502.11756; settings from its code, GMvandeVen/continual-learning",
-        remark="Task-incremental; pairs of classes in random order; 2,000 steps a task; Adam keeps its state; online "
-        "EWC. The source has the best λ of fourteen decades on test data; ours is the best on validation data, of the "
-        "powers of ten in the picture, from three seeds.",
+        remark="Task-incremental; pairs of classes in random order; 2,000 steps per task; Adam keeps its state; online "
+        "EWC. The source chose the best λ of fourteen decades on test data. We chose the best of the powers of ten in "
+        "the picture on validation data, from three seeds.",
         deviation="standard error",
         published_runs=30,
         num_seeds=10,
@@ -392,8 +284,8 @@ ROWS = {
     4: Protocol(
         title="Permuted MNIST, 10 tasks",
         source="van de Ven and Tolias 2018, arXiv 1809.10635; settings from its code, GMvandeVen/continual-learning",
-        remark="Images of 32×32; 5,000 steps a task; Adam keeps its state; the Fisher at the predicted label; online "
-        "EWC with γ = 0.9, which multiplies the importance once more where the source uses it.",
+        remark="Images of 32×32; 5,000 steps per task; Adam keeps its state; the Fisher at the predicted label; online "
+        "EWC with γ = 0.9. The source multiplies the importance by γ once more in the penalty; our λ includes that.",
         deviation="standard error",
         published_runs=20,
         num_seeds=3,
@@ -421,9 +313,9 @@ ROWS = {
     5: Protocol(
         title="Permuted MNIST, 17 tasks, one pass",
         source="Chaudhry et al. 2019, arXiv 1812.00420; settings from its code, facebookresearch/agem",
-        remark="The source's code keeps the last task's importance alone, of batches of 10, as it is. Scaled to [0, 1] "
-        "and summed over the tasks, at the same λ, MAS remembers far more. The source's importance is of the 55,000 "
-        "images that it trains on, ours of all 60,000.",
+        remark="The source's code keeps only the last task's importance, computed on batches of 10 and not scaled. If "
+        "it is scaled to [0, 1] and summed over the tasks, MAS forgets far less at the same λ. The source computes the "
+        "importance on the 55,000 images that it trains on, we compute it on all 60,000.",
         deviation="standard deviation",
         published_runs=5,
         num_seeds=5,
@@ -436,7 +328,7 @@ ROWS = {
         learning_rate=0.1,
         batch_size=10,
         num_epochs=1,
-        max_steps=5500,  # it holds 5,000 of the 60,000 examples back
+        max_steps=5500,  # the source trains on 55,000 of the 60,000 examples
         entries=(
             Entry(
                 "MAS, of the last task",
@@ -450,7 +342,7 @@ ROWS = {
     ),
     6: HSU._replace(
         title="Split MNIST, class-incremental",
-        remark="As row 1; one output layer, and all classes so far are candidates.",
+        remark="As row 1, but with one output layer: all classes seen so far are candidates.",
         scenario="class",
         entries=(
             Entry(

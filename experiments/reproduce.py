@@ -1,7 +1,7 @@
-"""Published tables of continual learning on MNIST, by one command, each with its source's own protocol.
+"""Reruns published tables of continual learning on MNIST, each by its source's protocol.
 
-The protocols and the published accuracies are in `published.py`. Runs are kept as they finish; a strength that a source
-tuned is chosen on validation data, a sixth of the training data.
+The protocols and the published accuracies are in `published.py`. Finished runs are kept if the script is stopped. Where
+a source tuned the strength, ours is chosen on validation data, a sixth of the training data.
 """
 
 import dataclasses
@@ -17,34 +17,27 @@ import numpy as np
 import optax
 import rich.console
 
+from experiments.harness.experiment import load_or_exit
+from experiments.harness.report import Estimate, estimate, print_table
+from experiments.harness.runs import Run, open_run, to_json
+from experiments.harness.settings import RunSettings, Seeds, check_settings, parse_settings
+from experiments.harness.tune import average_accuracies, best_strength, sweep_strengths
 from experiments.published import ROWS, Protocol, Published, PublishedRange
-from lifelong_jax import add_quadratic_penalty
-from lifelong_jax.continual import OptimizerFn
+from lifelong_jax import Recipe, add_quadratic_penalty, learn_sweep
+from lifelong_jax._tables import markdown_table
 from lifelong_jax.datasets import Dataset, hold_out_validation
-from lifelong_jax.experiment import load_or_exit
 from lifelong_jax.models import MLP
 from lifelong_jax.plotting import COLORS, draw_over_seeds, make_figure
-from lifelong_jax.resuming import open_run, parse_settings
-from lifelong_jax.runs import (
-    Estimate,
-    Run,
-    RunSettings,
-    Seeds,
-    check_settings,
-    estimate,
-    markdown_table,
-    print_table,
-    to_json,
-)
-from lifelong_jax.sweep import learn_sweep
-from lifelong_jax.tuning import average_accuracies, best_strength, sweep_strengths
+from lifelong_jax.types import OptimizerFn
+
+NUM_CHOOSING_SEEDS = 3  # for the choice of a strength, unless `--seeds` says otherwise
 
 HEADER = """# Published tables, and what this library gets
 
-Average accuracy after the last task on MNIST, percent. Each row follows its source's protocol, its importance
-included; `experiments/published.py` has them written out. Our mean less the published one is given over the root of the
-mean of both squared standard deviations of single runs (*deviations apart*), and over the standard error of the
-difference (*errors apart*). *Our λ* is that of λ/2 Σ Ω (θ − θ*)².
+Average accuracy on MNIST after the last task, in percent. Each row follows its source's protocol, including its
+importance; `experiments/published.py` has the details. *Deviations apart* is our mean minus the published one, divided
+by the standard deviation of single runs (the root mean square of the source's and ours). *Errors apart* is the same
+difference, divided by its standard error. *Our λ* is the factor in the penalty λ/2 Σ Ω (θ − θ*)².
 
 ![Published accuracies and ours](results.png)
 """
@@ -52,24 +45,25 @@ difference (*errors apart*). *Our λ* is that of λ/2 Σ Ω (θ − θ*)².
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(RunSettings):
-    """Run the protocols of published tables on MNIST, and set the published accuracies beside ours."""
+    """Run the protocols of published tables on MNIST, and compare our accuracies with the published ones."""
 
     rows: Seeds = (1, 2, 3, 4, 5, 6)
-    """Which rows of the table, 1 to 6: 1-3, or 1,5. On two CPU cores, rows 1, 2, 5 and 6 take half an hour, row 3 two
-    hours, row 4 two hours."""
+    """The rows of the table to run, from 1 to 6, such as 1-3 or 1,5. On two CPU cores, rows 1, 2, 5 and 6 take half an
+    hour, row 3 takes two hours, and row 4 takes two hours."""
 
     seeds: Seeds = ()
-    """Sequences of tasks, initialisations and orders of examples; by default as many as the row says."""
+    """Each seed sets the sequence of tasks, the initial parameters and the order of the examples. The default number of
+    seeds depends on the row."""
 
     data_dir: str | None = None
     """Where TFDS keeps prepared data sets; by default TFDS_DATA_DIR, else ~/tensorflow_datasets."""
 
     docs: str | None = None
-    """A folder whose `results.json` gets the rows that were run, beside those that it has; `results.md` and the
-    pictures are then made from all of them. By default, the run's own."""
+    """The rows are added to `results.json` in this folder, and `results.md` and the pictures are made from all rows in
+    it. By default, the run's own folder."""
 
     def __post_init__(self) -> None:
-        """Refuses what would fail only after much has run."""
+        """Validates before computing."""
         check_settings(distinct={"rows": self.rows} | ({"seeds": self.seeds} if self.seeds else {}))
         if not set(self.rows) <= ROWS.keys():
             raise ValueError(f"rows must be among {', '.join(map(str, ROWS))}, not {self.rows}.")
@@ -79,11 +73,7 @@ class Config(RunSettings):
 
 
 def main(config: Config) -> None:
-    """Runs the rows, and writes the table and the pictures.
-
-    Args:
-      config: the whole configuration.
-    """
+    """Runs the rows, and writes the tables and the pictures."""
     console = rich.console.Console()
     dataset = load_or_exit("mnist", config.data_dir)
     with open_run(config, "reproduce", console) as run:
@@ -99,7 +89,7 @@ def main(config: Config) -> None:
 def run_row(
     row: int, protocol: Protocol, dataset: Dataset, seeds: Sequence[int], run: Run, console: rich.console.Console
 ) -> list[dict[str, Any]]:
-    """Runs a protocol's methods; returns, for each, its strength, its accuracies, and those on validation data."""
+    """Runs a protocol's methods. Returns each one's strength, and its accuracies on test and on validation data."""
     train, test = (part._replace(inputs=protocol.transform(part.inputs)) for part in (dataset.train, dataset.test))
     dataset = Dataset(train, test, dataset.num_classes)
     sweep = functools.partial(
@@ -109,7 +99,7 @@ def run_row(
         console=console,
     )
     choosing_seeds, seeds = (
-        tuple(seeds) or tuple(range(number)) for number in (protocol.num_choosing_seeds, protocol.num_seeds)
+        tuple(seeds) or tuple(range(number)) for number in (NUM_CHOOSING_SEEDS, protocol.num_seeds)
     )
     apply_fn = MLP(protocol.hidden_sizes, dataset.num_classes).apply
     optimizer_fns: dict[float, OptimizerFn] = {}
@@ -119,16 +109,9 @@ def run_row(
     for entry in protocol.entries:
         rate = entry.learning_rate or protocol.learning_rate
         optimizer_fn = optimizer_fns.setdefault(rate, coupled(protocol.optimizer(rate)))
+        recipe = Recipe(apply_fn, optimizer_fn, protocol.num_epochs, protocol.batch_size, protocol.scenario)
         learner = functools.partial(
-            learn_sweep,
-            entry.method,
-            apply_fn,
-            optimizer_fn,
-            scenario=protocol.scenario,
-            num_epochs=protocol.num_epochs,
-            batch_size=protocol.batch_size,
-            max_steps=protocol.max_steps,
-            forward_transfer=False,
+            learn_sweep, entry.method, recipe, max_steps=protocol.max_steps, forward_transfer=False
         )
         name = f"row {row}, {entry.name}"
         strength, validation = entry.strengths[0], {}
@@ -146,12 +129,12 @@ def run_row(
 
 
 def coupled(optimizer: optax.GradientTransformation) -> OptimizerFn:
-    """Makes the pipeline of all sources: the penalty is part of the loss."""
+    """Makes the pipeline that all sources use: the penalty is part of the loss."""
     return lambda strength: optax.chain(add_quadratic_penalty(strength), optimizer)
 
 
 def percent(accuracy: Estimate) -> list[float]:
-    """Gives the average accuracy from each seed, in percent."""
+    """Returns the average accuracy of each seed, in percent."""
     return [100 * value for value in accuracy.values]
 
 
@@ -165,14 +148,14 @@ def published_error(protocol: Protocol, published: Published) -> float:
 
 
 def table_of(protocol: Protocol, results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Makes a row's table: ours beside the published, and how far apart they are."""
+    """Makes a row's table: the published accuracies and ours, and how far apart they are."""
     table = [["method", "published", "ours", "runs", "deviations apart", "errors apart", "our λ"]]
     all_published = {entry.name: entry.published for entry in protocol.entries}
     for result in results:
         ours, published = estimate(result["accuracies"]), all_published[result["name"]]
         error = ours.stderr
         deviation = error * math.sqrt(len(ours.values))
-        shown = error if protocol.deviation == "standard error" else deviation
+        spread = error if protocol.deviation == "standard error" else deviation
         written, deviations, errors = "–", "–", "–"
         if isinstance(published, Published):
             written = f"{published.mean:.2f} ± {published.deviation:.2f}"
@@ -184,7 +167,7 @@ def table_of(protocol: Protocol, results: Sequence[Mapping[str, Any]]) -> list[l
             written = f"{published.low:g} to {published.high:g}"
             deviations = "within" if published.low <= ours.mean <= published.high else "outside"
         mean = "diverged" if math.isnan(ours.mean) else f"{ours.mean:.2f}"
-        mean += "" if math.isnan(shown) else f" ± {shown:.2f}"
+        mean += "" if math.isnan(spread) else f" ± {spread:.2f}"
         table.append(
             [result["name"], written, mean, str(len(ours.values)), deviations, errors, f"{result['strength']:g}"]
         )
@@ -192,7 +175,7 @@ def table_of(protocol: Protocol, results: Sequence[Mapping[str, Any]]) -> list[l
 
 
 def signed(number: float) -> str:
-    """Writes a number with its sign; a dash for NaN."""
+    """Formats a number with its sign, or NaN as a dash."""
     return "–" if math.isnan(number) else f"{round(number, 1) + 0.0:+.1f}"
 
 
@@ -203,7 +186,7 @@ def report(row: int, results: Sequence[Mapping[str, Any]], console: rich.console
 
 
 def write_docs(folder: pathlib.Path, row: int, results: Sequence[Mapping[str, Any]]) -> None:
-    """Adds a row to `results.json`, and makes `results.md` and the pictures from all that is in it."""
+    """Adds a row to `results.json`, and makes `results.md` and the pictures from all its rows."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "results.json"
     rows = json.loads(file.read_text()) if file.exists() else {}
@@ -213,7 +196,7 @@ def write_docs(folder: pathlib.Path, row: int, results: Sequence[Mapping[str, An
     for number, of_row in rows.items():
         protocol = ROWS[int(number)]
         text.append(f"## Row {number}: {protocol.title}\n\n{protocol.source}.\n")
-        spread = f"± is the {protocol.deviation}; the source has {protocol.published_runs} runs."
+        spread = f"± is the {protocol.deviation}; the source made {protocol.published_runs} runs."
         text.append(f"{protocol.remark} {spread}\n")
         header, *table = table_of(protocol, of_row)
         text.append(markdown_table(header, table))
@@ -226,7 +209,7 @@ def write_docs(folder: pathlib.Path, row: int, results: Sequence[Mapping[str, An
 
 
 def plot_rows(rows: Mapping[str, Sequence[Mapping[str, Any]]], file: pathlib.Path) -> None:
-    """Draws the published accuracies beside ours, with intervals of two standard errors, a panel for each row."""
+    """Draws the published accuracies and ours, with intervals of two standard errors, a panel for each row."""
     height = -(-len(rows) // 2)
     title = "Average accuracy, percent: published and ours, ± 2 standard errors"
     figure = make_figure(9.0, 2.4 * height + 0.6, title)

@@ -1,8 +1,9 @@
-"""What an importance says of the output: perturb what matters little, and what matters much.
+"""Does a parameter's importance predict how much the output changes when the parameter is perturbed?
 
-First, MAS's picture: the change of a trained network's output is g · δ, with g the output's gradient, as long as the
-perturbation δ of the parameters is small. Then parameters are put into groups by the rank of their importance, and a
-perturbation of always the same length is spent on one group: by the rank of MAS, of the Fisher diagonal, and at random.
+MAS assumes that a small perturbation δ of the parameters changes the output by g · δ, with g the output's gradient. The
+study first measures the error of this linear approximation by the length of δ. It then ranks the parameters by MAS, by
+the Fisher diagonal and at random, splits them into groups by rank, and perturbs one group at a time, always by the same
+length.
 """
 
 import dataclasses
@@ -15,25 +16,15 @@ import numpy as np
 import rich.console
 from jax.flatten_util import ravel_pytree
 
-from lifelong_jax import (
-    Batch,
-    init_consolidation,
-)
+from experiments.harness.report import estimate, format_estimate, print_table
+from experiments.harness.runs import Run, open_run
+from experiments.harness.settings import RunSettings, Seeds, check_settings, parse_settings
+from experiments.harness.study import both_importances, learn_permuted, measure_seeds
+from lifelong_jax import Batch, init_consolidation
+from lifelong_jax._tables import markdown_table
 from lifelong_jax.datasets import Dataset, load_dataset
 from lifelong_jax.models import MLP, init_network
 from lifelong_jax.plotting import COLORS, draw_over_seeds, make_figure
-from lifelong_jax.resuming import open_run, parse_settings
-from lifelong_jax.runs import (
-    Run,
-    RunSettings,
-    Seeds,
-    check_settings,
-    estimate,
-    format_estimate,
-    markdown_table,
-    print_table,
-)
-from lifelong_jax.studies import both_importances, learn_permuted, measure_seeds
 from lifelong_jax.types import Params
 
 ACTIVATIONS = ("tanh", "relu")
@@ -42,7 +33,7 @@ RANKINGS = ("MAS", "EWC", "random")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(RunSettings):
-    """Perturb a trained network's parameters: how far the output is linear, and what the rank of importance says."""
+    """Perturb a trained network: how far is its output linear, and do importances predict how much it changes?"""
 
     hidden_sizes: tuple[int, ...] = (64, 64)
     """Widths of the hidden layers."""
@@ -57,22 +48,22 @@ class Config(RunSettings):
     """The step size of SGD with momentum 0.9."""
 
     distances: tuple[float, ...] = tuple(float(f"{10 ** (quarter / 4 - 3):.3g}") for quarter in range(13))
-    """The lengths ‖δ‖ / ‖θ‖ at which the output's change is compared with its linear part."""
+    """Lengths ‖δ‖ / ‖θ‖ at which the output's change is compared with g · δ."""
 
     num_groups: int = 10
-    """Into how many groups of equal size the parameters are put by their rank."""
+    """Number of groups of equal size into which the parameters are split by rank."""
 
     noise: float = 0.3
-    """The length ‖δ‖ / ‖θ‖ of the perturbation that is spent on one group."""
+    """Length ‖δ‖ / ‖θ‖ of the perturbation of one group."""
 
     num_draws: int = 10
-    """Random perturbations per network, and per group."""
+    """Number of random perturbations for each length, and for each group."""
 
     seeds: Seeds = (0, 1, 2, 3, 4)
-    """One initialisation and one order of examples for each."""
+    """Each seed sets the initial parameters and the order of the examples."""
 
     def __post_init__(self) -> None:
-        """Refuses what would fail only after much has run."""
+        """Validates before computing."""
         names = ("hidden_sizes", "num_epochs", "batch_size", "learning_rate", "distances", "num_groups", "noise")
         check_settings(
             positive={name: getattr(self, name) for name in (*names, "num_draws")},
@@ -81,11 +72,7 @@ class Config(RunSettings):
 
 
 def main(config: Config) -> None:
-    """Runs the study.
-
-    Args:
-      config: the whole configuration.
-    """
+    """Runs the study."""
     console = rich.console.Console()
     with open_run(config, "sensitivity", console) as run:
         dataset = load_dataset("digits")
@@ -97,7 +84,7 @@ def main(config: Config) -> None:
 
 
 def measure(config: Config, dataset: Dataset, key: jax.Array) -> dict[str, np.ndarray]:
-    """Measures what one seed gives: for each activation its `linearity`, for each ranking its `perturb_by_rank`."""
+    """Measures one seed: `linearity` for each activation, and `perturb_by_rank` for each ranking."""
     train_key, delta_key, random_key = jax.random.split(key, 3)
     trained = {activation: train(config, activation, dataset.train, train_key) for activation in ACTIVATIONS}
     measured = {
@@ -118,7 +105,7 @@ def train(config: Config, activation: str, batch: Batch, key: jax.Array) -> Para
     """Trains a network."""
     init_key, key = jax.random.split(key)
     model = make_model(config, activation)
-    start = init_network(make_model(config, "relu"), init_key, batch.inputs[0])  # the same for both
+    start = init_network(make_model(config, "relu"), init_key, batch.inputs[0])  # the same for both activations
     return learn_permuted(
         model,
         start,
@@ -134,23 +121,19 @@ def train(config: Config, activation: str, batch: Batch, key: jax.Array) -> Para
 
 
 def importances(config: Config, params: Params, batch: Batch, key: jax.Array) -> dict[str, Params]:
-    """Computes MAS's and EWC's importance of a ReLU network, and draws a random one."""
+    """Computes the importances of MAS and EWC for a ReLU network, and draws random ones."""
     pixels = np.arange(batch.inputs[0].size)
     fisher, mas = both_importances(make_model(config, "relu"), params, batch, pixels)
     flat, unravel = ravel_pytree(params)
-    return {
-        "MAS": mas,
-        "EWC": fisher,
-        "random": unravel(jax.random.uniform(key, flat.shape)),
-    }
+    return {"MAS": mas, "EWC": fisher, "random": unravel(jax.random.uniform(key, flat.shape))}
 
 
 @functools.partial(jax.jit, static_argnames=("config", "activation"))
 def linearity(config: Config, activation: str, params: Params, batch: Batch, key: jax.Array) -> jax.Array:
-    """Computes, for each distance, the root mean square of the output's change, and of what g · δ leaves out of it.
+    """Computes the output's change at each distance, and the error of g · δ.
 
     Returns:
-      `[num_distances, 2]`, over examples, outputs and draws.
+      `[num_distances, 2]`, root mean squares over examples, outputs and draws.
     """
     apply_fn = make_model(config, activation).apply
     flat, unravel = ravel_pytree(params)
@@ -172,10 +155,10 @@ def linearity(config: Config, activation: str, params: Params, batch: Batch, key
 
 @functools.partial(jax.jit, static_argnames=("config",))
 def perturb_by_rank(config: Config, params: Params, importance: Params, batch: Batch, key: jax.Array) -> jax.Array:
-    """Perturbs one group of parameters after the other, from the least important to the most.
+    """Perturbs one group of parameters at a time, from the least important to the most important.
 
     Returns:
-      `[num_groups, 2]`: the root mean square of the output's change, and the accuracy lost, a fraction.
+      `[num_groups, 2]`: the root mean square of the output's change, and the loss of accuracy, a fraction.
     """
     apply_fn = make_model(config, "relu").apply
     flat, unravel = ravel_pytree(params)
@@ -197,21 +180,20 @@ def perturb_by_rank(config: Config, params: Params, importance: Params, batch: B
         return jnp.stack([jnp.mean((after - before) ** 2), accuracy(before) - accuracy(after)])
 
     keys = jax.random.split(key, config.num_draws)
-    means = jax.vmap(jax.vmap(at, in_axes=(None, 0)), in_axes=(0, None))(jnp.arange(config.num_groups), keys).mean(
-        axis=1
-    )
+    of_draws = jax.vmap(jax.vmap(at, in_axes=(None, 0)), in_axes=(0, None))(jnp.arange(config.num_groups), keys)
+    means = of_draws.mean(axis=1)
     return means.at[:, 0].set(jnp.sqrt(means[:, 0]))
 
 
 def slopes_of(config: Config, errors: np.ndarray) -> list[float]:
-    """Fits, for each seed, the power of ‖δ‖ with which the error of the linear part grows, where ‖δ‖ is small."""
+    """Fits, for each seed, the power of ‖δ‖ with which the error of g · δ grows, over the smaller distances."""
     distances = np.array(config.distances)
     small = distances <= np.sqrt(distances.min() * distances.max())
     return [np.polyfit(np.log(distances[small]), np.log(seed[small, 1]), 1)[0] for seed in errors]
 
 
 def rank_correlation(values: np.ndarray) -> float:
-    """Computes Spearman's rank correlation of a sequence with its order: 1 where it ascends."""
+    """Computes Spearman's rank correlation of values with their position: 1 if they ascend."""
     return float(np.corrcoef(np.argsort(np.argsort(values)), np.arange(len(values)))[0, 1])
 
 
@@ -248,7 +230,7 @@ def report(
         ]
         for name, numbers in linear.items()
     ]
-    print_table(console, "What g · δ leaves out of the output's change, by the length of δ", header, rows)
+    print_table(console, "Error of g · δ relative to the output's change, by the length of δ", header, rows)
     markdown = markdown_table(header, rows)
     header = [
         "ranked by",

@@ -1,9 +1,10 @@
-"""Many configurations of the parameters solve task A, and one that solves task B too is near: loss contours of both.
+"""Many parameters solve task A. Does the penalty lead to some that solve task B too? Loss contours of both tasks.
 
-First with two parameters, so that the plane is the whole space: a linear model tells two digits apart (task A: 6 and 9,
-task B: 2 and 7) by two measurements of the image. Then in planes through the solutions of a network that learns two
-permuted tasks. Task B is learned from task A's solution without a penalty, with equal rigidity (every parameter equally
-important) and with the Fisher diagonal; the last two each at the best strength of one grid of total stiffness.
+The first model has two parameters, so that a plane is its whole space. It is linear and tells two digits apart by two
+measurements of the image (task A: 6 and 9, task B: 2 and 7). The second is a network that learns two permuted tasks;
+its losses are drawn in planes through its solutions. Starting from task A's solution, both models learn task B without
+a penalty, with every parameter equally important ("equal rigidity"), and with the Fisher diagonal. Each penalty has the
+best strength of the same grid.
 """
 
 import dataclasses
@@ -20,45 +21,36 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from experiments.harness.report import Estimate, estimate, format_estimate, print_table, progress_bar
+from experiments.harness.runs import Run, compute_once, open_run
+from experiments.harness.settings import RunSettings, Seeds, check_settings, parse_settings
 from lifelong_jax import (
     Batch,
     Consolidation,
     fisher_diagonal,
     init_consolidation,
     init_training,
-    joint_examples,
     learn_task,
     permuted_tasks,
     proximal_quadratic_penalty,
 )
+from lifelong_jax._tables import markdown_table
 from lifelong_jax.datasets import load_dataset
 from lifelong_jax.geometry import Plane, loss_on_plane, penalty_on_plane, plane_coordinates, plane_through
 from lifelong_jax.methods import cross_entropy
 from lifelong_jax.models import MLP, init_network
 from lifelong_jax.plotting import COLORS, draw_low_loss, make_figure
-from lifelong_jax.resuming import compute_once, open_run, parse_settings
-from lifelong_jax.runs import (
-    Estimate,
-    Run,
-    RunSettings,
-    Seeds,
-    check_settings,
-    estimate,
-    format_estimate,
-    markdown_table,
-    print_table,
-    progress_bar,
-)
+from lifelong_jax.scenarios import joint_examples
 from lifelong_jax.types import LossFn, Params
 
 PENALTIES = ("plain training", "equal rigidity", "importance-weighted")
-NUM_DRAWN = 140  # of the 280 or so images of two digits
+NUM_IMAGES = 140  # drawn from the 280 or so images of two digits
 ELLIPSE = "penalty's ellipse"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(RunSettings):
-    """Draw the losses of two tasks around the solutions that plain training, equal rigidity and EWC arrive at."""
+    """Draw the losses of two tasks around the solutions of plain training, equal rigidity and EWC."""
 
     hidden_sizes: tuple[int, ...] = (64,)
     """Widths of the network's hidden layers."""
@@ -70,26 +62,26 @@ class Config(RunSettings):
     """Examples per step."""
 
     learning_rate: float = 0.05
-    """The step size of plain SGD, for the network."""
+    """The step size of plain SGD for the network."""
 
     linear_learning_rate: float = 1.0
-    """The same for the two parameters."""
+    """The step size of plain SGD for the model of two parameters."""
 
     stiffness: tuple[float, ...] = tuple(float(f"{10 ** (third / 3):.3g}") for third in range(-4, 9))
-    """The grid of λ · Σ Ω / Σ Fisher, for both penalties: 1 is as stiff in all as the Fisher diagonal at λ = 1."""
+    """The grid of total stiffness λ · Σ Ω, in units of that of the Fisher diagonal at λ = 1."""
 
     low: float = 0.1
-    """How far above the lowest, which training on the task alone reached, a loss is low."""
+    """A loss counts as low up to this much above the loss that training on the task alone reaches."""
 
     grid_size: int = 41
-    """Points to a side of the planes in which losses are computed."""
+    """Losses are computed on grids of this many points per side."""
 
     seeds: Seeds = (0, 1, 2, 3, 4)
-    """Initial parameters, order of examples and tasks (140 images of each two digits, drawn at random; permutations),
-    one for each. Contours are drawn for the first."""
+    """Each seed sets the initial parameters, the order of the examples and the tasks (the 140 images of two digits, or
+    the permutations). Contours are drawn for the first seed."""
 
     def __post_init__(self) -> None:
-        """Refuses what would fail only after much has run."""
+        """Validates before computing."""
         names = ("hidden_sizes", "num_epochs", "batch_size", "learning_rate", "linear_learning_rate", "stiffness")
         check_settings(
             positive={name: getattr(self, name) for name in (*names, "low", "grid_size")},
@@ -101,12 +93,12 @@ class Case(NamedTuple):
     """A model and two tasks for it.
 
     Attributes:
-      name: of the model.
-      is_plane: whether its parameters are two, so that there is one plane, the whole space.
-      axes: what the axes of its planes are.
+      name: the model's name.
+      is_plane: whether the model has two parameters, so that its whole space is a plane.
+      axes: the names of the axes of its planes.
       init_params: `init_params(key) -> params`.
       make_tasks: `make_tasks(key) -> (task A, task B)`, training examples.
-      loss_fn: of one example.
+      loss_fn: `loss_fn(params, example) -> scalar`.
       fisher_fn: `fisher_fn(params, examples) -> importance`.
       learning_rate: of plain SGD.
     """
@@ -122,16 +114,16 @@ class Case(NamedTuple):
 
 
 class Learned(NamedTuple):
-    """What one seed learned.
+    """The results of one seed.
 
     Attributes:
-      tasks: A and B, training examples.
+      tasks: the training examples of A and B.
       solution: the parameters after task A.
-      fisher: A's Fisher diagonal there.
-      paths: for each penalty, `[num_stiffness, num_epochs + 1, ...]`, the parameters while task B is learned; what is
-        not drawn is the end alone, `[num_stiffness, 1, ...]`.
-      lowest: `[2]`, the losses on A and B that training on it alone reached.
-      above: for each penalty, `[num_stiffness, 2]`, how far above these the losses on A and B are after B.
+      fisher: A's Fisher diagonal at the solution.
+      paths: for each penalty, the parameters while task B is learned, `[num_stiffness, num_epochs + 1, ...]`; of paths
+        that are not drawn only the end, `[num_stiffness, 1, ...]`.
+      lowest: `[2]`, the losses on A and B that training on the task alone reaches.
+      above: for each penalty, `[num_stiffness, 2]`, the losses on A and B after B, minus `lowest`.
     """
 
     tasks: tuple[Batch, Batch]
@@ -143,13 +135,12 @@ class Learned(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What came out for a model, over seeds.
+    """The results of a model over seeds.
 
     Attributes:
       chosen: for each penalty, the index of the stiffness at which the worse of the two losses is lowest.
-      above: for each penalty, how far the losses on A and B, and the worse of them, are above the lowest.
-      overlap: of A's true low-loss region in the plane with the penalty's ellipse: the area that they share over the
-        area that they cover.
+      above: for each penalty, the losses on A and B, and the worse of them, minus the lowest.
+      overlap: of A's low-loss region in the plane with the penalty's ellipse: their intersection over their union.
     """
 
     chosen: dict[str, int]
@@ -158,11 +149,7 @@ class Outcome(NamedTuple):
 
 
 def main(config: Config) -> None:
-    """Runs the study.
-
-    Args:
-      config: the whole configuration.
-    """
+    """Runs the study."""
     console = rich.console.Console()
     with open_run(config, "solution_space", console) as run:
         cases = (two_parameters(config), network(config))
@@ -189,17 +176,17 @@ def main(config: Config) -> None:
 
 
 def two_parameters(config: Config) -> Case:
-    """Makes the linear model: two measurements of an image, two weights, squared error from a label of ±1."""
+    """Makes the linear model: two measurements of an image, two weights, and the squared error from a label of ±1."""
     train = load_dataset("digits").train
     images = np.asarray(train.inputs[..., 0])
     patch = functools.partial(np.mean, axis=(1, 2))
-    slant = patch(images[:, 2:4, 4:6]) - patch(images[:, 4:6, 2:4])  # ink right above the centre less left below it
+    slant = patch(images[:, 2:4, 4:6]) - patch(images[:, 4:6, 2:4])  # ink at the upper right minus lower left
     bottom = patch(images[:, 6:8])  # ink in the two bottom rows
     measured = jnp.asarray(np.stack([slant, bottom - bottom.mean()], axis=-1))
 
     def some_of(one: int, other: int, key: jax.Array) -> Batch:
         (both,) = np.nonzero(np.isin(train.labels, (one, other)))
-        chosen = jax.random.permutation(key, jnp.asarray(both))[:NUM_DRAWN]
+        chosen = jax.random.permutation(key, jnp.asarray(both))[:NUM_IMAGES]
         return Batch(measured[chosen], (train.labels[chosen] == other).astype(jnp.int32), train.weights[chosen])
 
     def output_fn(params: Params, x: jax.Array) -> jax.Array:
@@ -243,11 +230,7 @@ def network(config: Config) -> Case:
 def learn(
     config: Config, case: Case, tasks: tuple[Batch, Batch], keys: Sequence[jax.Array], drawn: bool
 ) -> dict[str, Any]:
-    """Learns task A, and from there task B with each penalty at each stiffness.
-
-    Returns:
-      The fields of `Learned`, but for the tasks.
-    """
+    """Learns task A, then B with each penalty at each stiffness. Returns the fields of `Learned` except `tasks`."""
     params_key, a_key, b_key = keys
     start = case.init_params(params_key)
     path = train(config, case, start, init_consolidation(start), 0.0, tasks[0], a_key)
@@ -284,7 +267,7 @@ def train(
     task: Batch,
     key: jax.Array,
 ) -> Params:
-    """Trains. Returns the parameters at the start and after each epoch, `[num_epochs + 1, ...]`."""
+    """Trains, and returns the parameters at the start and after each epoch, `[num_epochs + 1, ...]`."""
     rate = case.learning_rate
     optimizer = optax.chain(optax.sgd(rate), proximal_quadratic_penalty(rate, strength))
 
@@ -300,17 +283,17 @@ def train(
 
 @functools.partial(jax.jit, static_argnames=("case",))
 def mean_loss(case: Case, params: Params, examples: Batch) -> jax.Array:
-    """Computes the mean loss."""
+    """Computes the mean loss over examples."""
     return jax.vmap(case.loss_fn, in_axes=(None, 0))(params, examples).mean()
 
 
 def take(path: Params, index: int) -> Params:
-    """Takes one of a path's points."""
+    """Returns one point of a path."""
     return jax.tree.map(lambda leaf: leaf[index], path)
 
 
 def summarize(config: Config, case: Case, learned: Sequence[Learned]) -> Outcome:
-    """Chooses each penalty's stiffness, and takes means over seeds."""
+    """Chooses each penalty's stiffness, and computes estimates over seeds."""
     chosen, above = {}, {}
     for name in PENALTIES:
         of_seeds = np.stack([result.above[name] for result in learned])
@@ -321,9 +304,9 @@ def summarize(config: Config, case: Case, learned: Sequence[Learned]) -> Outcome
 
 
 def overlap(config: Config, case: Case, chosen: Mapping[str, int], result: Learned) -> float:
-    """Compares A's true low-loss region with the penalty's ellipse, on a grid that holds both."""
+    """Computes the overlap of A's low-loss region with the penalty's ellipse, on a grid that contains both."""
     plane = plane_of(case, result, chosen, "importance-weighted")
-    for reach in (1.0, 2.0):  # twice as far, where the region goes on
+    for reach in (1.0, 2.0):  # a grid twice as large, if the region touches the first one's edge
         first, second = around(plane, result, config, [], reach)
         losses = loss_on_plane(case.loss_fn, plane, *(first, second), result.tasks[0])
         region = losses <= result.lowest[0] + config.low
@@ -334,7 +317,7 @@ def overlap(config: Config, case: Case, chosen: Mapping[str, int], result: Learn
 
 
 def plane_of(case: Case, result: Learned, chosen: Mapping[str, int], name: str) -> Plane:
-    """Lays the plane through A's solution, the fine-tuned one, and the one that a penalty arrived at."""
+    """Returns the plane through A's solution, the end of plain training, and the end of training with a penalty."""
     if case.is_plane:
         return Plane(jnp.zeros(2), (jnp.array([1.0, 0.0]), jnp.array([0.0, 1.0])))
     ends = (take(take(result.paths[each], chosen[each]), -1) for each in (PENALTIES[0], name))
@@ -344,7 +327,7 @@ def plane_of(case: Case, result: Learned, chosen: Mapping[str, int], name: str) 
 def around(
     plane: Plane, result: Learned, config: Config, paths: Sequence[np.ndarray], reach: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Chooses a grid's coordinates: it holds the paths, and the penalty's ellipse `reach` times."""
+    """Chooses a grid's coordinates so that it contains the paths, and the penalty's ellipse enlarged `reach` times."""
     anchor = plane_coordinates(plane, result.solution)
     inverse = np.linalg.inv(penalty_on_plane(plane, result.fisher))
     radii = reach * np.sqrt(2 * config.low * np.diag(inverse))
@@ -354,7 +337,7 @@ def around(
 
 
 def penalty_around(plane: Plane, result: Learned, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Computes the penalty at strength 1 on a grid in a plane."""
+    """Computes the penalty at λ = 1 on a grid in a plane."""
     offset = np.stack(np.meshgrid(first, second), axis=-1) - plane_coordinates(plane, result.solution)
     return np.einsum("...j,jk,...k", offset, penalty_on_plane(plane, result.fisher), offset) / 2
 
@@ -385,7 +368,7 @@ def draw(
     outcomes: Mapping[str, Outcome],
     run: Run,
 ) -> None:
-    """Draws `solution_space.png`: a row for each model, a column for each penalty and one for the ellipse."""
+    """Draws `solution_space.png`: a row for each model, a column for each penalty, and a column for the ellipse."""
     figure = make_figure(8.6, 5.6, title_of(outcomes))
     for case, row in zip(cases, figure.subplots(2, 4), strict=True):
         outcome = outcomes[case.name]
@@ -412,17 +395,17 @@ def draw(
 
 
 def draw_panel(config: Config, case: Case, learned: Sequence[Learned], outcome: Outcome, name: str, axis: Axes) -> None:
-    """Draws both tasks' low-loss regions, A's solution, and a penalty's paths or the ellipse."""
+    """Draws both tasks' low-loss regions, A's solution, and a penalty's paths or its ellipse."""
     result = learned[0]
     third = name if name == PENALTIES[1] else PENALTIES[2]
     plane = plane_of(case, result, outcome.chosen, third)
 
     def paths_of(penalty: str) -> list[np.ndarray]:
-        seeds = learned if case.is_plane else [result]  # other seeds' paths are in other planes
+        seeds = learned if case.is_plane else [result]  # each seed has a plane of its own
         return [path_in(plane, take(each.paths[penalty], outcome.chosen[penalty])) for each in seeds]
 
-    shown = [path for each in (PENALTIES if case.is_plane else (PENALTIES[0], third)) for path in paths_of(each)]
-    grid = around(plane, result, config, shown, 1.0 if case.is_plane or name == ELLIPSE else 0.4)
+    inside = [path for each in (PENALTIES if case.is_plane else (PENALTIES[0], third)) for path in paths_of(each)]
+    grid = around(plane, result, config, inside, 1.0 if case.is_plane or name == ELLIPSE else 0.4)
     for task, lowest, color in zip(result.tasks, result.lowest, COLORS, strict=False):
         losses = loss_on_plane(case.loss_fn, plane, *grid, task)
         draw_low_loss(axis, *grid, losses, [lowest + config.low, lowest + 4 * config.low], color)
@@ -443,13 +426,13 @@ def path_in(plane: Plane, path: Params) -> np.ndarray:
 
 
 def title_of(outcomes: Mapping[str, Outcome]) -> str:
-    """Says which training ends nearest to where both losses are low."""
+    """Names the penalty at which the worse of both losses is lowest, if it is the same for both models."""
     nearest = {
         min(PENALTIES, key=lambda name, outcome=outcome: outcome.above[name]["worse"].mean)
         for outcome in outcomes.values()
     }
     if len(nearest) > 1:
-        return "After task B: how far the losses on A and B are above their lowest"
+        return "Losses on A and B after task B, above the lowest"
     return f"{nearest.pop().capitalize()} training ends nearest to where both losses are low"
 
 

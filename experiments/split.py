@@ -1,11 +1,11 @@
-"""Learns disjoint groups of classes one after the other, in one of three scenarios.
+"""Compares methods on disjoint groups of classes, learned one after the other, in one of three scenarios.
 
-- task: the task is known at test time, and only its own classes are asked for.
-- domain: all tasks share their outputs: is it the first or the second class of its group?
-- class: the task is not known, and every class seen so far may be the answer.
+- task: the task is known at test time, and only its own classes can be the answer.
+- domain: all tasks share their outputs. The network only says whether an image is of its group's first or second class.
+- class: the task is not known at test time, and every class seen so far can be the answer.
 
-Parameter importance alone does not solve the class-incremental scenario: the penalty keeps what the old classes'
-outputs were, but nothing ever compares an old class with a new one, and the network answers with the newest classes.
+Parameter importance alone does not solve the class-incremental scenario. The penalty preserves the outputs of the old
+classes, but no example compares an old class with a new one. So the network answers with the newest classes.
 """
 
 import dataclasses
@@ -16,34 +16,32 @@ from typing import Literal
 import jax
 import numpy as np
 
-from lifelong_jax import Task
+from experiments.harness.experiment import Experiment, Settings, Strength, load_or_exit, make_network, run_experiment
+from experiments.harness.settings import check_settings, parse_settings
+from lifelong_jax import Task, split_tasks
 from lifelong_jax.datasets import Dataset
-from lifelong_jax.experiment import Experiment, Settings, Strength, load_or_exit, make_network, run_experiment
 from lifelong_jax.models import init_network
-from lifelong_jax.resuming import parse_settings
-from lifelong_jax.runs import check_settings
-from lifelong_jax.tasks import split_tasks
 
-# By --tune: for the task- and the domain-incremental scenario.
+# Chosen by --tune, for the task- and the domain-incremental scenario.
 STRENGTH = Strength(l2=0.0316, ewc=1e3, mas=10.0, local_mas=10.0, si=1e3, rwalk=316.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(Settings):
-    """Learn disjoint groups of classes one after the other, in the task-, domain- or class-incremental scenario."""
+    """Compare methods on disjoint groups of classes, in the task-, domain- or class-incremental scenario."""
 
     scenario: Literal["task", "domain", "class"] = "task"
-    """Whether the task is known at test time (task), all tasks share their outputs (domain), or every class seen so far
-    may be the answer (class), which parameter importance alone does not solve."""
+    """task: the task is known at test time. domain: all tasks share their outputs. class: every class seen so far can
+    be the answer; parameter importance alone does not solve this."""
 
     dataset: str = "digits"
-    """digits (bundled), or the name of an image-classification data set: see the README."""
+    """digits (bundled), or the name of an image-classification data set that TFDS has prepared, such as mnist."""
 
     classes_per_task: int = 2
-    """How many classes each task has; the last one may have fewer."""
+    """How many classes each task has; the last task may have fewer."""
 
     class_order: Literal["random", "sorted"] = "random"
-    """Whether the classes come in another order for each seed, or by their number."""
+    """random: the order of the classes depends on the seed. sorted: the classes are in numerical order."""
 
     num_epochs: int = 10
     """Passes over each task's training data."""
@@ -51,17 +49,13 @@ class Config(Settings):
     strength: Strength = STRENGTH
 
     def __post_init__(self) -> None:
-        """Refuses what would fail only after much has run."""
+        """Validates before computing."""
         super().__post_init__()
         check_settings(positive={"classes_per_task": self.classes_per_task})
 
 
 def main(config: Config) -> None:
-    """Runs the comparison.
-
-    Args:
-      config: the whole configuration.
-    """
+    """Runs the comparison."""
     dataset = load_or_exit(config.dataset, config.data_dir)
     shared_outputs = config.scenario == "domain"
     network = make_network(config, config.classes_per_task if shared_outputs else dataset.num_classes)
@@ -85,7 +79,7 @@ def main(config: Config) -> None:
 
 
 def class_groups(config: Config, num_classes: int, key: jax.Array) -> list[list[int]]:
-    """Puts the classes into groups, one for each task."""
+    """Splits the classes into groups, one for each task."""
     order = np.arange(num_classes)
     if config.class_order == "random":
         order = np.asarray(jax.random.permutation(key, num_classes))

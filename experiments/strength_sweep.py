@@ -1,8 +1,8 @@
-"""Learns permuted tasks at strengths over twelve decades, with the penalty in each place of a pipeline.
+"""Learns permuted tasks at strengths over twelve decades, with the penalty at each place in the optimiser's pipeline.
 
-The penalty can be coupled (its gradient joins the loss's before the preconditioner), decoupled (after it) or proximal
-(a closed-form step after the pipeline's own). The picture shows at which strengths each remembers, learns, or diverges;
-accuracies are on validation data, a fifth of the training data.
+The penalty can be coupled (its gradient is added to the loss's before the preconditioner), decoupled (after it) or
+proximal (a closed-form step after the optimiser's own). The picture has the average accuracy against the strength, and
+where training diverges. Accuracies are on validation data, a fifth of the training data.
 """
 
 import dataclasses
@@ -15,37 +15,30 @@ import optax
 import rich.console
 import tyro
 
+from experiments.harness.experiment import load_or_exit
+from experiments.harness.report import Estimate, format_estimate, print_table
+from experiments.harness.runs import Run, open_run
+from experiments.harness.settings import Numbers, RunSettings, Seeds, check_settings, parse_settings
+from experiments.harness.tune import average_accuracies, sweep_strengths
 from lifelong_jax import (
+    Recipe,
     add_quadratic_penalty,
+    learn_sweep,
     methods,
     permuted_tasks,
     proximal_adam,
     proximal_quadratic_penalty,
 )
-from lifelong_jax.continual import OptimizerFn
+from lifelong_jax._tables import markdown_table
 from lifelong_jax.datasets import hold_out_validation
-from lifelong_jax.experiment import load_or_exit
 from lifelong_jax.models import MLP, init_network
 from lifelong_jax.plotting import plot_strength_sweep
-from lifelong_jax.resuming import open_run, parse_settings
-from lifelong_jax.runs import (
-    Estimate,
-    Numbers,
-    Run,
-    RunSettings,
-    Seeds,
-    check_settings,
-    format_estimate,
-    markdown_table,
-    print_table,
-)
-from lifelong_jax.sweep import learn_sweep
-from lifelong_jax.tuning import average_accuracies, sweep_strengths
+from lifelong_jax.types import OptimizerFn
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(RunSettings):
-    """Learn permuted tasks at strengths over twelve decades, with the penalty in each place of a pipeline."""
+    """Learn permuted tasks at strengths over twelve decades, with the penalty at each place in the pipeline."""
 
     dataset: str = "digits"
     """digits (bundled), or the name of an image-classification data set that TFDS has prepared, such as mnist."""
@@ -54,13 +47,13 @@ class Config(RunSettings):
     """Where TFDS keeps prepared data sets; by default TFDS_DATA_DIR, else ~/tensorflow_datasets."""
 
     method: Literal["l2", "ewc", "mas"] = "ewc"
-    """Which importance: the same for every parameter (l2), Fisher diagonal (ewc), or output sensitivity (mas)."""
+    """The importance: equal for all parameters (l2), the Fisher diagonal (ewc), or the output's sensitivity (mas)."""
 
     optimizers: tuple[Literal["sgd", "adam"], ...] = ("sgd", "adam")
-    """A panel of the picture for each."""
+    """The optimisers. Each has a panel of the picture."""
 
     strengths: Annotated[Numbers, tyro.conf.arg(name="strength")] = tuple(10.0**decade for decade in range(-3, 10))
-    """The strengths, λ."""
+    """The strengths λ."""
 
     num_tasks: int = 3
     """How many tasks."""
@@ -81,10 +74,10 @@ class Config(RunSettings):
     """The step size of Adam."""
 
     seeds: Seeds = (0, 1, 2)
-    """One sequence of tasks, one initialisation and one order of examples for each."""
+    """Each seed sets the sequence of tasks, the initial parameters and the order of the examples."""
 
     def __post_init__(self) -> None:
-        """Refuses what would fail only after much has run."""
+        """Validates before computing."""
         names = ("num_tasks", "hidden_sizes", "num_epochs", "batch_size", "sgd_learning_rate", "adam_learning_rate")
         check_settings(
             positive={name: getattr(self, name) for name in names},
@@ -94,14 +87,10 @@ class Config(RunSettings):
 
 
 def main(config: Config) -> None:
-    """Runs the sweep.
-
-    Args:
-      config: the whole configuration.
-    """
+    """Runs the sweep."""
     console = rich.console.Console()
     dataset = load_or_exit(config.dataset, config.data_dir)
-    dataset = hold_out_validation(dataset, 0.2, jax.random.key(0))  # what is chosen from it is not chosen on test data
+    dataset = hold_out_validation(dataset, 0.2, jax.random.key(0))  # so that no choice is made on test data
     model = MLP(config.hidden_sizes, dataset.num_classes)
     method = {"l2": methods.l2(), "ewc": methods.ewc(), "mas": methods.mas()}[config.method]
     pipelines = make_pipelines(config)
@@ -109,10 +98,7 @@ def main(config: Config) -> None:
         f"{optimizer} {place}": functools.partial(
             learn_sweep,
             method,
-            model.apply,
-            optimizer_fn,
-            num_epochs=config.num_epochs,
-            batch_size=config.batch_size,
+            Recipe(model.apply, optimizer_fn, config.num_epochs, config.batch_size),
             forward_transfer=False,
         )
         for optimizer in config.optimizers
@@ -133,7 +119,7 @@ def main(config: Config) -> None:
 
 
 def make_pipelines(config: Config) -> dict[str, dict[str, OptimizerFn]]:
-    """Makes a pipeline for each optimiser and each place of the penalty in it."""
+    """Makes a pipeline for each optimiser and each place of the penalty."""
 
     def places(preconditioner: optax.GradientTransformation, learning_rate: float) -> dict[str, OptimizerFn]:
         rate = optax.scale_by_learning_rate(learning_rate)
@@ -168,22 +154,26 @@ def report(
         for optimizer in config.optimizers
     }
     header = ["strength", *(f"{optimizer} {place}" for optimizer in accuracy for place in accuracy[optimizer])]
-    columns = [column for panel in accuracy.values() for column in panel.values()]
+    columns = [column for by_place in accuracy.values() for column in by_place.values()]
     rows = [
         [f"{strength:.0e}", *(format_estimate(column[index], 100) for column in columns)]
         for index, strength in enumerate(config.strengths)
     ]
     setting = f"{config.num_tasks} permuted tasks of {config.dataset}, {config.method}"
-    print_table(console, f"Average validation accuracy, {setting}: percent (–: diverged)", header, rows)
+    print_table(console, f"Average accuracy on validation data, {setting}: percent (–: diverged)", header, rows)
     (run.folder / "table.md").write_text(markdown_table(header, rows))
     title = f"{setting}\n{finding(accuracy, config.strengths)}"
     console.print(title, highlight=False)
-    plot_strength_sweep(accuracy, config.strengths, title, run.folder / "strength_sweep.png")
+    values = {
+        optimizer: {place: [of_strength.values for of_strength in column] for place, column in by_place.items()}
+        for optimizer, by_place in accuracy.items()
+    }
+    plot_strength_sweep(values, config.strengths, title).savefig(run.folder / "strength_sweep.png")
     console.print(f"results in {run.folder}", highlight=False, soft_wrap=True)
 
 
 def finding(accuracy: dict[str, dict[str, list[Estimate]]], strengths: tuple[float, ...]) -> str:
-    """Says which pipelines diverge, and from which strength on."""
+    """Names the pipelines that diverge, and the lowest strength at which they do."""
     diverged = [
         f"{optimizer} {place} from {strengths[np.isnan([estimate.mean for estimate in estimates]).argmax()]:.0e}"
         for optimizer, places in accuracy.items()

@@ -1,8 +1,8 @@
-"""MAS needs no labels: it protects by the data that it was computed on, which need not be the training data.
+"""MAS needs no labels, so its importance can be computed on other data than the training data. Which data suffice?
 
-A network learns task A (digits through one permutation of the pixels), and then task B (through another), with MAS's
-importance computed on different data of task A: on its training examples; on held-out examples without their labels,
-all of them or a few; and on the held-out examples of a single class. Measured is what the network still knows of A.
+A network learns task A and then task B: digits in two permutations of the pixels. MAS's importance for task A is
+computed on its training examples, on all or a few held-out examples without their labels, or on the held-out examples
+of a single class. The study measures the accuracy on A after B.
 """
 
 import dataclasses
@@ -12,28 +12,18 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import rich.console
+from jax.flatten_util import ravel_pytree
 
-from lifelong_jax import (
-    Consolidation,
-    init_consolidation,
-    mas_importance,
-    permuted_tasks,
-)
+from experiments.harness.report import estimate, format_estimate, print_table
+from experiments.harness.runs import Run, open_run
+from experiments.harness.settings import RunSettings, Seeds, check_settings, parse_settings
+from experiments.harness.study import is_correct, learn_permuted, measure_seeds
+from lifelong_jax import Consolidation, init_consolidation, mas_importance, permuted_tasks
+from lifelong_jax._tables import markdown_table
 from lifelong_jax.datasets import Dataset, hold_out_validation, load_dataset
 from lifelong_jax.models import MLP, init_network
 from lifelong_jax.plotting import COLORS, draw_over_seeds, make_figure
-from lifelong_jax.resuming import open_run, parse_settings
-from lifelong_jax.runs import (
-    Run,
-    RunSettings,
-    Seeds,
-    check_settings,
-    estimate,
-    format_estimate,
-    markdown_table,
-    print_table,
-)
-from lifelong_jax.studies import is_correct, learn_permuted, measure_seeds, permuted
+from lifelong_jax.tasks import with_permutation
 from lifelong_jax.types import Params
 
 NUM_CLASSES = 10
@@ -42,7 +32,7 @@ NUM_HELD_OUT = 718  # half of the bundled digits' training data
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(RunSettings):
-    """Protect a task by MAS on data without labels: held-out examples, a few of them, or those of one class."""
+    """Compute MAS's importance on held-out examples without labels: all, a few, or those of one class."""
 
     hidden_sizes: tuple[int, ...] = (64,)
     """Widths of the hidden layers."""
@@ -60,14 +50,14 @@ class Config(RunSettings):
     """λ of MAS."""
 
     num_unlabelled: tuple[int, ...] = (1, 3, 10, 30, 100, 300)
-    """Numbers of held-out examples that the importance is computed on; ascending. There are 718, as many as A and B
-    are trained on."""
+    """Numbers of held-out examples that the importance is computed on, in ascending order. There are 718, as many as
+    training examples."""
 
     seeds: Seeds = (0, 1, 2, 3, 4)
-    """One split of the data, one pair of tasks, one initialisation and one order of examples for each."""
+    """Each seed sets the split of the data, the two tasks, the initial parameters and the order of the examples."""
 
     def __post_init__(self) -> None:
-        """Refuses what would fail only after much has run."""
+        """Validates before computing."""
         names = ("hidden_sizes", "num_epochs", "batch_size", "learning_rate", "num_unlabelled")
         check_settings(
             positive={name: getattr(self, name) for name in names},
@@ -80,18 +70,18 @@ class Config(RunSettings):
 
 
 class Measured(NamedTuple):
-    """What one seed gives; accuracies are on task A's test data after task B, fractions.
+    """Measurements of one seed. Accuracies are fractions; unless noted, on task A's test data after task B.
 
     Attributes:
-      before: after task A, before B.
+      before: the accuracy after task A, before B.
       finetuned: without a penalty.
-      training: with the importance on A's training data.
-      held_out: with the importance on all held-out examples.
-      few: `[num_numbers]`, with the importance on so many of them.
-      by_class: `[NUM_CLASSES, NUM_CLASSES]`: with the importance on class i alone, on the examples of class j.
-      on_b: `[3]`, on B: finetuned, training, held_out.
+      training: with the importance computed on A's training data.
+      held_out: with the importance computed on all held-out examples.
+      few: `[num_numbers]`, with the importance computed on some of these.
+      by_class: `[NUM_CLASSES, NUM_CLASSES]`: with the importance computed on class i, the accuracy on class j.
+      on_b: `[3]`, the accuracies on B: finetuned, training, held_out.
       correlation: of the importance on all held-out examples with that on the training data, over the parameters.
-      few_correlation: `[num_numbers]`, the same for the few.
+      few_correlation: `[num_numbers]`, the same for some of the held-out examples.
     """
 
     before: float
@@ -106,11 +96,7 @@ class Measured(NamedTuple):
 
 
 def main(config: Config) -> None:
-    """Runs the study.
-
-    Args:
-      config: the whole configuration.
-    """
+    """Runs the study."""
     console = rich.console.Console()
     with open_run(config, "unlabelled", console) as run:
         dataset = load_dataset("digits")
@@ -122,12 +108,12 @@ def main(config: Config) -> None:
 
 
 def measure(config: Config, dataset: Dataset, key: jax.Array) -> Measured:
-    """Learns A, and then B once for each source of the importance."""
+    """Learns A, then B once for each data set that the importance is computed on."""
     split_key, tasks_key, init_key, a_key, b_key = jax.random.split(key, 5)
     halves = hold_out_validation(dataset, 0.5, split_key)
     size = NUM_HELD_OUT
     train, unlabelled = (jax.tree.map(lambda leaf: leaf[:size], half) for half in (halves.train, halves.test))
-    shown_a, shown_b = (task.permutation for task in permuted_tasks(train, dataset.test, 2, tasks_key))
+    permutation_a, permutation_b = (task.permutation for task in permuted_tasks(train, dataset.test, 2, tasks_key))
     model = MLP(config.hidden_sizes, NUM_CLASSES)
     learn = functools.partial(
         learn_permuted,
@@ -140,9 +126,9 @@ def measure(config: Config, dataset: Dataset, key: jax.Array) -> Measured:
     )
     start = init_network(model, init_key, train.inputs[0])
     none = init_consolidation(start)
-    params = learn(start, none, permutation=shown_a, key=a_key)
+    params = learn(start, none, permutation=permutation_a, key=a_key)
 
-    importance = functools.partial(importance_on, model, params, permutation=shown_a)
+    importance = functools.partial(importance_on, model, params, permutation=permutation_a)
     every = np.ones(size, np.float32)
     labels = np.asarray(unlabelled.labels)
     sources = {
@@ -154,17 +140,15 @@ def measure(config: Config, dataset: Dataset, key: jax.Array) -> Measured:
     }
     correct, on_b = {}, {}
     for name, omega in sources.items():
-        after = learn(params, Consolidation(params, omega), permutation=shown_b, key=b_key)
-        correct[name] = np.asarray(is_correct(model, after, dataset.test, shown_a))
-        on_b[name] = np.asarray(is_correct(model, after, dataset.test, shown_b)).mean()
-    flat = {
-        name: np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(omega)]) for name, omega in sources.items()
-    }
+        after = learn(params, Consolidation(params, omega), permutation=permutation_b, key=b_key)
+        correct[name] = np.asarray(is_correct(model, after, dataset.test, permutation_a))
+        on_b[name] = np.asarray(is_correct(model, after, dataset.test, permutation_b)).mean()
+    flat = {name: np.asarray(ravel_pytree(omega)[0]) for name, omega in sources.items()}
     counts = [str(count) for count in config.num_unlabelled]
     correlations = [np.corrcoef(flat["training"], flat[name])[0, 1] for name in ("held_out", *counts)]
     labels = np.asarray(dataset.test.labels)
     return Measured(
-        before=np.asarray(is_correct(model, params, dataset.test, shown_a)).mean(),
+        before=np.asarray(is_correct(model, params, dataset.test, permutation_a)).mean(),
         finetuned=correct["finetuned"].mean(),
         training=correct["training"].mean(),
         held_out=correct["held_out"].mean(),
@@ -180,12 +164,12 @@ def measure(config: Config, dataset: Dataset, key: jax.Array) -> Measured:
 
 @functools.partial(jax.jit, static_argnames=("model",))
 def importance_on(model: MLP, params: Params, inputs: jax.Array, weights: jax.Array, permutation: jax.Array) -> Params:
-    """Computes MAS's importance; there are no labels to hand over."""
-    return mas_importance(permuted(model.apply, permutation), params, inputs, weights=weights)
+    """Computes MAS's importance, without labels."""
+    return mas_importance(with_permutation(model.apply, permutation), params, inputs, weights=weights)
 
 
 def own_class_advantage(by_class: np.ndarray) -> float:
-    """Computes how much better a class is kept by its own importance than by the others': a mean over classes."""
+    """Computes how much more accurate a class is with its own importance than with another class's, on average."""
     own = np.diag(by_class)
     others = (by_class.sum(axis=0) - own) / (len(own) - 1)
     return float((own - others).mean())
@@ -234,7 +218,7 @@ def report(config: Config, values: Measured, run: Run, console: rich.console.Con
         ["one class, held out", format_estimate(single, 100), "", ""],
         ["own class's advantage", format_estimate(advantage, 100), "", ""],
     ]
-    print_table(console, "What is left of task A after task B", header, rows)
+    print_table(console, "Accuracy after task B, by the data that the importance is computed on", header, rows)
     (run.folder / "table.md").write_text(markdown_table(header, rows))
 
 
@@ -260,7 +244,7 @@ def draw(config: Config, values: Measured, run: Run) -> None:
     for name, (level, color, style) in levels.items():
         draw_over_seeds(left, ends, 100 * np.stack([level, level], axis=1), color, name, linestyle=style)
     left.set(xscale="log", xlabel="unlabelled examples, n", ylabel="accuracy on task A after B, %", ylim=(None, 100))
-    left.set_title("by what Ω is computed on", fontsize=10)
+    left.set_title("by the data that Ω is computed on", fontsize=10)
     left.legend(frameon=False, fontsize=9, loc="center right")
     mean = 100 * values.by_class.mean(axis=0)
     relative = mean - mean.mean(axis=0)

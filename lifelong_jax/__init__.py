@@ -1,109 +1,99 @@
 """Continual learning in JAX: exact parameter importances (EWC, MAS), and a quadratic penalty for any optax pipeline."""
 
-from lifelong_jax.consolidation import consolidate, init_consolidation, merge, normalize_importance
-from lifelong_jax.continual import Checkpoints, LearnedSequence, Progress, learn_jointly, learn_tasks
+import importlib
+import warnings
+from typing import Any
+
+from lifelong_jax import methods, metrics, scenarios, tasks
+from lifelong_jax.consolidation import consolidate, init_consolidation, merge
+from lifelong_jax.continual import Progress, SequenceState, init_sequence, learn_jointly, learn_tasks
 from lifelong_jax.evaluation import evaluate
-from lifelong_jax.importance import empirical_fisher_diagonal, fisher_diagonal, local_mas_importance, mas_importance
-from lifelong_jax.methods import Method, cross_entropy, ewc, finetune, l2, local_mas, mas, rwalk, si
-from lifelong_jax.metrics import (
-    average_accuracy,
-    average_incremental_accuracy,
-    backward_transfer,
-    forgetting,
-    forgetting_ratio,
-    forgetting_since_learned,
-    forward_transfer,
-    intransigence,
+from lifelong_jax.importance import (
+    continue_walk,
+    empirical_fisher_diagonal,
+    explain,
+    fisher_diagonal,
+    layer_output,
+    local_mas_importance,
+    mas_importance,
+    normalize_importance,
+    path_integral,
+    riemannian_walk,
+    rwalk_importance,
+    si_importance,
 )
-from lifelong_jax.path_integral import path_integral, si_importance
-from lifelong_jax.penalty import (
-    add_quadratic_penalty,
-    proximal_adam,
-    proximal_quadratic_penalty,
-    quadratic_penalty,
-)
-from lifelong_jax.riemannian_walk import continue_walk, riemannian_walk, rwalk_importance
-from lifelong_jax.structured import explain
-from lifelong_jax.sweep import SweepAccuracies, SweepRun, learn_sweep
-from lifelong_jax.tapping import layer_output
-from lifelong_jax.tasks import (
-    active_classes,
-    dataset_tasks,
-    joint_examples,
-    mask_logits,
-    mask_outputs,
-    permuted_tasks,
-    present,
-    rotated_tasks,
-    split_tasks,
-    with_class_mask,
-)
-from lifelong_jax.training import TrainingInfo, TrainingState, init_training, learn_task
-from lifelong_jax.types import Batch, Consolidation, Task
+from lifelong_jax.penalty import add_quadratic_penalty, proximal_adam, proximal_quadratic_penalty, quadratic_penalty
+from lifelong_jax.sweep import SweepRun, learn_sweep
+from lifelong_jax.tasks import dataset_tasks, permuted_tasks, rotated_tasks, split_tasks
+from lifelong_jax.training import TrainingState, init_training, learn_task
+from lifelong_jax.types import Batch, Consolidation, Recipe, Task
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Batch",
-    "Checkpoints",
     "Consolidation",
-    "LearnedSequence",
-    "Method",
     "Progress",
-    "SweepAccuracies",
+    "Recipe",
+    "SequenceState",
     "SweepRun",
     "Task",
-    "TrainingInfo",
     "TrainingState",
-    "active_classes",
     "add_quadratic_penalty",
-    "average_accuracy",
-    "average_incremental_accuracy",
-    "backward_transfer",
     "consolidate",
     "continue_walk",
-    "cross_entropy",
     "dataset_tasks",
     "empirical_fisher_diagonal",
     "evaluate",
-    "ewc",
     "explain",
-    "finetune",
     "fisher_diagonal",
-    "forgetting",
-    "forgetting_ratio",
-    "forgetting_since_learned",
-    "forward_transfer",
     "init_consolidation",
+    "init_sequence",
     "init_training",
-    "intransigence",
-    "joint_examples",
-    "l2",
     "layer_output",
     "learn_jointly",
     "learn_sweep",
     "learn_task",
     "learn_tasks",
-    "local_mas",
     "local_mas_importance",
-    "mas",
     "mas_importance",
-    "mask_logits",
-    "mask_outputs",
     "merge",
+    "methods",
+    "metrics",
     "normalize_importance",
     "path_integral",
     "permuted_tasks",
-    "present",
     "proximal_adam",
     "proximal_quadratic_penalty",
     "quadratic_penalty",
     "riemannian_walk",
     "rotated_tasks",
-    "rwalk",
     "rwalk_importance",
-    "si",
+    "scenarios",
     "si_importance",
     "split_tasks",
-    "with_class_mask",
+    "tasks",
 ]
+
+_MOVED = {
+    "methods": "Method cross_entropy ewc finetune l2 local_mas mas rwalk si",
+    "metrics": "average_accuracy average_incremental_accuracy backward_transfer forgetting forgetting_ratio "
+    "forgetting_since_learned forward_transfer intransigence",
+    "scenarios": "active_classes joint_examples mask_logits mask_outputs with_class_mask",
+    "sweep": "SweepAccuracies",
+    "training": "TrainingInfo",
+}
+_NEW_NAMES = {name: f"{module}.{name}" for module, names in _MOVED.items() for name in names.split()} | {
+    "LearnedSequence": "continual.SequenceState",
+    "present": "tasks.permute_features",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Returns what a name of version 0.1 is called now, with a warning; will be removed in version 0.3."""
+    if name not in _NEW_NAMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    new = _NEW_NAMES[name]
+    warnings.warn(f"lifelong_jax.{name} is now lifelong_jax.{new}.", DeprecationWarning, stacklevel=2)
+    module, attribute = new.split(".")
+    return getattr(importlib.import_module(f"lifelong_jax.{module}"), attribute)

@@ -1,14 +1,14 @@
-"""Checks of what users hand over. Shapes and dtypes are checked always, values where they are known: outside of jit."""
+"""Checks of arguments: shapes and dtypes always, values where they are known, which is outside of jit."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lifelong_jax.types import Batch, Examples, Params
+from lifelong_jax.types import Batch, Examples, Params, Recipe, Scenario, Task
 
 
 def check_params(name: str, params: Params) -> None:
@@ -18,12 +18,12 @@ def check_params(name: str, params: Params) -> None:
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(
                 f"{name}{jax.tree_util.keystr(path)} has dtype {dtype}, but only floating-point leaves have gradients: "
-                f"pass the trainable parameters alone, and close over the rest, or have None in its place."
+                f"pass only the trainable parameters and close over the others, or put None in its place."
             )
 
 
 def check_examples(name: str, examples: Examples, weights: jax.Array | None, weights_name: str = "weights") -> None:
-    """Raises ValueError unless all leaves of `examples`, and `weights`, agree on a number of examples of at least 1."""
+    """Raises ValueError unless all leaves of `examples`, and `weights`, have the same number of examples, 1 or more."""
     leaves = jax.tree.leaves_with_path(examples)
     if not leaves:
         raise ValueError(f"{name} has no arrays: pass a tree of arrays of shape [num_examples, ...].")
@@ -32,31 +32,29 @@ def check_examples(name: str, examples: Examples, weights: jax.Array | None, wei
         if not hasattr(weights, "dtype"):
             raise ValueError(f"{weights_name} must be an array [num_examples], not a {type(weights).__name__}.")
         if np.ndim(weights) != 1:
-            raise ValueError(
-                f"{weights_name} has shape {np.shape(weights)}, but one weight per example is needed: [num_examples]."
-            )
+            raise ValueError(f"{weights_name} has shape {np.shape(weights)}, but must be [num_examples].")
         sizes[weights_name] = np.shape(weights)
     if len(set(sizes.values())) > 1 or () in sizes.values():
         listed = ", ".join(f"{leaf}: {size[0] if size else 'none'}" for leaf, size in sizes.items())
-        raise ValueError(f"{name} must have one leading axis of num_examples in common, but its sizes are {listed}.")
+        raise ValueError(f"all arrays of {name} must have the same leading axis, num_examples, but have {listed}.")
     if (0,) in sizes.values():
         raise ValueError(f"{name} is empty: a mean over no examples is not defined.")
     if weights is not None and is_concrete(weights):
-        # Beyond these, a weight or a sum's reciprocal is no normal number, and XLA takes it for 0.
+        # XLA replaces subnormal numbers by 0: no weight, nor the reciprocal of their sum, may be one.
         values, least = np.asarray(weights, np.float64), float(np.finfo(np.float32).tiny)
         usable = np.isfinite(values) & ((values == 0) | (values >= least))
         if not (usable.all() and 0 < values.sum() <= 1 / least):
             raise ValueError(
-                f"{weights_name} must be finite, not negative and not all 0; those above 0 at least {least:.2g}, and "
-                f"their sum at most {1 / least:.2g}."
+                f"{weights_name} must be finite, not negative and not all 0; a weight above 0 must be at least "
+                f"{least:.2g}, and their sum at most {1 / least:.2g}."
             )
 
 
 def check_batch(name: str, batch: Batch, num_classes: int) -> None:
     """Raises ValueError or TypeError, naming the field, unless labels are classes and inputs and weights are finite."""
-    check_examples(name, batch._replace(weights=None), batch.weights, f"{name}.weights")
+    check_examples(name, batch._replace(weights=None), batch.weights, f"{name}.weights")  # type: ignore[arg-type]
     if not jnp.issubdtype(batch.labels.dtype, jnp.integer):
-        raise TypeError(f"{name}.labels has dtype {batch.labels.dtype}, but a class is an integer.")
+        raise TypeError(f"{name}.labels has dtype {batch.labels.dtype}, but labels must be integers.")
     if is_concrete(batch.labels):
         labels = np.asarray(batch.labels)
         if not 0 <= labels.min() <= labels.max() < num_classes:
@@ -67,7 +65,7 @@ def check_batch(name: str, batch: Batch, num_classes: int) -> None:
 
 
 def check_logits(logits: Any) -> None:
-    """Raises ValueError unless a network's output for one example, or its shape, is one array with one axis."""
+    """Raises ValueError unless a network's output for one example, or its shape, is a single array with one axis."""
     if not isinstance(logits, (jax.Array, jax.ShapeDtypeStruct)) or logits.ndim != 1:
         raise ValueError(
             f"apply_fn must return [num_classes] for one example, which comes without batch axis, not arrays of shape "
@@ -90,7 +88,7 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
 
 
 def check_not_negative(name: str, value: Any, *, or_array: bool = False) -> None:
-    """Raises ValueError unless `value` is a number, or an array where it may be one, and not negative where known."""
+    """Raises ValueError unless `value` is a number (or an array, if allowed) and, where known, not negative."""
     numeric = isinstance(value, (int, float, np.generic, np.ndarray, jax.Array))
     if not numeric or (np.ndim(value) != 0 and not or_array):
         raise ValueError(f"{name} must be a number{' or an array of numbers' * or_array}, not {value!r}.")
@@ -99,7 +97,7 @@ def check_not_negative(name: str, value: Any, *, or_array: bool = False) -> None
 
 
 def check_positive(name: str, value: Any, at_most: float | None = None) -> None:
-    """Raises ValueError where the value of a scalar is known and is not finite, not above 0, or above `at_most`."""
+    """Raises ValueError unless a scalar, where its value is known, is finite, above 0 and not above `at_most`."""
     if is_concrete(value) and not (np.isfinite(value) and 0 < value <= (np.inf if at_most is None else at_most)):
         bound = "" if at_most is None else f" and at most {at_most}"
         raise ValueError(f"{name} must be finite, above 0{bound}, not {value}.")
@@ -108,7 +106,7 @@ def check_positive(name: str, value: Any, at_most: float | None = None) -> None:
 def check_same_structure(name: str, tree: Any, reference_name: str, reference: Any, partial: bool = False) -> None:
     """Raises ValueError, naming the first path that differs, unless two trees agree in structure and shapes.
 
-    Where `partial`, None in `tree` stands for any branch of `reference`.
+    If `partial`, None in `tree` stands for any branch of `reference`.
     """
     with_none = jax.tree.leaves_with_path(tree, is_leaf=lambda node: node is None)
     left_out = {path for path, leaf in with_none if leaf is None} if partial else set()
@@ -123,43 +121,44 @@ def check_same_structure(name: str, tree: Any, reference_name: str, reference: A
     ours, theirs = shapes(jax.tree.leaves_with_path(tree)), shapes(jax.tree.leaves_with_path(reference))
     for path in [*theirs, *ours]:
         if path not in ours or path not in theirs:
-            lacking = name if path not in ours else reference_name
+            without = name if path not in ours else reference_name
             raise ValueError(
-                f"{name} and {reference_name} must be trees of one structure, but {lacking} has no leaf {path}."
+                f"{name} and {reference_name} must be trees of one structure, but {without} has no leaf {path}."
             )
         if ours[path] != theirs[path]:
             raise ValueError(f"{name}{path} has shape {ours[path]}, but {reference_name}{path} has {theirs[path]}.")
-    if not left_out and jax.tree.structure(tree) != jax.tree.structure(reference):
+    structure, reference_structure = map(jax.tree.structure, (tree, reference))
+    if not left_out and structure != reference_structure:  # type: ignore[operator]
         raise ValueError(
-            f"{name} and {reference_name} must be trees of one structure, but have {jax.tree.structure(tree)} "
-            f"and {jax.tree.structure(reference)}."
+            f"{name} and {reference_name} must be trees of one structure, but have {structure} and "
+            f"{reference_structure}."
         )
 
 
 def check_importance(name: str, importance: Params) -> None:
-    """Raises ValueError, naming the leaf, where values are known and one is NaN, infinite or negative."""
+    """Raises ValueError, naming the leaf, if a known value is NaN, infinite or negative."""
     path = _first_where(lambda lowest: lowest < 0, importance)
     if path is not None:
         raise ValueError(
-            f"{name}{path} has entries that are NaN, infinite or negative: an importance is finite and not negative. "
-            f"Did training diverge before it was computed?"
+            f"{name}{path} has entries that are NaN, infinite or negative, which no importance has. Did training "
+            f"diverge before it was computed?"
         )
 
 
 def check_finite(name: str, tree: Any, hint: str = "Did training diverge?") -> None:
-    """Raises ValueError, naming the leaf, where values are known and one is NaN or infinite."""
+    """Raises ValueError, naming the leaf, if a known value is NaN or infinite."""
     path = _first_where(lambda lowest: lowest == -math.inf, tree)
     if path is not None:
         raise ValueError(f"{name}{path} has entries that are NaN or infinite. {hint}")
 
 
 def is_finite(tree: Any) -> bool:
-    """Says whether no entry of a tree, where values are known, is NaN or infinite."""
+    """Returns whether all known values of a tree are finite."""
     return _first_where(lambda lowest: lowest == -math.inf, tree) is None
 
 
 def _first_where(fails: Callable[[float], bool], tree: Any) -> str | None:
-    """Finds the first leaf whose values are known and whose lowest entry fails, and returns its path."""
+    """Returns the path of the first leaf whose values are known and whose lowest entry fails, or None."""
     known = [(path, leaf) for path, leaf in jax.tree.leaves_with_path(tree) if is_concrete(leaf)]
     lowest = jax.device_get(_lowest_entries([leaf for _, leaf in known])) if known else []
     failing = (jax.tree_util.keystr(path) for (path, _), low in zip(known, lowest, strict=True) if fails(low))
@@ -167,13 +166,13 @@ def _first_where(fails: Callable[[float], bool], tree: Any) -> str | None:
 
 
 def is_concrete(value: Any) -> bool:
-    """Says whether a value is known now, or stands for a later one inside a jax transformation."""
+    """Returns whether a value is known, rather than traced by a jax transformation."""
     return not isinstance(value, jax.core.Tracer)
 
 
-@jax.jit  # one program for a whole tree: op by op, each would be compiled for each shape
+@jax.jit  # one program for the whole tree, rather than one for each operation and shape
 def _lowest_entries(leaves: list[jax.Array]) -> list[jax.Array]:
-    """Finds the smallest entry of each leaf; −∞ where one is NaN or infinite."""
+    """Returns the smallest entry of each leaf, or −∞ if an entry is NaN or infinite."""
 
     def of_leaf(leaf: jax.Array) -> jax.Array:
         values = jnp.real(leaf)
@@ -181,3 +180,73 @@ def _lowest_entries(leaves: list[jax.Array]) -> list[jax.Array]:
         return jnp.min(jnp.where(jnp.isfinite(leaf), values, -jnp.inf), initial=jnp.inf)
 
     return list(map(of_leaf, leaves))
+
+
+def check_method(method: Any) -> None:
+    """Raises ValueError unless the rule and the decay of a `Method` are valid."""
+    check_choice("method.rule", method.rule, ("separate", "latest"))
+    check_not_negative("method.decay", method.decay)
+
+
+def check_sequence(recipe: Recipe, params: Params, tasks: Sequence[Task]) -> None:
+    """Checks, before computing, that a recipe, parameters and tasks fit each other; see `learn_tasks`."""
+    if not isinstance(recipe, Recipe):
+        raise TypeError(
+            f"recipe is a {type(recipe).__name__}: pass a Recipe(apply_fn, optimizer_fn, num_epochs, batch_size)."
+        )
+    if not tasks:
+        raise ValueError("tasks is empty: there is nothing to learn.")
+    check_choice("recipe.scenario", recipe.scenario, ("task", "domain", "class"))
+    check_positive_integer("recipe.num_epochs", recipe.num_epochs)
+    check_positive_integer("recipe.batch_size", recipe.batch_size)
+    x = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), tasks[0].train.inputs)
+    logits = jax.eval_shape(recipe.apply_fn, params, x)
+    check_logits(logits)
+    (num_classes,) = logits.shape
+    checked: dict[tuple[int, ...], Batch] = {}  # by the ids of its arrays, which stay valid while it holds the batch
+    for index, task in enumerate(tasks):
+        check_same_structure(f"tasks[{index}]", task, "tasks[0]", tasks[0])
+        _check_task(f"tasks[{index}]", task, recipe.scenario, math.prod(x.shape), num_classes, checked)
+
+
+def _check_task(
+    name: str,
+    task: Task,
+    scenario: Scenario,
+    num_features: int,
+    num_classes: int,
+    checked: dict[tuple[int, ...], Batch],
+) -> None:
+    if task.permutation is not None:
+        _check_permutation(f"{name}.permutation", task.permutation, num_features)
+    if (task.class_mask is None) != (scenario == "domain"):
+        has, takes = ("no", "needs one") if task.class_mask is None else ("a", "takes none")
+        raise ValueError(
+            f"{name} has {has} class_mask, but scenario {scenario!r} {takes}: class masks are for 'task' and 'class'."
+        )
+    if task.class_mask is not None and task.class_mask.shape != (num_classes,):
+        raise ValueError(
+            f"{name}.class_mask has shape {task.class_mask.shape}, but apply_fn returns {num_classes} outputs."
+        )
+    if task.class_mask is not None and task.class_mask.dtype != bool:
+        raise TypeError(f"{name}.class_mask has dtype {task.class_mask.dtype}, but must have bools.")
+    for part, batch in (("train", task.train), ("test", task.test)):
+        if batch.class_mask is not None:
+            raise ValueError(f"{name}.{part} has a class_mask: leave it None, and set the task's class_mask.")
+        arrays = tuple(map(id, jax.tree.leaves(batch)))
+        if arrays not in checked:  # permuted tasks share their examples
+            check_batch(f"{name}.{part}", batch, num_classes)
+            checked[arrays] = batch
+        if task.class_mask is None or not is_concrete(batch.labels):
+            continue
+        if not task.class_mask[batch.labels].all():
+            raise ValueError(f"{name} has labels that are not among the classes of its class_mask.")
+
+
+def _check_permutation(name: str, permutation: jax.Array, num_features: int) -> None:
+    if permutation.shape != (num_features,):
+        raise ValueError(f"{name} has shape {permutation.shape}, but an input has {num_features} features.")
+    if not jnp.issubdtype(permutation.dtype, jnp.integer):
+        raise TypeError(f"{name} has dtype {permutation.dtype}, but must have integers.")
+    if is_concrete(permutation) and not np.array_equal(np.sort(permutation), np.arange(num_features)):
+        raise ValueError(f"{name} must hold each of 0 to {num_features - 1} once.")

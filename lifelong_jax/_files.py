@@ -1,22 +1,29 @@
-"""Files that are written whole or not at all."""
+"""Files: written as a whole or not at all, and compared with the tree that they are read into."""
 
 import contextlib
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
 
 UNFINISHED = ".{}.writing"
+"""The name of a file or folder that is not complete yet; `UNFINISHED.format("*")` matches all such names."""
 
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields a path beside `path` to write a file or a folder to; once that is complete, it takes the place.
+    """Yields a temporary path beside `path`. What the block writes there replaces `path` when the block ends.
+
+    The temporary path differs between processes. If the block raises an error, `path` is left as it was.
 
     Raises:
-      OSError: naming `path`, where it cannot be written.
+      OSError: naming `path`, if it cannot be written.
     """
-    unfinished = path.with_name(UNFINISHED.format(path.name))
+    unfinished = path.with_name(UNFINISHED.format(f"{path.name}.{os.getpid()}"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -30,7 +37,7 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def write(path: pathlib.Path, data: bytes, *, sync: bool = False) -> None:
-    """Writes a file; with `sync`, so that it would survive a power failure, which takes some 10 milliseconds."""
+    """Writes a file. With `sync`, it waits until the file would survive a power failure: about 10 milliseconds."""
     with replacing(path) as unfinished, unfinished.open("wb") as opened:
         opened.write(data)
         if sync:
@@ -41,7 +48,7 @@ def write(path: pathlib.Path, data: bytes, *, sync: bool = False) -> None:
 
 
 def sync_folder(path: pathlib.Path) -> None:
-    """Lets the names of a folder's files survive a power failure."""
+    """Waits until the names of the files in a folder would survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -50,8 +57,35 @@ def sync_folder(path: pathlib.Path) -> None:
 
 
 def discard(path: pathlib.Path) -> None:
-    """Removes a file or a folder, if it is there."""
+    """Removes a file or a folder, if it exists."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)  # a thread of orbax may still write to it after an error
     else:
         path.unlink(missing_ok=True)
+
+
+def named_leaves(name: str, tree: Any) -> dict[str, Any]:
+    """Returns the leaves of a tree by their paths, as error messages write them."""
+    leaves = jax.tree.leaves_with_path(tree)
+    named = {name + jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+    if len(named) < len(leaves):
+        raise ValueError(f"two leaves of {name} have the same path: rename one of them.")
+    return named
+
+
+def describe_leaves(leaves: Mapping[str, Any]) -> dict[str, list]:
+    """Returns each leaf's shape and dtype, in a form that JSON keeps."""
+    return {
+        name: [list(np.shape(leaf)), str(getattr(leaf, "dtype", type(leaf).__name__))] for name, leaf in leaves.items()
+    }
+
+
+def check_fits(source: str, saved: Mapping[str, list], wanted: Mapping[str, list]) -> None:
+    """Raises ValueError, naming the first leaf that differs, unless two descriptions of leaves agree."""
+    for name in [*wanted, *saved]:
+        if name not in saved or name not in wanted:
+            without = source if name not in saved else "like"
+            raise ValueError(f"{source} and like must have the same structure, but {without} has no leaf {name}.")
+        for what, found, expected in zip(("shape", "dtype"), saved[name], wanted[name], strict=True):
+            if found != expected:
+                raise ValueError(f"{name} has {what} {found} in {source}, but {expected} in like.")

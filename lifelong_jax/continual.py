@@ -1,80 +1,46 @@
 """Learns a sequence of tasks: the one module that joins training, importance, consolidation and penalty.
 
-The trainer is handed one task's training examples and nothing else; only the evaluator sees the test sets.
+The trainer gets the training examples of one task and nothing else; only the evaluator sees the test sets. The state of
+a sequence is what the next epoch needs: a callback gets it after every epoch, and a sequence can start from it.
 """
 
 import functools
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike
 
-from lifelong_jax import _checks, methods
+from lifelong_jax import _checks
 from lifelong_jax.consolidation import consolidate, init_consolidation
 from lifelong_jax.evaluation import evaluate
-from lifelong_jax.methods import Method
-from lifelong_jax.tasks import Scenario, active_classes, joint_examples, shown, with_class_mask
+from lifelong_jax.methods import ImportanceFn, Method, WrapOptimizer, cross_entropy
+from lifelong_jax.scenarios import active_classes, joint_examples, with_class_mask
+from lifelong_jax.tasks import with_permutation
 from lifelong_jax.training import TrainingInfo, TrainingState, init_training, learn_task
-from lifelong_jax.types import Batch, Consolidation, OutputFn, Params, Task
-
-OptimizerFn: TypeAlias = Callable[[jax.Array], optax.GradientTransformation]
-"""`optimizer_fn(strength) -> optimizer`: a function of λ, which is traced, so that one compilation serves every λ."""
-
-
-class Progress(NamedTuple):
-    """What is known after an epoch.
-
-    Attributes:
-      task: which task is being learned, from 0; None where all are learned at once.
-      epochs: how many passes over one task's examples have been made so far, in the whole sequence.
-      loss: the mean of the epoch's training losses, without the penalty.
-      accuracies: the test accuracy of each task learned so far, this one last, or of all; fractions.
-    """
-
-    task: int | None
-    epochs: int
-    loss: float
-    accuracies: list[float]
-
-
-class LearnedSequence(NamedTuple):
-    """What learning a sequence of tasks left behind.
-
-    Attributes:
-      params: the parameters after the last task.
-      consolidation: what was kept of the tasks.
-      accuracy_matrix: `[num_tasks, num_tasks]`; entry [i, j] is the accuracy on task j's test set after task i has been
-        learned, a fraction; NaN where it was not measured.
-      initial_accuracies: `[num_tasks]`, the accuracy on each task before any was learned; NaN where not measured.
-      training_seconds: time spent training; compilation and evaluation are left out.
-      importance_seconds: time spent on importances; compilation is left out.
-    """
-
-    params: Params
-    consolidation: Consolidation
-    accuracy_matrix: np.ndarray
-    initial_accuracies: np.ndarray
-    training_seconds: float
-    importance_seconds: float
+from lifelong_jax.types import Batch, Consolidation, OptimizerFn, OutputFn, Params, Recipe, Task
 
 
 class SequenceState(NamedTuple):
-    """Where a sequence stands after an epoch: what the next one needs, and what has been measured.
+    """The state of a sequence after an epoch: what the next epoch needs, and what has been measured.
 
     Attributes:
-      training: the state of the task's training; after its last epoch, that in which it ended.
+      epochs: the number of epochs so far, over all tasks.
+      training: the training state of the current task, or of the task learned last.
       consolidation: what is kept of the tasks learned.
-      accuracy_matrix: as in `LearnedSequence`, NaN in the rows that are to come.
-      initial_accuracies: as in `LearnedSequence`.
-      training_seconds: so far.
-      importance_seconds: so far.
+      accuracy_matrix: `[num_tasks, num_tasks]`; entry [i, j] is the accuracy on task j's test set after task i has been
+        learned, a fraction; NaN where not measured.
+      initial_accuracies: `[num_tasks]`, the accuracy on each task before any was learned; NaN where not measured.
+      training_seconds: the time spent on training, without compilation and evaluation.
+      importance_seconds: the time spent on importances, without compilation.
     """
 
+    epochs: int
     training: TrainingState
     consolidation: Consolidation
     accuracy_matrix: np.ndarray
@@ -82,270 +48,335 @@ class SequenceState(NamedTuple):
     training_seconds: float
     importance_seconds: float
 
-
-class Checkpoints(Protocol):
-    """Where a sequence's state is kept, to go on from there should it be stopped: `resuming.ResumableSequence`, say."""
-
-    def restore(self, start: SequenceState, num_epochs: int) -> tuple[int, SequenceState]:
-        """Says how many epochs, `num_epochs` a task, have been learned, and gives the state after them; 0 and `start`
-        where none is kept."""
-
-    def save(self, epochs: int, state: SequenceState) -> None:
-        """Is told the state after each epoch. It must copy what it keeps: the next epoch frees the arrays."""
-
-    def keep_task(self, task: int, kept: Consolidation, estimator: str, num_examples: int) -> None:
-        """Is told a learned task's own parameters and importance, by which method and from how many examples."""
+    @property
+    def params(self) -> Params:
+        """The parameters after the last step."""
+        return self.training.params
 
 
-class NoCheckpoints:
-    """Keeps nothing: a sequence that is stopped begins anew."""
+class Progress(NamedTuple):
+    """What is reported after an epoch.
 
-    def restore(self, start: SequenceState, num_epochs: int) -> tuple[int, SequenceState]:
-        """Starts."""
-        return 0, start
+    Attributes:
+      task: the number of the task that is being learned, from 0; None if all tasks are learned at once.
+      epochs: the number of epochs so far, over all tasks.
+      loss: the mean of the epoch's training losses, without the penalty.
+      accuracies: the test accuracy on each task up to this one, or on all tasks if they are learned at once; fractions.
+      learned: after a task's last epoch, this task's own parameters (as anchor) and importance; None after others.
+    """
 
-    def save(self, epochs: int, state: SequenceState) -> None:
-        """Does nothing."""
+    task: int | None
+    epochs: int
+    loss: float
+    accuracies: list[float]
+    learned: Consolidation | None = None
 
-    def keep_task(self, task: int, kept: Consolidation, estimator: str, num_examples: int) -> None:
-        """Does nothing."""
 
-
-NO_CHECKPOINTS = NoCheckpoints()
+Callback: TypeAlias = Callable[[SequenceState, Progress], None]
+"""`callback(state, progress)`, called after every epoch. It must copy what it keeps: the next epoch frees the state."""
 
 
 def learn_tasks(
     method: Method,
-    apply_fn: OutputFn,
-    optimizer_fn: OptimizerFn,
+    recipe: Recipe,
     params: Params,
     tasks: Sequence[Task],
     key: jax.Array,
     *,
-    scenario: Scenario = "domain",
     strength: float,
-    num_epochs: int,
-    batch_size: int,
     forward_transfer: bool = True,
-    report: Callable[[Progress], None] = lambda progress: None,
-    checkpoints: Checkpoints = NO_CHECKPOINTS,
-) -> LearnedSequence:
-    """Learns one task after the other with one network, by a method that remembers.
+    start: SequenceState | None = None,
+    callback: Callback = lambda state, progress: None,
+) -> SequenceState:
+    """Learns one task after the other with one network.
 
-    For each task: train with the penalty that `optimizer_fn` adds; compute the method's importance on the task's
-    training examples; consolidate; measure the accuracy on every task, or on every task so far. Each task's training
-    starts with a fresh optimiser state, but for what the method carries over.
+    For each task: train with the penalty that `recipe.optimizer_fn` adds; compute the method's importance on the task's
+    training examples; consolidate; measure the accuracy on every task, or on every task so far. Each task begins with a
+    fresh optimiser state, except for what the method carries over.
 
     Args:
-      method: from `methods.py`.
-      apply_fn: `apply_fn(params, x) -> [num_classes]`, one example's logits, without batch axis.
-      optimizer_fn: `optimizer_fn(strength) -> optimizer`; it must be the same function object from call to call.
-      params: where training starts.
+      method: from `methods`.
+      recipe: the network, the optimiser, and how long each task is trained. A task's importance is that of the outputs
+        that are active in its training. In the scenario "class", the accuracy on a task is not measured before the task
+        is learned, because its classes are unknown.
+      params: the parameters to start from.
       tasks: the sequence, in order; equal shapes.
       key: the random key of shuffling and of sampled labels.
-      scenario: "task", "domain" or "class"; the first and the last need tasks with class masks. See `active_classes`.
-        A task's importance is that of the outputs which were active while it was learned. In "class", an accuracy on a
-        task that has not been learned is not measured: none of its classes is known.
       strength: λ, not negative.
-      num_epochs: passes over each task's training examples.
-      batch_size: examples per step.
-      forward_transfer: whether to measure what forward transfer is made of, the accuracies on tasks before they are
-        learned. Without, num_tasks · (num_tasks + 1) / 2 fewer test sets are evaluated: half of them, at one epoch a
-        task.
-      report: called after every epoch.
-      checkpoints: where the state is kept, to go on from: with it, the numbers are those of a sequence that was never
-        stopped, to the bit on one machine, wherever the checkpoints fell. By default nowhere.
+      forward_transfer: whether to measure the accuracy on tasks before they are learned, which forward transfer needs.
+        Without it, num_tasks · (num_tasks + 1) / 2 fewer test sets are evaluated.
+      start: a state to go on from, instead of starting with `params` at the first task: from a callback,
+        `init_sequence` or `go_on_after`. Its arrays are freed. On one machine, the numbers are the same, to the bit, as
+        without the stop.
+      callback: `callback(state, progress)`, called after every epoch, to report or to save.
 
     Returns:
-      The parameters, the consolidation, the accuracies and the times.
+      The state after the last task, with the parameters, the consolidation, the accuracies and the times.
 
     Raises:
-      ValueError: if there are no tasks, epochs or examples per step, if tasks differ in shape, labels are out of range
-        or not among their task's classes, if a permutation does not hold each feature once, if class masks lack, or are
-        there and the scenario takes none, if `apply_fn` does not return one example's logits, if `strength` is not a
-        number, or negative, or the method's rule or decay is no such.
+      TypeError: if `recipe` is not a Recipe, or a dtype is wrong.
+      ValueError: if there are no tasks, epochs or examples per step; if tasks differ in shape, or a task's labels,
+        permutation or class mask is invalid or does not fit the scenario; if `apply_fn` does not return one example's
+        logits; if the strength, rule or decay is invalid; or if `start` is the state of another sequence.
       FloatingPointError: if training diverged.
 
     Example:
-      >>> from lifelong_jax import add_quadratic_penalty, ewc, permuted_tasks
-      >>> inputs = jnp.eye(4)
-      >>> batch = Batch(inputs, jnp.arange(4) % 2, jnp.ones(4))
+      >>> import optax
+      >>> from lifelong_jax import Batch, Recipe, add_quadratic_penalty, methods, permuted_tasks
+      >>> batch = Batch(jnp.eye(4), jnp.arange(4) % 2, jnp.ones(4))
       >>> tasks = permuted_tasks(batch, batch, 3, jax.random.key(0))
       >>> optimizer_fn = lambda strength: optax.chain(add_quadratic_penalty(strength), optax.sgd(1.0))
-      >>> learned = learn_tasks(ewc(), lambda w, x: x @ w, optimizer_fn, jnp.zeros((4, 2)), tasks, jax.random.key(1),
-      ...                       strength=1.0, num_epochs=10, batch_size=2)
+      >>> recipe = Recipe(lambda w, x: x @ w, optimizer_fn, num_epochs=10, batch_size=2)
+      >>> learned = learn_tasks(methods.ewc(), recipe, jnp.zeros((4, 2)), tasks, jax.random.key(1), strength=1.0)
       >>> learned.accuracy_matrix.shape
       (3, 3)
     """
-    check_sequence(apply_fn, params, tasks, scenario, num_epochs, batch_size)
-    _checks.check_not_negative("strength", strength)
-    _checks.check_choice("method.rule", method.rule, ("separate", "latest"))
-    _checks.check_not_negative("method.decay", method.decay)
-    strength = jnp.asarray(strength, jnp.float32)
-    optimizer = method.wrap_optimizer(optimizer_fn(strength))
-    learn = functools.partial(_learn_epoch, apply_fn, optimizer_fn, method.wrap_optimizer, batch_size=batch_size)
-    ahead = forward_transfer and scenario != "class"
-    initial_accuracies = evaluate(apply_fn, params, tasks, scenario) if ahead else [math.nan] * len(tasks)
-    epochs, state = checkpoints.restore(_start(optimizer, params, key, initial_accuracies), num_epochs)
-    for index in range(epochs // num_epochs, len(tasks)):
+    if start is None:
+        start = init_sequence(method, recipe, params, tasks, key, strength=strength, forward_transfer=forward_transfer)
+    else:
+        _check_arguments(method, recipe, params, tasks, strength, start)
+    state, scenario, num_epochs = start, recipe.scenario, recipe.num_epochs
+    traced_strength = jnp.asarray(strength, jnp.float32)
+    optimizer = make_optimizer(recipe.optimizer_fn, method.wrap_optimizer, traced_strength)
+    learn = functools.partial(
+        _learn_epoch, recipe.apply_fn, recipe.optimizer_fn, method.wrap_optimizer, batch_size=recipe.batch_size
+    )
+    for index in range(state.epochs // num_epochs, len(tasks)):
         train_key, importance_key = task_keys(key, index)
         examples = with_class_mask(tasks[index].train, active_classes(tasks, scenario, index, index))
-        current = (examples, tasks[index].permutation)
-        if epochs == index * num_epochs:
-            training = init_training(optimizer, state.training.params, train_key)
-            if index > 0:
-                training = training._replace(opt_state=method.carry(training.opt_state, state.training.opt_state))
-            state = state._replace(training=training)
-        while epochs < (index + 1) * num_epochs:
-            state, loss = _train_epoch(learn, state, strength, current, epochs - index * num_epochs)
-            epochs += 1
-            accuracies = evaluate(apply_fn, state.training.params, tasks[: index + 1], scenario)
-            report(Progress(index, epochs, loss, accuracies))
-            if epochs == (index + 1) * num_epochs:
-                state, kept = _consolidate_task(method, apply_fn, state, current, importance_key)
-                checkpoints.keep_task(index, kept, method.name, np.count_nonzero(examples.weights))
-                if ahead:
-                    accuracies = accuracies + evaluate(apply_fn, kept.anchor, tasks[index + 1 :], scenario)
-                state = state._replace(accuracy_matrix=_with_row(state.accuracy_matrix, index, accuracies))
-            checkpoints.save(epochs, state)
-    return _learned(state)
+        data = TrainingData(examples, tasks[index].permutation)
+        if state.epochs == index * num_epochs:
+            state = state._replace(training=begin_task(method, optimizer, state.training, train_key, index))
+        for epoch in range(state.epochs - index * num_epochs, num_epochs):
+            state, loss = _train_epoch(learn, state, traced_strength, data, epoch)
+            accuracies = evaluate(recipe.apply_fn, state.params, tasks[: index + 1], scenario)
+            learned = None
+            if epoch + 1 == num_epochs:
+                state, learned = _end_task(method, recipe, state, data, importance_key)
+                ahead = tasks[index + 1 :] if forward_transfer and scenario != "class" else []
+                row = accuracies + evaluate(recipe.apply_fn, state.params, ahead, scenario)
+                state = state._replace(accuracy_matrix=_with_row(state.accuracy_matrix, index, row))
+            callback(state, Progress(index, state.epochs, loss, accuracies, learned))
+    return state
 
 
 def learn_jointly(
-    apply_fn: OutputFn,
-    optimizer_fn: OptimizerFn,
+    recipe: Recipe,
     params: Params,
     tasks: Sequence[Task],
     key: jax.Array,
     *,
-    scenario: Scenario = "domain",
-    num_epochs: int,
-    batch_size: int,
-    report: Callable[[Progress], None] = lambda progress: None,
-    checkpoints: Checkpoints = NO_CHECKPOINTS,
-) -> LearnedSequence:
+    start: SequenceState | None = None,
+    callback: Callback = lambda state, progress: None,
+) -> SequenceState:
     """Learns all tasks at once, from all their data: the upper bound that continual learning is compared with.
 
     It makes as many passes over each task's examples as `learn_tasks`.
 
     Args:
-      apply_fn: `apply_fn(params, x) -> [num_classes]`, one example's logits, without batch axis.
-      optimizer_fn: as for `learn_tasks`.
-      params: where training starts.
+      recipe: as for `learn_tasks`; in the scenario "class", the classes of all tasks are active.
+      params: the parameters to start from.
       tasks: the tasks; equal shapes.
       key: the random key of shuffling.
-      scenario: as for `learn_tasks`; in "class", all tasks' classes are active.
-      num_epochs: passes over the training examples of all tasks.
-      batch_size: examples per step.
-      report: called after every epoch.
-      checkpoints: as for `learn_tasks`.
+      start: a state to go on from, as for `learn_tasks`.
+      callback: `callback(state, progress)`, called after every epoch over all tasks.
 
     Returns:
-      As `learn_tasks`; only the last row of the accuracy matrix is measured, and the consolidation is that of no tasks.
+      As for `learn_tasks`, with only the last row of the accuracy matrix measured, and the consolidation of no tasks.
 
     Raises:
+      TypeError: as for `learn_tasks`.
       ValueError: as for `learn_tasks`.
       FloatingPointError: if training diverged.
 
     Example:
-      >>> from lifelong_jax import permuted_tasks
+      >>> import optax
+      >>> from lifelong_jax import Batch, Recipe, permuted_tasks
       >>> batch = Batch(jnp.eye(4), jnp.arange(4) % 2, jnp.ones(4))
       >>> tasks = permuted_tasks(batch, batch, 3, jax.random.key(0))
-      >>> joint = learn_jointly(lambda w, x: x @ w, lambda strength: optax.sgd(1.0), jnp.zeros((4, 2)), tasks,
-      ...                       jax.random.key(1), num_epochs=10, batch_size=2)
+      >>> recipe = Recipe(lambda w, x: x @ w, lambda strength: optax.sgd(1.0), num_epochs=10, batch_size=2)
+      >>> joint = learn_jointly(recipe, jnp.zeros((4, 2)), tasks, jax.random.key(1))
       >>> np.isnan(joint.accuracy_matrix).all(axis=1)
       array([ True,  True, False])
     """
-    check_sequence(apply_fn, params, tasks, scenario, num_epochs, batch_size)
-    wrap_optimizer = methods.finetune().wrap_optimizer
-    none = jnp.zeros(())
-    learn = functools.partial(_learn_epoch, apply_fn, optimizer_fn, wrap_optimizer, batch_size=batch_size)
-    current = (joint_examples(tasks, scenario), None)
-    start = _start(wrap_optimizer(optimizer_fn(none)), params, key, [math.nan] * len(tasks))
-    epochs, state = checkpoints.restore(start, num_epochs)
-    for epoch in range(epochs // len(tasks), num_epochs):
-        state, loss = _train_epoch(learn, state, none, current, epoch)
-        accuracies = evaluate(apply_fn, state.training.params, tasks, scenario)
-        report(Progress(None, (epoch + 1) * len(tasks), loss, accuracies))
-        if epoch + 1 == num_epochs:
-            state = state._replace(accuracy_matrix=_with_row(state.accuracy_matrix, len(tasks) - 1, accuracies))
-        checkpoints.save((epoch + 1) * len(tasks), state)
-    return _learned(state)
+    if start is None:
+        start = init_sequence(None, recipe, params, tasks, key)
+    else:
+        _check_arguments(None, recipe, params, tasks, 0.0, start)
+    state, num_tasks, no_penalty = start, len(tasks), jnp.zeros(())
+    learn = functools.partial(_learn_epoch, recipe.apply_fn, recipe.optimizer_fn, None, batch_size=recipe.batch_size)
+    data = TrainingData(joint_examples(tasks, recipe.scenario), None)
+    for epoch in range(state.epochs // num_tasks, recipe.num_epochs):
+        state, loss = _train_epoch(learn, state, no_penalty, data, epoch)
+        state = state._replace(epochs=(epoch + 1) * num_tasks)
+        accuracies = evaluate(recipe.apply_fn, state.params, tasks, recipe.scenario)
+        if epoch + 1 == recipe.num_epochs:
+            state = state._replace(accuracy_matrix=_with_row(state.accuracy_matrix, num_tasks - 1, accuracies))
+        callback(state, Progress(None, state.epochs, loss, accuracies))
+    return state
 
 
-@jax.jit
-def task_keys(key: jax.Array, index: int | jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Makes a task's own keys.
+def init_sequence(
+    method: Method | None,
+    recipe: Recipe,
+    params: Params,
+    tasks: Sequence[Task],
+    key: jax.Array,
+    *,
+    strength: float = 0.0,
+    forward_transfer: bool = True,
+) -> SequenceState:
+    """Makes the state before the first epoch, which also is a template for restoring a saved state.
 
     Args:
-      key: the sequence's key.
-      index: the task's place in the sequence, from 0.
+      method: as for `learn_tasks`, or None for `learn_jointly`.
+      recipe: as for `learn_tasks`.
+      params: the parameters to start from.
+      tasks: the sequence.
+      key: the random key of the sequence.
+      strength: λ, not negative.
+      forward_transfer: whether to measure the accuracy on each task before any is learned.
 
     Returns:
-      The key of its training, and that of its importance.
+      The state, whose arrays are copies.
+
+    Raises:
+      TypeError: as for `learn_tasks`.
+      ValueError: as for `learn_tasks`.
+
+    Example:
+      >>> import optax
+      >>> from lifelong_jax import Batch, Recipe, Task
+      >>> batch = Batch(jnp.eye(4), jnp.arange(4) % 2, jnp.ones(4))
+      >>> recipe = Recipe(lambda w, x: x @ w, lambda strength: optax.sgd(1.0), num_epochs=10, batch_size=2)
+      >>> init_sequence(None, recipe, jnp.zeros((4, 2)), [Task(batch, batch)], jax.random.key(0)).epochs
+      0
     """
-    train_key, importance_key = jax.random.split(jax.random.fold_in(key, index))
-    return train_key, importance_key
-
-
-def _start(
-    optimizer: optax.GradientTransformation, params: Params, key: jax.Array, initial_accuracies: list[float]
-) -> SequenceState:
-    num_tasks = len(initial_accuracies)
+    _check_arguments(method, recipe, params, tasks, strength)
+    wrap_optimizer = None if method is None else method.wrap_optimizer
+    optimizer = make_optimizer(recipe.optimizer_fn, wrap_optimizer, jnp.asarray(strength, jnp.float32))
+    accuracies = [math.nan] * len(tasks)
+    if method is not None and forward_transfer and recipe.scenario != "class":
+        accuracies = evaluate(recipe.apply_fn, params, tasks, recipe.scenario)
     return SequenceState(
+        epochs=0,
         training=init_training(optimizer, params, key),
         consolidation=init_consolidation(params),
-        accuracy_matrix=np.full((num_tasks, num_tasks), np.nan),
-        initial_accuracies=np.array(initial_accuracies),
+        accuracy_matrix=np.full((len(tasks), len(tasks)), np.nan),
+        initial_accuracies=np.array(accuracies),
         training_seconds=0.0,
         importance_seconds=0.0,
     )
 
 
+def go_on_after(
+    learned: Sequence[Consolidation], method: Method, recipe: Recipe, start: SequenceState
+) -> SequenceState:
+    """Makes the state after tasks that were learned earlier, from the parameters and the importance of each.
+
+    With it, another rule, decay or strength can be tried without learning the earlier tasks again, nor measuring them.
+
+    Args:
+      learned: each task's own parameters (as anchor) and importance, in order: the `Progress.learned` of a callback.
+      method: its rule and decay consolidate them.
+      recipe: as for `learn_tasks`.
+      start: from `init_sequence`.
+
+    Returns:
+      A state for the argument `start` of `learn_tasks`, to learn the next task.
+
+    Raises:
+      ValueError: if `learned` is empty, or the method carries over an optimiser state, which `learned` does not have.
+
+    Example:
+      >>> import optax
+      >>> from lifelong_jax import Batch, Consolidation, Recipe, add_quadratic_penalty, methods, permuted_tasks
+      >>> batch = Batch(jnp.eye(4), jnp.arange(4) % 2, jnp.ones(4))
+      >>> tasks = permuted_tasks(batch, batch, 3, jax.random.key(0))
+      >>> optimizer_fn = lambda strength: optax.chain(add_quadratic_penalty(strength), optax.sgd(1.0))
+      >>> recipe = Recipe(lambda w, x: x @ w, optimizer_fn, num_epochs=10, batch_size=2)
+      >>> mas, params, key = methods.mas("separate"), jnp.zeros((4, 2)), jax.random.key(1)
+      >>> start = init_sequence(mas, recipe, params, tasks, key, strength=0.1)
+      >>> start = go_on_after([Consolidation(jnp.zeros((4, 2)), jnp.ones((4, 2)))] * 2, mas, recipe, start)
+      >>> np.isnan(learn_tasks(mas, recipe, params, tasks, key, strength=0.1, start=start).accuracy_matrix).all(axis=1)
+      array([ True,  True, False])
+    """
+    if not learned:
+        raise ValueError("learned is empty: to begin with the first task, call learn_tasks without start.")
+    if method.carry is not None:
+        raise ValueError(f"{method.name} carries over an optimiser state from task to task, which is not in learned.")
+    consolidation = start.consolidation
+    for params, importance in learned:
+        consolidation = consolidate(consolidation, params, importance, rule=method.rule, decay=method.decay)
+    training = start.training._replace(params=learned[-1].anchor)
+    return start._replace(epochs=len(learned) * recipe.num_epochs, training=training, consolidation=consolidation)
+
+
+class TrainingData(NamedTuple):
+    """What the trainer gets: one task's training examples, and the permutation of their features."""
+
+    examples: Batch
+    permutation: jax.Array | None
+
+
+def make_optimizer(
+    optimizer_fn: OptimizerFn, wrap_optimizer: WrapOptimizer | None, strength: jax.Array
+) -> optax.GradientTransformation:
+    """Makes the optimiser for a strength, wrapped if the method gathers importance during training."""
+    optimizer = optimizer_fn(strength)
+    return optimizer if wrap_optimizer is None else wrap_optimizer(optimizer)
+
+
+@jax.jit
+def task_keys(key: jax.Array, index: ArrayLike) -> tuple[jax.Array, jax.Array]:
+    """Makes the keys of a task's training and importance from the sequence's key and the task's number."""
+    train_key, importance_key = jax.random.split(jax.random.fold_in(key, index))
+    return train_key, importance_key
+
+
+def begin_task(
+    method: Method, optimizer: optax.GradientTransformation, previous: TrainingState, key: jax.Array, index: ArrayLike
+) -> TrainingState:
+    """Makes the state before a task's first step, with what the method carries over from the previous task."""
+    training = init_training(optimizer, previous.params, key)
+    if method.carry is None:
+        return training
+    carried = method.carry(training.opt_state, previous.opt_state)
+    opt_state = jax.tree.map(functools.partial(jnp.where, index > 0), carried, training.opt_state)  # type: ignore[operator]
+    return training._replace(opt_state=opt_state)
+
+
 def _train_epoch(
-    learn: Callable,
-    state: SequenceState,
-    strength: jax.Array,
-    current: tuple[Batch, jax.Array | None],
-    epoch: int,
+    learn: functools.partial, state: SequenceState, strength: jax.Array, data: TrainingData, epoch: int
 ) -> tuple[SequenceState, float]:
-    """Returns the state and the mean loss. The arrays of the former state are freed."""
-    (training, info), seconds = _timed(learn, state.training, state.consolidation, strength, *current)
+    """Trains for an epoch; returns the state and the mean loss. The arrays of the earlier state are freed."""
+    (training, info), seconds = _timed(learn, state.training, state.consolidation, strength, data)
     loss = float(np.asarray(info.loss, np.float64).sum()) / int(np.asarray(info.num_steps).sum())
-    # The last step's update comes after the last loss.
+    # The losses are not enough: the last update comes after the last loss.
     if not (math.isfinite(loss) and _checks.is_finite(training.params)):
         advice = f" at strength {strength:g}: lower it or the learning rate, or use the proximal penalty"
         raise FloatingPointError(
             f"training diverged in epoch {epoch + 1}{advice if strength > 0 else ': lower the learning rate'}"
         )
-    return state._replace(training=training, training_seconds=state.training_seconds + seconds), loss
+    training_seconds = state.training_seconds + seconds
+    return state._replace(epochs=state.epochs + 1, training=training, training_seconds=training_seconds), loss
 
 
-def _consolidate_task(
-    method: Method,
-    apply_fn: OutputFn,
-    state: SequenceState,
-    current: tuple[Batch, jax.Array | None],
-    key: jax.Array,
+def _end_task(
+    method: Method, recipe: Recipe, state: SequenceState, data: TrainingData, key: jax.Array
 ) -> tuple[SequenceState, Consolidation]:
-    """Returns the state with the task just learned consolidated, and the task's own parameters and importance."""
-    measure = functools.partial(_importance, apply_fn, method.importance_fn)
-    importance, seconds = _timed(measure, state.training, *current, key)
-    params = state.training.params
-    consolidation = consolidate(state.consolidation, params, importance, rule=method.rule, decay=method.decay)
+    """Consolidates the task just learned; returns the state, and the task's own parameters and importance."""
+    measure = functools.partial(_importance, recipe.apply_fn, method.importance_fn)
+    importance, seconds = _timed(measure, state.training, data, key)
+    consolidation = consolidate(state.consolidation, state.params, importance, rule=method.rule, decay=method.decay)
     state = state._replace(consolidation=consolidation, importance_seconds=state.importance_seconds + seconds)
-    return state, Consolidation(params, importance)
+    return state, Consolidation(state.params, importance)
 
 
 def _with_row(accuracy_matrix: np.ndarray, index: int, accuracies: list[float]) -> np.ndarray:
     accuracy_matrix = accuracy_matrix.copy()
     accuracy_matrix[index, : len(accuracies)] = accuracies
     return accuracy_matrix
-
-
-def _learned(state: SequenceState) -> LearnedSequence:
-    measured = {field: value for field, value in state._asdict().items() if field != "training"}
-    return LearnedSequence(params=state.training.params, **measured)
 
 
 @functools.partial(
@@ -356,116 +387,58 @@ def _learned(state: SequenceState) -> LearnedSequence:
 def _learn_epoch(
     apply_fn: OutputFn,
     optimizer_fn: OptimizerFn,
-    wrap_optimizer: Callable[[optax.GradientTransformation], optax.GradientTransformation],
+    wrap_optimizer: WrapOptimizer | None,
     state: TrainingState,
     consolidation: Consolidation,
     strength: jax.Array,
-    train: Batch,
-    permutation: jax.Array | None,
+    data: TrainingData,
     *,
     batch_size: int,
 ) -> tuple[TrainingState, TrainingInfo]:
     return learn_task(
-        methods.cross_entropy(shown(apply_fn, permutation)),
-        wrap_optimizer(optimizer_fn(strength)),
+        cross_entropy(with_permutation(apply_fn, data.permutation)),
+        make_optimizer(optimizer_fn, wrap_optimizer, strength),
         state,
         consolidation,
-        train,
+        data.examples,
         num_epochs=1,
         batch_size=batch_size,
-        weights=train.weights,
+        weights=data.examples.weights,
     )
 
 
 @functools.partial(jax.jit, static_argnames=("apply_fn", "importance_fn"))
 def _importance(
-    apply_fn: OutputFn,
-    importance_fn: methods.ImportanceFn,
-    state: TrainingState,
-    train: Batch,
-    permutation: jax.Array | None,
-    key: jax.Array,
+    apply_fn: OutputFn, importance_fn: ImportanceFn, state: TrainingState, data: TrainingData, key: jax.Array
 ) -> Params:
-    return importance_fn(shown(apply_fn, permutation), state, train, key)
+    return importance_fn(with_permutation(apply_fn, data.permutation), state, data.examples, key)
 
 
-def _timed(function: Callable, *args: object) -> tuple[object, float]:
-    # Compiled first, so that a method's time does not depend on whether it came first.
+def _timed(function: functools.partial, *args: object) -> tuple[Any, float]:
+    # Compiles first, so that the time of a method does not depend on its place in a comparison.
     function.func.lower(*function.args, *args, **function.keywords).compile()
     start = time.perf_counter()
     result = jax.block_until_ready(function(*args))
     return result, time.perf_counter() - start
 
 
-def check_sequence(
-    apply_fn: OutputFn, params: Params, tasks: Sequence[Task], scenario: Scenario, num_epochs: int, batch_size: int
+def _check_arguments(
+    method: Method | None,
+    recipe: Recipe,
+    params: Params,
+    tasks: Sequence[Task],
+    strength: float,
+    start: SequenceState | None = None,
 ) -> None:
-    """Raises a clear error where something does not fit, before anything is computed; see `learn_tasks`.
-
-    Args:
-      apply_fn: one example's logits.
-      params: where training starts.
-      tasks: the sequence.
-      scenario: "task", "domain" or "class".
-      num_epochs: passes over each task's training examples.
-      batch_size: examples per step.
-
-    Raises:
-      ValueError: if tasks, scenario, sizes or labels do not fit each other.
-      TypeError: if a dtype does not.
-    """
-    if not tasks:
-        raise ValueError("tasks is empty: there is nothing to learn.")
-    _checks.check_choice("scenario", scenario, ("task", "domain", "class"))
-    _checks.check_positive_integer("num_epochs", num_epochs)
-    _checks.check_positive_integer("batch_size", batch_size)
-    x = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), tasks[0].train.inputs)
-    logits = jax.eval_shape(apply_fn, params, x)
-    _checks.check_logits(logits)
-    (num_classes,) = logits.shape
-    checked: dict[tuple[int, ...], Batch] = {}  # the batches, too: an id is an object's only while it lives
-    for index, task in enumerate(tasks):
-        _checks.check_same_structure(f"tasks[{index}]", task, "tasks[0]", tasks[0])
-        _check_task(f"tasks[{index}]", task, scenario, math.prod(x.shape), num_classes, checked)
-
-
-def _check_task(
-    name: str,
-    task: Task,
-    scenario: Scenario,
-    num_features: int,
-    num_classes: int,
-    checked: dict[tuple[int, ...], Batch],
-) -> None:
-    if task.permutation is not None:
-        _check_permutation(f"{name}.permutation", task.permutation, num_features)
-    if (task.class_mask is None) != (scenario == "domain"):
-        has, takes = ("no", "needs one") if task.class_mask is None else ("a", "takes none")
-        raise ValueError(
-            f"{name} has {has} class_mask, but scenario {scenario!r} {takes}: with masks, say 'task' or 'class'."
-        )
-    if task.class_mask is not None and task.class_mask.shape != (num_classes,):
-        raise ValueError(
-            f"{name}.class_mask has shape {task.class_mask.shape}, but apply_fn returns {num_classes} outputs."
-        )
-    if task.class_mask is not None and task.class_mask.dtype != bool:
-        raise TypeError(f"{name}.class_mask has dtype {task.class_mask.dtype}: give bools, one for each class.")
-    for part, batch in (("train", task.train), ("test", task.test)):
-        if batch.class_mask is not None:
-            raise ValueError(f"{name}.{part} has a class_mask: the scenario makes it, from the task's own class_mask.")
-        arrays = tuple(map(id, jax.tree.leaves(batch)))
-        if arrays not in checked:  # permuted tasks share their examples
-            _checks.check_batch(f"{name}.{part}", batch, num_classes)
-            checked[arrays] = batch
-        known = task.class_mask is not None and _checks.is_concrete(batch.labels)
-        if known and not task.class_mask[batch.labels].all():
-            raise ValueError(f"{name} has labels that are not among its classes, those that its class_mask names.")
-
-
-def _check_permutation(name: str, permutation: jax.Array, num_features: int) -> None:
-    if permutation.shape != (num_features,):
-        raise ValueError(f"{name} has shape {permutation.shape}, but an input has {num_features} features.")
-    if not jnp.issubdtype(permutation.dtype, jnp.integer):
-        raise TypeError(f"{name} has dtype {permutation.dtype}, but where a feature was is an integer.")
-    if _checks.is_concrete(permutation) and not np.array_equal(np.sort(permutation), np.arange(num_features)):
-        raise ValueError(f"{name} must hold each of 0 to {num_features - 1} once: it says where each feature was.")
+    _checks.check_sequence(recipe, params, tasks)
+    _checks.check_not_negative("strength", strength)
+    if method is not None:
+        _checks.check_method(method)
+    if start is not None:
+        _checks.check_same_structure("start.params", start.params, "params", params)
+        num_tasks = len(start.initial_accuracies)
+        if num_tasks != len(tasks) or start.epochs > num_tasks * recipe.num_epochs:
+            raise ValueError(
+                f"start is a state after {start.epochs} epochs of {num_tasks} tasks, but there are {len(tasks)} tasks "
+                f"of {recipe.num_epochs} epochs."
+            )

@@ -1,4 +1,4 @@
-"""The accuracy of a network on tasks: what the evaluator does, which alone sees the test sets."""
+"""The accuracy of a network on tasks: the evaluator, which alone sees the test sets."""
 
 import functools
 from collections.abc import Sequence
@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 
 from lifelong_jax import _checks
-from lifelong_jax.per_example import equal_size
-from lifelong_jax.tasks import Scenario, active_classes, mask_logits, shown
-from lifelong_jax.types import Batch, OutputFn, Params, Task
+from lifelong_jax._numerics import equal_size
+from lifelong_jax.scenarios import active_classes, mask_logits
+from lifelong_jax.tasks import with_permutation
+from lifelong_jax.types import Batch, OutputFn, Params, Scenario, Task
 
-_MAX_EVALUATED = 1024  # examples at once: a large network's activations on a whole test set would not fit
+_MAX_EVALUATED = 1024  # examples at once; a large network's activations on a whole test set could exceed the memory
 
 
 @functools.partial(jax.jit, static_argnames=("apply_fn",))
@@ -26,24 +27,25 @@ def accuracy(
       apply_fn: `apply_fn(params, x) -> [num_classes]`, one example's logits, without batch axis.
       params: the parameters.
       test: the examples.
-      permutation: as a task shows them; see `present`.
+      permutation: a task's permutation of the features, or None; see `tasks.permute_features`.
       class_mask: `[num_classes]`, bool, the active outputs, or None for all of them.
 
     Returns:
-      A fraction. An output that is NaN is wrong.
+      A fraction. An example with an output that is NaN counts as wrong.
 
     Raises:
       ValueError: if there are no examples, if inputs, labels and weights differ in their number, or if `apply_fn` does
         not return one example's logits.
 
     Example:
+      >>> from lifelong_jax import Batch
       >>> test = Batch(jnp.eye(2), jnp.array([0, 0]), jnp.ones(2))
       >>> accuracy(lambda params, x: params * x, jnp.array(1.0), test, None, None)
       Array(0.5, dtype=float32)
     """
-    _checks.check_examples("test", test._replace(weights=None), test.weights, "test.weights")
-    output_fn = shown(apply_fn, permutation)
-    test = test._replace(weights=test.weights.astype(float))  # sums of narrower ones would be rounded
+    _checks.check_examples("test", test._replace(weights=None), test.weights, "test.weights")  # type: ignore[arg-type]
+    output_fn = with_permutation(apply_fn, permutation)
+    test = test._replace(weights=test.weights.astype(float))  # a sum of narrow floats would be rounded
     num_examples = len(test.labels)
     size = equal_size(num_examples, _MAX_EVALUATED)
 
@@ -53,17 +55,17 @@ def accuracy(
         return logits
 
     def correct_weights(start: jax.Array) -> jax.Array:
-        # The last part ends with the last example: what it has in common with the part before is left out.
+        # All parts have one size: the last part overlaps the one before, and the overlap does not count again.
         first = jnp.minimum(start, num_examples - size)
         part = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, first, size), test)
         outputs = jax.vmap(logits_fn)(part.inputs)
         predicted = jnp.argmax(mask_logits(outputs, class_mask), axis=-1)
         correct = predicted.astype(jnp.int32) == part.labels.astype(jnp.int32)
-        correct &= ~jnp.isnan(outputs).any(axis=-1)  # argmax would take a NaN for the largest
+        correct &= ~jnp.isnan(outputs).any(axis=-1)  # argmax returns the index of a NaN
         correct &= first + jnp.arange(size) >= start
         return jnp.where(correct, part.weights, 0)
 
-    # Summed at once, as all weights are: a sum of rounded sums could be above that.
+    # Summed like the weights below: a sum of the parts' rounded sums could exceed theirs.
     return jnp.sum(jax.lax.map(correct_weights, jnp.arange(0, num_examples, size))) / jnp.sum(test.weights)
 
 
@@ -74,23 +76,23 @@ def evaluate(apply_fn: OutputFn, params: Params, tasks: Sequence[Task], scenario
       apply_fn: `apply_fn(params, x) -> [num_classes]`, one example's logits, without batch axis.
       params: the parameters.
       tasks: the tasks; in "class", those learned so far.
-      scenario: which outputs are active; see `active_classes`.
+      scenario: which outputs are active; see `scenarios.active_classes`.
 
     Returns:
       A fraction for each task.
 
     Raises:
-      ValueError: as for `accuracy`, or if weights are negative, all 0 or beyond float32.
+      ValueError: as for `accuracy`, or if weights are negative, all 0, or too large or too small for float32.
 
     Example:
+      >>> from lifelong_jax import Batch, Task
       >>> batch = Batch(jnp.eye(2), jnp.array([0, 0]), jnp.ones(2))
       >>> evaluate(lambda params, x: params * x, jnp.array(1.0), [Task(batch, batch)])
       [0.5]
     """
     for index, task in enumerate(tasks):
-        _checks.check_examples(
-            f"tasks[{index}].test", task.test.inputs, task.test.weights, f"tasks[{index}].test.weights"
-        )
+        name = f"tasks[{index}].test"
+        _checks.check_examples(name, task.test.inputs, task.test.weights, f"{name}.weights")
     class_masks = [active_classes(tasks, scenario, index, len(tasks) - 1) for index in range(len(tasks))]
     accuracies = [
         accuracy(apply_fn, params, task.test, task.permutation, class_mask)

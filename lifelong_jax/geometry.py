@@ -1,5 +1,4 @@
-"""Around a solution: planes through the parameters of several, what a loss or a penalty is on them, and how much two
-importances overlap."""
+"""Geometry of parameter space: planes through solutions, losses and penalties on them, and overlaps of importances."""
 
 import functools
 from typing import NamedTuple
@@ -10,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from lifelong_jax import _checks
+from lifelong_jax._numerics import wide_dtype
 from lifelong_jax.types import Examples, LossFn, Params
 
 
@@ -17,8 +17,8 @@ class Plane(NamedTuple):
     """A plane in the space of all parameters, with orthonormal axes.
 
     Attributes:
-      origin: a tree like the parameters, the point (0, 0).
-      axes: two trees like the parameters, of length 1 and at right angles.
+      origin: a tree like the parameters: the point (0, 0).
+      axes: two trees like the parameters, orthogonal and of length 1.
     """
 
     origin: Params
@@ -26,8 +26,9 @@ class Plane(NamedTuple):
 
 
 def plane_through(origin: Params, first: Params, second: Params) -> Plane:
-    """Lays a plane through three points. The first axis points from `origin` to `first`; `second` has a positive second
-    coordinate.
+    """Makes the plane through three points.
+
+    The first axis points from `origin` to `first`. The second coordinate of `second` is positive.
 
     Args:
       origin: a tree of floating-point arrays; the point (0, 0).
@@ -41,6 +42,7 @@ def plane_through(origin: Params, first: Params, second: Params) -> Plane:
       ValueError: if the trees differ in structure or shapes, or the points lie on one line.
 
     Example:
+      >>> from lifelong_jax.geometry import plane_coordinates
       >>> plane = plane_through(jnp.zeros(3), jnp.array([0.0, 2.0, 0.0]), jnp.array([3.0, 4.0, 0.0]))
       >>> plane_coordinates(plane, jnp.array([3.0, 4.0, 0.0])).tolist()
       [4.0, 3.0]
@@ -49,7 +51,7 @@ def plane_through(origin: Params, first: Params, second: Params) -> Plane:
     """
     _checks.check_same_structure("first", first, "origin", origin)
     _checks.check_same_structure("second", second, "origin", origin)
-    # In float64 on the host: what is left of the second direction may be a small difference of large numbers.
+    # In float64 on the host: the rest of the second direction may be a small difference of large numbers.
     start = _flatten(origin)
     axes: list[np.ndarray] = []
     for point in (first, second):
@@ -57,13 +59,13 @@ def plane_through(origin: Params, first: Params, second: Params) -> Plane:
         rest = direction - sum(axis * (axis @ direction) for axis in axes)
         length = np.linalg.norm(rest)
         if not length > 1e-6 * np.linalg.norm(direction):
-            raise ValueError("the three points lie on one line: there is no plane through them alone.")
+            raise ValueError("the three points lie on one line, so they define no plane.")
         axes.append(rest / length)
     return Plane(origin, tuple(_unflatten(axis, origin) for axis in axes))
 
 
 def plane_coordinates(plane: Plane, params: Params) -> np.ndarray:
-    """Computes where in a plane parameters are; those outside of it are projected onto it.
+    """Computes the coordinates of parameters in a plane, onto which they are projected.
 
     Args:
       plane: from `plane_through`.
@@ -88,12 +90,13 @@ def plane_point(plane: Plane, coordinates: ArrayLike) -> Params:
       coordinates: `[2]`.
 
     Returns:
-      A tree like the plane's origin, computed in float32 at least and rounded to its dtypes.
+      A tree like the plane's origin, computed in float32 or wider and rounded to its dtypes.
     """
 
     def of_leaf(origin: jax.Array, *axes: jax.Array) -> jax.Array:
-        dtype = np.promote_types(axes[0].dtype, np.float32)
-        steps = (jnp.asarray(x, dtype) * axis.astype(dtype) for x, axis in zip(coordinates, axes, strict=True))
+        dtype = wide_dtype(axes[0])
+        pairs = zip(coordinates, axes, strict=True)  # type: ignore[arg-type]
+        steps = (jnp.asarray(x, dtype) * axis.astype(dtype) for x, axis in pairs)
         return sum(steps, start=jnp.asarray(origin, dtype)).astype(axes[0].dtype)
 
     return jax.tree.map(of_leaf, plane.origin, *plane.axes)
@@ -103,17 +106,18 @@ def loss_on_plane(loss_fn: LossFn, plane: Plane, first: ArrayLike, second: Array
     """Computes the mean loss at the points of a grid in a plane.
 
     Args:
-      loss_fn: `loss_fn(params, example) -> scalar`, the loss of one example, without batch axis. It must be the same
-        function object from call to call, or it is compiled anew.
+      loss_fn: `loss_fn(params, example) -> scalar`, the loss of one example, without batch axis. Pass the same function
+        object in every call, or it is compiled again.
       plane: from `plane_through`.
-      first: `[num_columns]`, the grid's first coordinates.
-      second: `[num_rows]`, its second coordinates.
+      first: `[num_columns]`, the first coordinates of the grid.
+      second: `[num_rows]`, the second coordinates of the grid.
       examples: a tree of arrays `[num_examples, ...]`.
 
     Returns:
-      `[num_rows, num_columns]`, float32 or, where the losses are, wider.
+      `[num_rows, num_columns]`, float32 or, if the losses are wider, their dtype.
 
     Example:
+      >>> from lifelong_jax.geometry import plane_through
       >>> plane = plane_through(jnp.zeros(2), jnp.array([1.0, 0.0]), jnp.array([0.0, 1.0]))
       >>> loss_on_plane(lambda params, x: jnp.sum(x * params), plane, [0.0, 1.0], [2.0], jnp.ones((3, 2))).tolist()
       [[2.0, 3.0]]
@@ -125,10 +129,11 @@ def loss_on_plane(loss_fn: LossFn, plane: Plane, first: ArrayLike, second: Array
 
 
 def penalty_on_plane(plane: Plane, importance: Params) -> np.ndarray:
-    """Computes what a quadratic penalty is in a plane: `penalty = ½ · cᵀ M c`, with c the coordinates of a point, for
-    the anchor in the origin and strength 1.
+    """Computes the matrix M of a quadratic penalty in a plane, for strength 1 and the anchor in the plane's origin.
 
-        M_jk = Σ_i importance_i · axes_j,i · axes_k,i
+        penalty = ½ · cᵀ M c,   M_jk = Σ_i importance_i · axes_j,i · axes_k,i
+
+    with c the coordinates of a point.
 
     Args:
       plane: from `plane_through`.
@@ -141,6 +146,7 @@ def penalty_on_plane(plane: Plane, importance: Params) -> np.ndarray:
       ValueError: if the trees differ in structure or shapes.
 
     Example:
+      >>> from lifelong_jax.geometry import plane_through
       >>> plane = plane_through(jnp.zeros(2), jnp.array([1.0, 0.0]), jnp.array([0.0, 1.0]))
       >>> penalty_on_plane(plane, jnp.array([2.0, 3.0])).tolist()
       [[2.0, 0.0], [0.0, 3.0]]
@@ -151,14 +157,14 @@ def penalty_on_plane(plane: Plane, importance: Params) -> np.ndarray:
 
 
 def importance_overlap(importance: Params, other: Params) -> float:
-    """Computes how much two tasks rely on the same parameters, between 0 (none in common) and 1 (in proportion).
+    """Computes how much two tasks rely on the same parameters, from 0 (disjoint) to 1 (proportional importances).
 
         overlap = 1 − d²,   d² = ½ tr(F + G − 2 (F G)^½) = 1 − Σ_i (F_i · G_i)^½
 
-    with F and G the two importances as diagonal matrices, each scaled to trace 1, and d the Fréchet distance.
+    with F and G the two importances as diagonal matrices, each scaled to trace 1, and d their Fréchet distance.
 
     Args:
-      importance: a tree of arrays, not negative: of one layer, say.
+      importance: a tree of arrays, not negative; for a single layer, say.
       other: a tree like `importance`.
 
     Returns:
@@ -185,9 +191,9 @@ def importance_overlap(importance: Params, other: Params) -> float:
 def _mean_losses(loss_fn: LossFn, plane: Plane, grid: jax.Array, examples: Examples) -> jax.Array:
     def mean_loss(coordinates: jax.Array) -> jax.Array:
         losses = jax.vmap(loss_fn, in_axes=(None, 0))(plane_point(plane, coordinates), examples)
-        return jnp.mean(losses, dtype=np.promote_types(losses.dtype, np.float32))
+        return jnp.mean(losses, dtype=wide_dtype(losses))
 
-    # Point by point: all at once would need memory for as many copies of the parameters.
+    # In batches of points: all at once would need a copy of the parameters for each.
     return jax.lax.map(mean_loss, grid, batch_size=8)
 
 

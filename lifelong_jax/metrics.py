@@ -1,18 +1,20 @@
-"""What the field reads off an accuracy matrix.
+"""Metrics of continual learning, from an accuracy matrix.
 
 `accuracy_matrix[i, j]` is the accuracy on task j's test set after task i has been learned, `[num_tasks, num_tasks]`.
 An entry that was not measured is NaN, and so is every metric that needs it. T is the number of tasks.
 
-Forgetting has three definitions in use: from a task's best accuracy on (`forgetting`), from the accuracy at the end of
-its own training on (`forgetting_since_learned`), and in relation to joint training (`forgetting_ratio`).
+Three definitions of forgetting are in use: since a task's best accuracy (`forgetting`), since the end of its own
+training (`forgetting_since_learned`), and relative to joint training (`forgetting_ratio`).
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 
 def average_accuracy(accuracy_matrix: ArrayLike) -> float:
-    """Computes the mean accuracy over all tasks, after the last one: `mean_j A[T-1, j]`.
+    """Computes the mean accuracy on all tasks after the last one: `mean_j A[T-1, j]`.
 
     Args:
       accuracy_matrix: `[num_tasks, num_tasks]`, in [0, 1].
@@ -33,7 +35,7 @@ def average_accuracy(accuracy_matrix: ArrayLike) -> float:
 
 
 def average_incremental_accuracy(accuracy_matrix: ArrayLike) -> float:
-    """Computes the mean, over the sequence, of the accuracy on the tasks so far: `mean_i mean_{j<=i} A[i, j]`.
+    """Computes the mean accuracy on the tasks so far, averaged over the sequence: `mean_i mean_{j<=i} A[i, j]`.
 
     Args:
       accuracy_matrix: `[num_tasks, num_tasks]`, in [0, 1].
@@ -55,13 +57,13 @@ def average_incremental_accuracy(accuracy_matrix: ArrayLike) -> float:
 
 
 def forgetting(accuracy_matrix: ArrayLike) -> float:
-    """Computes how far accuracy has fallen from its best: `mean_{j<T-1} (max_{j<=i<T-1} A[i, j] − A[T-1, j])`.
+    """Computes the loss of accuracy since its best: `mean_{j<T-1} (max_{j<=i<T-1} A[i, j] − A[T-1, j])`.
 
     Args:
       accuracy_matrix: `[num_tasks, num_tasks]`, in [0, 1].
 
     Returns:
-      A fraction in [-1, 1]; smaller is better. NaN for a single task, which nothing came after.
+      A fraction in [-1, 1]; smaller is better. NaN for a single task.
 
     Raises:
       ValueError: if the matrix is not square.
@@ -70,7 +72,7 @@ def forgetting(accuracy_matrix: ArrayLike) -> float:
       >>> forgetting([[1.0, 0.0], [0.5, 1.0]])
       0.5
 
-    Chaudhry et al. 2018, arXiv 1801.10112, eq. 3; here a task's best is since its own turn.
+    Chaudhry et al. 2018, arXiv 1801.10112, eq. 3; here the best accuracy is since the task was learned.
     """
     accuracy = _square(accuracy_matrix)
     last = len(accuracy) - 1
@@ -78,9 +80,9 @@ def forgetting(accuracy_matrix: ArrayLike) -> float:
 
 
 def forgetting_since_learned(accuracy_matrix: ArrayLike) -> float:
-    """Computes how far accuracy has fallen since the task's own training: `mean_{j<T-1} (A[j, j] − A[T-1, j])`.
+    """Computes the loss of accuracy since the task's own training: `mean_{j<T-1} (A[j, j] − A[T-1, j])`.
 
-    It is backward transfer, with the other sign.
+    It is backward transfer with the opposite sign.
 
     Args:
       accuracy_matrix: `[num_tasks, num_tasks]`, in [0, 1].
@@ -102,7 +104,7 @@ def forgetting_since_learned(accuracy_matrix: ArrayLike) -> float:
 
 
 def forgetting_ratio(accuracy_matrix: ArrayLike, chance: ArrayLike, joint_accuracy: ArrayLike) -> float:
-    """Computes what is left of the way from chance to joint training: `mean_j (A[T-1, j] − c_j) / (m_j − c_j) − 1`.
+    """Computes forgetting relative to joint training and chance: `mean_j (A[T-1, j] − c_j) / (m_j − c_j) − 1`.
 
     Args:
       accuracy_matrix: `[num_tasks, num_tasks]`, in [0, 1].
@@ -110,10 +112,10 @@ def forgetting_ratio(accuracy_matrix: ArrayLike, chance: ArrayLike, joint_accura
       joint_accuracy: m, `[num_tasks]`: the accuracy on each task of a network trained on all of them at once.
 
     Returns:
-      At most about 0, which is no forgetting; -1 where accuracy has fallen to chance.
+      About 0 for no forgetting; -1 if all accuracies have fallen to chance.
 
     Raises:
-      ValueError: if the matrix is not square, or the others' sizes do not match.
+      ValueError: if the matrix is not square, or another size does not match.
 
     Example:
       >>> forgetting_ratio([[1.0, 0.0], [0.5, 1.0]], chance=0.5, joint_accuracy=[1.0, 1.0])
@@ -128,7 +130,7 @@ def forgetting_ratio(accuracy_matrix: ArrayLike, chance: ArrayLike, joint_accura
 
 
 def backward_transfer(accuracy_matrix: ArrayLike) -> float:
-    """Computes what learning later tasks has done to earlier ones: `mean_{j<T-1} (A[T-1, j] − A[j, j])`.
+    """Computes the effect of later tasks on earlier ones: `mean_{j<T-1} (A[T-1, j] − A[j, j])`.
 
     Args:
       accuracy_matrix: `[num_tasks, num_tasks]`, in [0, 1].
@@ -149,17 +151,17 @@ def backward_transfer(accuracy_matrix: ArrayLike) -> float:
 
 
 def forward_transfer(accuracy_matrix: ArrayLike, initial_accuracy: ArrayLike) -> float:
-    """Computes what earlier tasks do for one that is yet to be learned: `mean_{j>0} (A[j-1, j] − b_j)`.
+    """Computes the effect of earlier tasks on later ones before these are learned: `mean_{j>0} (A[j-1, j] − b_j)`.
 
     Args:
       accuracy_matrix: `[num_tasks, num_tasks]`, in [0, 1].
-      initial_accuracy: b, `[num_tasks]`: the accuracy on each task with the parameters that training began with.
+      initial_accuracy: b, `[num_tasks]`: the accuracy on each task with the initial parameters.
 
     Returns:
       A fraction in [-1, 1]; larger is better. NaN for a single task.
 
     Raises:
-      ValueError: if the matrix is not square, or the other's size does not match.
+      ValueError: if the matrix is not square, or another size does not match.
 
     Example:
       >>> forward_transfer([[1.0, 0.75], [0.5, 1.0]], initial_accuracy=[0.5, 0.5])
@@ -173,7 +175,7 @@ def forward_transfer(accuracy_matrix: ArrayLike, initial_accuracy: ArrayLike) ->
 
 
 def intransigence(accuracy_matrix: ArrayLike, joint_accuracy: ArrayLike) -> float:
-    """Computes how much worse a task is learned in its turn than jointly with the others: `mean_j (m_j − A[j, j])`.
+    """Computes how much worse each task is learned in the sequence than jointly: `mean_j (m_j − A[j, j])`.
 
     Args:
       accuracy_matrix: `[num_tasks, num_tasks]`, in [0, 1].
@@ -183,15 +185,15 @@ def intransigence(accuracy_matrix: ArrayLike, joint_accuracy: ArrayLike) -> floa
       A fraction in [-1, 1]; smaller is better.
 
     Raises:
-      ValueError: if the matrix is not square, or the other's size does not match.
+      ValueError: if the matrix is not square, or another size does not match.
 
     Example:
       >>> intransigence([[1.0, 0.0], [0.5, 0.5]], joint_accuracy=[1.0, 1.0])
       0.25
 
-    Chaudhry et al. 2018, arXiv 1801.10112, eq. 5, of all tasks; its reference for task j is trained on the tasks up to
-    j, and this one on all. In the class-incremental scenario A[j, j] is measured among the classes up to j and m_j
-    among all, so that it can be negative with nothing learned better.
+    Chaudhry et al. 2018, arXiv 1801.10112, eq. 5, as a mean over all tasks. Their m_j is of a network trained on the
+    tasks up to j; here it is trained on all. In the scenario "class", A[j, j] is measured among the classes up to task
+    j, but m_j among all classes, so that the result can be negative although nothing was learned better.
     """
     accuracy = _square(accuracy_matrix)
     return _mean(_of_each_task("joint_accuracy", joint_accuracy, accuracy) - np.diag(accuracy))
@@ -211,6 +213,6 @@ def _of_each_task(name: str, values: ArrayLike, accuracy: np.ndarray) -> np.ndar
     return values
 
 
-def _mean(values: ArrayLike) -> float:
-    # Of no values, NaN, and no warning.
+def _mean(values: Sequence[float] | np.ndarray) -> float:
+    # np.mean would warn if there are no values.
     return float(np.mean(values)) if len(values) else float("nan")

@@ -1,7 +1,7 @@
-"""Small flax networks, and AlexNet with pretrained weights. Each takes one example, without batch axis.
+"""Small flax networks, and AlexNet with pretrained weights. Each maps one example, without a batch axis.
 
-Nothing in the library depends on them: any function of parameters and an example will do. They mark the ends of their
-layers, for `local_mas_importance`.
+The rest of the library works with any function of parameters and an example. These networks mark the outputs of their
+layers for `local_mas_importance`.
 """
 
 import functools
@@ -9,17 +9,20 @@ import pathlib
 from collections.abc import Callable
 from typing import Literal
 
-import flax.linen as nn
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 
 from lifelong_jax import _checks
-from lifelong_jax.tapping import layer_output
+from lifelong_jax._extras import needs_extra
+from lifelong_jax.importance.layers import layer_output
 from lifelong_jax.types import Example, Params
+
+with needs_extra("models"):
+    import flax.linen as nn
+    import flax.traverse_util
+    import safetensors
+    import safetensors.numpy
 
 
 class MLP(nn.Module):
@@ -28,7 +31,7 @@ class MLP(nn.Module):
     Attributes:
       hidden_sizes: the widths of the hidden layers.
       num_outputs: the width of the output layer.
-      activation: "relu" or "tanh", after each hidden layer.
+      activation: "relu" or "tanh", applied after each hidden layer.
 
     Example:
       >>> model = MLP(hidden_sizes=(256, 256), num_outputs=10)
@@ -43,7 +46,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Computes the outputs `[num_outputs]` of one example `x` of any shape, which is flattened."""
+        """Computes the outputs `[num_outputs]` of one example `x`. It may have any shape, and is flattened."""
         activate = {"relu": nn.relu, "tanh": jnp.tanh}[self.activation]
         x = x.reshape(-1)
         for size in self.hidden_sizes:
@@ -52,10 +55,10 @@ class MLP(nn.Module):
 
 
 class CNN(nn.Module):
-    """A small convolutional network: 3×3 convolutions, ReLU, and the mean over 2×2 pixels, then one dense layer.
+    """A small convolutional network: 3×3 convolutions, each followed by ReLU and 2×2 average pooling; a dense layer.
 
     Attributes:
-      features: the channels of each convolution; each but the last is followed by the next at half the resolution.
+      features: the number of output channels of each convolution.
       num_outputs: the width of the output layer.
 
     Example:
@@ -75,7 +78,7 @@ class CNN(nn.Module):
         if x.ndim != 3 or min(x.shape[:2]) < smallest:
             raise ValueError(
                 f"{len(self.features)} convolutions need one image [height, width, channels] of at least {smallest} by "
-                f"{smallest} pixels, not {x.shape}: have fewer features, or a larger image_size."
+                f"{smallest} pixels, not {x.shape}: use fewer features or a larger image_size."
             )
         for size in self.features:
             x = layer_output(nn.relu(Conv(size, window=3, padding=1)(x)))
@@ -84,13 +87,13 @@ class CNN(nn.Module):
 
 
 class Conv(nn.Module):
-    """A convolution of one image, with a bias; the parameters are those of flax's `nn.Conv`.
+    """A convolution of one image, with a bias. It has the parameters of flax's `nn.Conv`.
 
     Attributes:
-      features: the channels of the result.
-      window: height and width of the kernel.
-      stride: pixels from one place of the kernel to the next.
-      padding: rows and columns of zeros on each side of the image.
+      features: the number of output channels.
+      window: height and width of the kernel in pixels.
+      stride: the distance in pixels between neighbouring positions of the kernel.
+      padding: the number of rows and columns of zeros added on each side of the image.
     """
 
     features: int
@@ -109,18 +112,18 @@ class Conv(nn.Module):
 
 
 def convolve(image: jax.Array, kernel: jax.Array, stride: int = 1, padding: int = 0) -> jax.Array:
-    """Convolves one image with a kernel, in the way that trains fastest on the backend.
+    """Convolves one image with a kernel, by the implementation that trains fastest on the current backend.
 
         out[i, j] = Σ_row,column image[stride · i + row − padding, stride · j + column − padding] @ kernel[row, column]
 
-    On a CPU it is `convolve_by_patches`, elsewhere `convolve_by_xla`: on a CPU, XLA's convolutions are ten times slower
-    inside of a loop, and training is a loop (`benchmarks/convolutions.py`).
+    This is `convolve_by_patches` on CPUs and `convolve_by_xla` elsewhere. On CPUs, XLA's convolutions are ten times
+    slower inside a loop, and training is a loop (measured by `benchmarks/convolutions.py`).
 
     Args:
       image: `[height, width, channels]`.
       kernel: `[window_height, window_width, channels, features]`.
-      stride: pixels from one place of the kernel to the next.
-      padding: rows and columns of zeros on each side of the image.
+      stride: the distance in pixels between neighbouring positions of the kernel.
+      padding: the number of rows and columns of zeros added on each side of the image.
 
     Returns:
       `[new_height, new_width, features]`, with `new_height = (height + 2 · padding − window_height) // stride + 1`.
@@ -131,13 +134,13 @@ def convolve(image: jax.Array, kernel: jax.Array, stride: int = 1, padding: int 
              [6., 9., 6.],
              [4., 6., 4.]], dtype=float32)
     """
-    way = convolve_by_patches if jax.default_backend() == "cpu" else convolve_by_xla
-    return way(image, kernel, stride, padding)
+    implementation = convolve_by_patches if jax.default_backend() == "cpu" else convolve_by_xla
+    return implementation(image, kernel, stride, padding)
 
 
 @functools.partial(jax.jit, static_argnames=("stride", "padding"))
 def convolve_by_patches(image: jax.Array, kernel: jax.Array, stride: int = 1, padding: int = 0) -> jax.Array:
-    """Convolves one image with a kernel: gathers the image's patches, and makes one product of matrices.
+    """Convolves one image with a kernel: gathers the image's patches and multiplies them by the kernel as a matrix.
 
     Args:
       image: as for `convolve`.
@@ -151,7 +154,7 @@ def convolve_by_patches(image: jax.Array, kernel: jax.Array, stride: int = 1, pa
     height, width, channels, features = kernel.shape
     image = jnp.pad(image, [(padding, padding), (padding, padding), (0, 0)])
     rows, columns = (image.shape[0] - height) // stride + 1, (image.shape[1] - width) // stride + 1
-    # One axis after the other: height + width slices, and not height · width.
+    # One axis after the other, which takes height + width slices instead of height · width.
     image = jnp.concatenate([image[:, c : c + (columns - 1) * stride + 1 : stride] for c in range(width)], axis=-1)
     image = jnp.concatenate([image[r : r + (rows - 1) * stride + 1 : stride] for r in range(height)], axis=-1)
     patches = image.reshape(rows * columns, height * width * channels)
@@ -160,7 +163,7 @@ def convolve_by_patches(image: jax.Array, kernel: jax.Array, stride: int = 1, pa
 
 @functools.partial(jax.jit, static_argnames=("stride", "padding"))
 def convolve_by_xla(image: jax.Array, kernel: jax.Array, stride: int = 1, padding: int = 0) -> jax.Array:
-    """Convolves one image with a kernel: XLA's own convolution.
+    """Convolves one image with a kernel by XLA's convolution.
 
     Args:
       image: as for `convolve`.
@@ -181,17 +184,18 @@ def convolve_by_xla(image: jax.Array, kernel: jax.Array, stride: int = 1, paddin
 
 
 class AlexNet(nn.Module):
-    """AlexNet, as torchvision has it: five convolutions and three dense layers, 61 million parameters at 1,000 outputs.
+    """AlexNet in torchvision's variant: five convolutions and three dense layers.
 
-    The input is a colour image in [0, 1]; it is normalised by ImageNet's mean and standard deviation here, as the
-    pretrained weights want it (`load_pretrained`). The last convolution's features are averaged to 6×6, so that images
-    of any size from 63×63 on will do; the weights were trained on 224×224. There is no dropout: the network is a
-    function of its parameters and one example alone, and in continual learning it would blur the importances.
+    With 1,000 outputs it has 61 million parameters. The input is a colour image in [0, 1]. The network normalises it by
+    ImageNet's mean and standard deviation, as the pretrained weights require (see `load_pretrained`). The features of
+    the last convolution are averaged to 6×6, so that images may have any size of at least 63×63; the pretrained weights
+    were trained on 224×224. There is no dropout: its noise would add to the importances, and the output would not be a
+    function of the parameters and one example only.
 
     Attributes:
-      num_outputs: the width of the output layer, the head `fc8`.
-      features: the channels of the five convolutions, `conv1` to `conv5`.
-      hidden_sizes: the widths of `fc6` and `fc7`.
+      num_outputs: the width of the output layer, `fc8`, called the head.
+      features: the number of output channels of the five convolutions, `conv1` to `conv5`.
+      hidden_sizes: the widths of the layers `fc6` and `fc7`.
 
     Example:
       >>> model = AlexNet(num_outputs=200)
@@ -199,8 +203,8 @@ class AlexNet(nn.Module):
       >>> sum(leaf.size for leaf in jax.tree.leaves(variables))
       57823240
 
-    Krizhevsky et al. 2012, "ImageNet classification with deep convolutional neural networks"; the variant is that of
-    Krizhevsky 2014, arXiv 1404.5997, and https://pytorch.org/vision/stable/models/alexnet.html
+    Krizhevsky et al. 2012, "ImageNet classification with deep convolutional neural networks". The variant is from
+    Krizhevsky 2014, arXiv 1404.5997; see https://pytorch.org/vision/stable/models/alexnet.html
     """
 
     num_outputs: int
@@ -213,7 +217,7 @@ class AlexNet(nn.Module):
         if x.ndim != 3 or x.shape[-1] != 3 or min(x.shape[:2]) < 63:
             raise ValueError(
                 f"AlexNet needs one image [height, width, 3] of at least 63 by 63 pixels, not {x.shape}: load the data "
-                f"with image_size=224 and channels=3, say."
+                f"with, for example, image_size=224 and channels=3."
             )
         mean, deviation = (jnp.asarray(values, x.dtype) for values in (_IMAGENET_MEAN, _IMAGENET_DEVIATION))
         x = (x - mean) / deviation
@@ -248,12 +252,12 @@ _TORCHVISION = {
 
 
 def init_network(model: nn.Module, key: jax.Array, x: Example) -> Params:
-    """Draws a network's first parameters: what `model.init` does, as one program.
+    """Initialises a network's parameters. It draws what `model.init` draws, but in one compiled program.
 
     Args:
-      model: a flax module of one example, hashable, as modules of plain attributes are.
+      model: a flax module of one example. It must be hashable, as modules are whose attributes are hashable.
       key: a random key.
-      x: an input, without batch axis.
+      x: an input, without a batch axis.
 
     Returns:
       The parameters.
@@ -267,76 +271,79 @@ def init_network(model: nn.Module, key: jax.Array, x: Example) -> Params:
 
 @functools.cache
 def _init_program() -> Callable[[nn.Module, jax.Array, Example], Params]:
-    # It runs once: on a CPU, optimised in full, it is four times as long in compilation, and draws the same numbers.
-    # What is compiled with options of its own cannot be part of another program.
+    # The program runs once. On a CPU, full optimisation would make its compilation four times as long, for the same
+    # numbers. A program with compiler options cannot be part of another one, so init_network calls it only outside jit.
     options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
     return jax.jit(lambda model, key, x: model.init(key, x), static_argnums=0, compiler_options=options)
 
 
 def load_pretrained(params: Params, path: str | pathlib.Path) -> Params:
-    """Puts pretrained weights in the place of AlexNet's parameters.
+    """Replaces AlexNet's parameters by pretrained weights.
 
-    The file has torchvision's names and shapes. Where torch is installed, this writes it:
+    The file must have torchvision's names and shapes. With torch and torchvision installed, this code writes it:
 
         weights = torchvision.models.alexnet(weights="DEFAULT").state_dict()
         safetensors.torch.save_file(weights, "alexnet.safetensors")
 
-    The head stays as it was initialised, unless it has the file's shape, which is 1,000 classes of ImageNet.
+    The head is replaced only if its shape is that in the file: 1,000 outputs for ImageNet. Otherwise it is kept.
 
     Args:
-      params: what `AlexNet.init` returns.
-      path: a safetensors file.
+      params: from `AlexNet.init`.
+      path: path of a safetensors file.
 
     Returns:
       A tree like `params`.
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: if it is no safetensors file, or if weights lack, are left over or differ in shape: all are named.
+      ValueError: if it is not a safetensors file, or if weights are missing, unknown or of another shape; the message
+        names them all.
     """
     file = pathlib.Path(path).expanduser()
     if not file.is_file():
-        raise FileNotFoundError(f"no file {file.absolute()} of pretrained weights.")
+        raise FileNotFoundError(f"no file of pretrained weights {file.absolute()}.")
     try:
         weights = safetensors.numpy.load_file(file)
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{file} is no safetensors file: {error}.") from error
+        raise ValueError(f"{file} is not a safetensors file: {error}.") from error
     ours = flax.traverse_util.flatten_dict(params["params"])
     names = {(layer, leaf): f"{_TORCHVISION[layer]}.{_LEAVES[leaf]}" for layer, leaf in ours}
     wrong = {}
-    for path, name in names.items():
-        shape = _torchvision_shape(ours[path])
+    for place, name in names.items():
+        shape = _torchvision_shape(ours[place])
         if name not in weights:
-            wrong[path] = f"{name} {shape} lacks"
+            wrong[place] = f"{name} {shape} is missing"
         elif weights[name].shape != shape:
-            wrong[path] = f"{name} has shape {weights[name].shape}, not {shape}"
-    kept = {path for path in ours if path[0] == _HEAD} if any(path[0] == _HEAD for path in wrong) else set()
-    reasons = [reason for path, reason in wrong.items() if path not in kept]
-    reasons += [f"{name} is no parameter of AlexNet" for name in sorted(weights.keys() - set(names.values()))]
+            wrong[place] = f"{name} has shape {weights[name].shape}, not {shape}"
+    kept = {place for place in ours if place[0] == _HEAD} if any(place[0] == _HEAD for place in wrong) else set()
+    reasons = [reason for place, reason in wrong.items() if place not in kept]
+    reasons += [f"{name} is not a parameter of AlexNet" for name in sorted(weights.keys() - set(names.values()))]
     if reasons:
         raise ValueError(f"{file} does not fit the network: {'; '.join(reasons)}.")
     channels = ours["conv5", "bias"].size
     loaded = {
-        path: leaf if path in kept else jnp.asarray(_from_torchvision(path, weights[names[path]], channels), leaf.dtype)
-        for path, leaf in ours.items()
+        place: leaf
+        if place in kept
+        else jnp.asarray(_from_torchvision(place, weights[names[place]], channels), leaf.dtype)
+        for place, leaf in ours.items()
     }
     return {"params": flax.traverse_util.unflatten_dict(loaded)}
 
 
 def _torchvision_shape(leaf: jax.Array) -> tuple[int, ...]:
-    # [outputs, inputs, height, width], where ours are [height, width, inputs, outputs].
+    # Torchvision has [outputs, inputs, height, width], this network [height, width, inputs, outputs].
     return leaf.shape if leaf.ndim == 1 else (*leaf.shape[:-3:-1], *leaf.shape[:-2])
 
 
 def _from_torchvision(path: tuple[str, str], weight: np.ndarray, channels: int) -> np.ndarray:
-    if path == ("fc6", "kernel"):  # theirs takes [channels, 6, 6] flattened, ours [6, 6, channels]
+    if path == ("fc6", "kernel"):  # torchvision flattens [channels, 6, 6], this network [6, 6, channels]
         weight = weight.reshape(-1, channels, 6, 6)
         return weight.transpose(2, 3, 1, 0).reshape(-1, len(weight))
     return weight if weight.ndim == 1 else np.moveaxis(weight, (0, 1), (-1, -2))
 
 
 def _average_to(x: jax.Array, size: int) -> jax.Array:
-    """Averages `[height, width, channels]` to `[size, size, channels]`, over windows as equal as they can be."""
+    """Averages `[height, width, channels]` to `[size, size, channels]`, over windows of about equal size."""
     for axis in (0, 1):
         length = x.shape[axis]
         window = np.zeros((size, length), x.dtype)

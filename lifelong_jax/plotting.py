@@ -1,47 +1,64 @@
-"""Pictures of what was learned and what was forgotten. One style for all of them."""
+"""Figures of what was learned and what was forgotten, all in one style.
+
+Each function takes arrays and makes a figure: `figure.savefig("curves.png")` writes it, and a notebook shows it. The
+`draw_` functions draw into the axes of a figure of your own, from `make_figure`.
+"""
 
 import io
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib.figure
 import numpy as np
-from matplotlib.axes import Axes
 from numpy.typing import ArrayLike
 
-from lifelong_jax.runs import Estimate
+from lifelong_jax._extras import needs_extra
+
+with needs_extra("plotting"):
+    import matplotlib.figure
+    from matplotlib.axes import Axes
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe and Ito's palette, which people with any colour vision can tell apart."""
+"""Okabe and Ito's palette, whose colours can be told apart with any colour vision."""
+
+
+class Figure(matplotlib.figure.Figure):
+    """A matplotlib figure that a notebook shows if it is the last expression of a cell."""
+
+    def _repr_png_(self) -> bytes:
+        with io.BytesIO() as file:
+            self.savefig(file, dpi=100)
+            return file.getvalue()
 
 
 def plot_accuracy_curves(
-    curves: Mapping[str, np.ndarray],
-    task_names: Sequence[str],
-    epochs_per_task: int,
-    title: str,
-    file: str | pathlib.Path,
-) -> None:
-    """Draws each task's test accuracy as the sequence is learned, methods side by side.
+    curves: Mapping[str, ArrayLike], task_names: Sequence[str], epochs_per_task: int, title: str
+) -> Figure:
+    """Plots each task's test accuracy while the sequence is learned: one panel per method.
 
-    Lines are means over seeds, bands one standard error to both sides.
+    Lines are means over seeds. Bands are one standard error wide on each side.
 
     Args:
-      curves: for each method, `[num_seeds, num_epochs, num_tasks]`: fractions after each epoch of the whole sequence;
-        NaN before a task's turn.
-      task_names: the tasks' names, in their order.
-      epochs_per_task: how many epochs each task is learned for.
-      title: above the picture.
-      file: where the PNG goes.
+      curves: for each method, fractions `[num_seeds, num_epochs, num_tasks]` after each epoch of the whole sequence;
+        NaN where a task was not tested.
+      task_names: the tasks' names, in the order of learning.
+      epochs_per_task: the number of epochs for which each task is learned.
+      title: shown above the panels.
+
+    Returns:
+      The figure.
+
+    Example:
+      >>> curves = {"EWC": np.ones((3, 4, 2))}
+      >>> len(plot_accuracy_curves(curves, ["first", "second"], epochs_per_task=2, title="Two tasks").axes)
+      1
     """
-    num_epochs = next(iter(curves.values())).shape[1]
+    num_epochs = np.shape(next(iter(curves.values())))[1]
     epochs = np.arange(1, num_epochs + 1)
     figure = make_figure(2.0 * len(curves) + 0.6, 2.7, title)
     axes = figure.subplots(1, len(curves), sharex=True, sharey=True, squeeze=False)[0]
     for axis, (method, accuracy) in zip(axes, curves.items(), strict=True):
         for task, name in enumerate(task_names):
-            draw_over_seeds(axis, epochs, accuracy[:, :, task], COLORS[task % len(COLORS)], name)
+            draw_over_seeds(axis, epochs, np.asarray(accuracy)[:, :, task], COLORS[task % len(COLORS)], name)
         for boundary in range(1, len(task_names)):
             axis.axvline(boundary * epochs_per_task, color="0.85", linewidth=0.8, zorder=0)
         axis.set_title(method)
@@ -50,19 +67,25 @@ def plot_accuracy_curves(
     axes[0].set_ylabel("test accuracy")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(task_names), 7), frameon=False)
-    figure.savefig(file)
+    return figure
 
 
-def plot_accuracy_matrices(
-    matrices: Mapping[str, np.ndarray], task_names: Sequence[str], title: str, file: str | pathlib.Path
-) -> None:
-    """Draws each method's accuracy matrix: a row for each task learned, a column for each task tested.
+def plot_accuracy_matrices(matrices: Mapping[str, ArrayLike], task_names: Sequence[str], title: str) -> Figure:
+    """Plots each method's accuracy matrix: a row for each task learned, a column for each task tested.
 
     Args:
-      matrices: for each method, `[num_tasks, num_tasks]`, fractions, means over seeds; NaN where not measured.
-      task_names: the tasks' names, in their order.
-      title: above the picture.
-      file: where the PNG goes.
+      matrices: for each method, fractions `[num_tasks, num_tasks]`, such as means over seeds; NaN where a task was not
+        tested.
+      task_names: the tasks' names, in the order of learning.
+      title: shown above the panels.
+
+    Returns:
+      The figure.
+
+    Example:
+      >>> figure = plot_accuracy_matrices({"EWC": np.eye(2)}, ["first", "second"], "Two tasks")
+      >>> [axis.get_title() for axis in figure.axes]  # the second is the colour bar
+      ['EWC', '']
     """
     num_tasks = len(task_names)
     names = [name.removeprefix("task ") for name in task_names]
@@ -73,11 +96,7 @@ def plot_accuracy_matrices(
     for axis, (method, matrix) in zip(axes, matrices.items(), strict=True):
         image = axis.imshow(matrix, vmin=0, vmax=1, cmap="cividis", extent=(0.5, num_tasks + 0.5, num_tasks + 0.5, 0.5))
         if num_tasks <= 6:
-            for (row, column), accuracy in np.ndenumerate(matrix):
-                if np.isfinite(accuracy):
-                    shade = "black" if accuracy > 0.5 else "white"
-                    text = f"{100 * accuracy:.0f}"
-                    axis.text(column + 1, row + 1, text, ha="center", va="center", color=shade, fontsize=8)
+            _write_percentages(axis, np.asarray(matrix))
         axis.set_title(method)
         axis.set_xlabel("tested on task")
         rotation = {"rotation": 30, "ha": "right"} if longest > 4 else {}
@@ -85,34 +104,39 @@ def plot_accuracy_matrices(
         axis.set_yticks([tick + 1 for tick in ticks], [names[tick] for tick in ticks])
     axes[0].set_ylabel("after learning task")
     figure.colorbar(image, ax=list(axes), label="test accuracy", shrink=0.8)
-    figure.savefig(file)
+    return figure
 
 
 def plot_strength_sweep(
-    accuracies: Mapping[str, Mapping[str, Sequence[Estimate]]],
-    strengths: Sequence[float],
-    title: str,
-    file: str | pathlib.Path,
-) -> None:
-    """Draws average accuracy against the penalty's strength: a panel for each optimiser, a line for each place.
+    accuracies: Mapping[str, Mapping[str, ArrayLike]], strengths: Sequence[float], title: str
+) -> Figure:
+    """Plots the average accuracy against the penalty's strength: one panel per optimiser, one line per place.
 
-    Lines are means over seeds, bands one standard error to both sides; a cross at the foot marks a strength at which
-    training diverged for some seed.
+    Lines are means over seeds. Bands are one standard error wide on each side. A cross near the horizontal axis marks
+    a strength at which training diverged for some seed.
 
     Args:
-      accuracies: for each optimiser and each place of the penalty, an estimate for each strength: a fraction, NaN where
-        training diverged.
-      strengths: λ, ascending.
-      title: above the picture.
-      file: where the PNG goes.
+      accuracies: for each optimiser, and for each place of the penalty in its pipeline, fractions
+        `[num_strengths, num_seeds]`; NaN where training diverged.
+      strengths: `[num_strengths]`, λ in ascending order.
+      title: shown above the panels.
+
+    Returns:
+      The figure.
+
+    Example:
+      >>> accuracies = {"sgd": {"coupled": [[0.8, 0.9], [0.7, np.nan]], "proximal": [[0.8, 0.9], [0.8, 0.8]]}}
+      >>> figure = plot_strength_sweep(accuracies, [1.0, 10.0], "Two strengths, two seeds")
+      >>> [text.get_text() for text in figure.legends[0].get_texts()]
+      ['coupled', 'proximal']
     """
     figure = make_figure(3.6 * len(accuracies) + 0.6, 3.2, title)
     axes = figure.subplots(1, len(accuracies), sharex=True, sharey=True, squeeze=False)[0]
-    places = list(dict.fromkeys(place for lines in accuracies.values() for place in lines))
-    for axis, (optimizer, lines) in zip(axes, accuracies.items(), strict=True):
-        for place, estimates in lines.items():
+    places = list(dict.fromkeys(place for by_place in accuracies.values() for place in by_place))
+    for axis, (optimizer, by_place) in zip(axes, accuracies.items(), strict=True):
+        for place, accuracy in by_place.items():
             index = places.index(place)
-            mean, error = (np.array([getattr(e, field) for e in estimates]) for field in ("mean", "stderr"))
+            mean, error = _over_seeds(np.transpose(accuracy))
             style = {"color": COLORS[index], "linestyle": ("-", "--", "-.", ":")[index % 4]}
             axis.plot(strengths, mean, linewidth=1.6, label=place, **style)
             axis.fill_between(strengths, mean - error, mean + error, color=COLORS[index], alpha=0.2, linewidth=0)
@@ -124,34 +148,28 @@ def plot_strength_sweep(
         axis.set_xlabel("strength λ (crosses: diverged)")
         axis.set_ylim(0, 1.02)
     axes[0].set_ylabel("average accuracy, all tasks")
-    handles = {}
+    handles: dict[str, Any] = {}
     for axis in axes:
         handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), frameon=False)
-    figure.savefig(file)
-
-
-class Figure(matplotlib.figure.Figure):
-    """A matplotlib figure that notebooks show, where it is a cell's last expression."""
-
-    def _repr_png_(self) -> bytes:
-        with io.BytesIO() as file:
-            self.savefig(file, dpi=100)
-            return file.getvalue()
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=len(handles), frameon=False)
+    return figure
 
 
 def make_figure(width: float, height: float, title: str = "") -> Figure:
-    """Makes a figure in this module's style, for a picture of one's own: `figure.savefig(file)`; notebooks show it.
+    """Makes an empty figure in this module's style.
 
     Args:
-      width: in inches; 8.6 fills a page of text, with readable letters.
+      width: in inches; at 8.6 the figure fills the width of a page and its text stays readable.
       height: in inches.
-      title: above the picture: what it shows.
+      title: shown above the panels.
 
     Returns:
-      The figure, whose `subplots` are laid out without overlap.
+      The figure, with a layout in which its `subplots` do not overlap.
+
+    Example:
+      >>> axis = make_figure(5, 3, "One panel").subplots()
     """
-    # Not by pyplot: it would choose a backend, and keep every figure in memory.
+    # pyplot would choose a backend, and keep every figure in memory.
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     if title:
         figure.suptitle(title, fontsize=11)
@@ -159,33 +177,31 @@ def make_figure(width: float, height: float, title: str = "") -> Figure:
 
 
 def draw_over_seeds(axis: Axes, x: ArrayLike, values: ArrayLike, color: str, label: str, **style: Any) -> None:
-    """Draws the mean over seeds as a line, with a band of one standard error to both sides.
+    """Draws the mean over seeds as a line, with a band of one standard error on each side.
 
     Args:
-      axis: where.
+      axis: where to draw.
       x: `[num_points]`.
-      values: `[num_seeds, num_points]`; points where a seed is NaN are left out.
-      color: of both.
+      values: `[num_seeds, num_points]`; a point is left out if any seed is NaN or infinite there.
+      color: of the line and the band.
       label: in the legend.
       **style: of the line, such as `linestyle` or `marker`.
     """
     x, values = np.asarray(x), np.asarray(values, np.float64)
     measured = np.isfinite(values).all(axis=0)
-    x, values = x[measured], values[:, measured]
-    mean = values.mean(axis=0)
-    axis.plot(x, mean, color=color, label=label, **{"linewidth": 1.4, **style})
+    mean, error = _over_seeds(values[:, measured])
+    axis.plot(x[measured], mean, color=color, label=label, **{"linewidth": 1.4, **style})
     if len(values) > 1:
-        error = values.std(axis=0, ddof=1) / np.sqrt(len(values))
-        axis.fill_between(x, mean - error, mean + error, color=color, alpha=0.25, linewidth=0)
+        axis.fill_between(x[measured], mean - error, mean + error, color=color, alpha=0.25, linewidth=0)
 
 
 def draw_image(axis: Axes, image: ArrayLike, title: str = "") -> None:
-    """Draws a number for each pixel: the importance of what a first layer does with it, say. Bright is much.
+    """Draws an image of numbers, such as the importance of each pixel's weights in a first layer. Bright is high.
 
     Args:
-      axis: where.
-      image: `[height, width]`, not negative; black is 0 and the brightest pixel its maximum.
-      title: above it.
+      axis: where to draw.
+      image: `[height, width]`, not negative; 0 is dark, and the maximum is brightest.
+      title: shown above the image.
     """
     axis.imshow(image, cmap="cividis", vmin=0)
     axis.set(xticks=[], yticks=[])
@@ -195,17 +211,33 @@ def draw_image(axis: Axes, image: ArrayLike, title: str = "") -> None:
 def draw_low_loss(
     axis: Axes, first: ArrayLike, second: ArrayLike, losses: ArrayLike, levels: Sequence[float], color: str
 ) -> None:
-    """Draws the regions of a plane in which a loss is low, the lower the darker.
+    """Draws the regions of a plane in which a loss is low. The lower the loss, the stronger the colour.
 
     Args:
-      axis: where.
+      axis: where to draw.
       first: `[num_columns]`, the grid's first coordinates.
-      second: `[num_rows]`, its second coordinates.
-      losses: `[num_rows, num_columns]`; see `geometry.loss_on_plane`.
-      levels: losses, ascending; where it is above the last, nothing is drawn.
-      color: of the task.
+      second: `[num_rows]`, the grid's second coordinates.
+      losses: `[num_rows, num_columns]`, from `geometry.loss_on_plane`.
+      levels: losses in ascending order; nothing is drawn where the loss is above the last level.
+      color: of the regions.
     """
     alphas = np.linspace(0.45, 0.15, len(levels))
     for alpha, low, high in zip(alphas, [-np.inf, *levels], levels, strict=False):
         axis.contourf(first, second, losses, levels=[low, high], colors=[color], alpha=alpha)
     axis.contour(first, second, losses, levels=levels, colors=[color], linewidths=1)
+
+
+def _over_seeds(values: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard error over the first axis; the error of a single seed is NaN."""
+    values = np.asarray(values, np.float64)
+    mean = values.mean(axis=0)
+    if len(values) == 1:
+        return mean, np.full_like(mean, np.nan)
+    return mean, values.std(axis=0, ddof=1) / np.sqrt(len(values))
+
+
+def _write_percentages(axis: Axes, matrix: np.ndarray) -> None:
+    for (row, column), accuracy in np.ndenumerate(matrix):
+        if np.isfinite(accuracy):
+            shade = "black" if accuracy > 0.5 else "white"
+            axis.text(column + 1, row + 1, f"{100 * accuracy:.0f}", ha="center", va="center", color=shade, fontsize=8)

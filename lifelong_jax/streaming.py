@@ -1,7 +1,7 @@
-"""Data larger than memory: batches read ahead by threads (grain), while the device trains on those before.
+"""Training and means over data larger than memory: threads (of grain) read batches while the device computes.
 
-Only a few batches are in memory at a time. A source of examples comes from `datasets.open_dataset`, or is any object
-with a length and examples by number.
+Only a few batches are in memory at a time. A source of examples is what `datasets.open_dataset` returns, or any other
+sequence of examples: an object with a length that is indexed by integers.
 """
 
 import contextlib
@@ -11,39 +11,40 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import rich.console
-from rich.progress import track
 
 from lifelong_jax import _checks
-from lifelong_jax.datasets import scale_bytes
-from lifelong_jax.runs import progress_bar
-from lifelong_jax.sources import Source
+from lifelong_jax._extras import needs_extra
+from lifelong_jax.datasets.named import scale_bytes
+from lifelong_jax.datasets.sources import Source
 from lifelong_jax.training import TrainingInfo, TrainingState, learn_task
 from lifelong_jax.types import Batch, Consolidation, LossFn
 
+with needs_extra("data"):
+    import grain
+    import tqdm
+
 
 def stream_batches(source: Source, batch_size: int, key: jax.Array | None = None) -> Iterator[Batch]:
-    """Reads all examples once, a batch at a time.
+    """Reads each example once, in batches.
 
-    Threads read and decode ahead, up to two batches.
+    Threads read and decode up to two batches ahead.
 
     Args:
       source: the examples.
       batch_size: examples per batch.
-      key: a random key to shuffle all the examples by, or None to take them in order. The order is that in which
-        `learn_task` would take them in an epoch that it draws this key for.
+      key: a random key to shuffle the examples with, or None to keep their order. `learn_task` shuffles in the same
+        order in an epoch for which it draws this key.
 
     Yields:
-      Batches of one shape, `[batch_size, ...]`, with float32 inputs, on the device. The last one is filled up with
+      Batches `[batch_size, ...]` on the device, with float32 inputs. The last batch is padded with
       examples of weight 0.
 
     Raises:
-      ValueError: if there are no examples, if `batch_size` is not a positive integer, or examples differ in shape.
+      ValueError: if there are no examples, if `batch_size` is not a positive integer, or if examples differ in shape.
 
     Example:
       >>> from lifelong_jax.datasets import open_dataset
@@ -59,8 +60,8 @@ def stream_batches(source: Source, batch_size: int, key: jax.Array | None = None
         example = source[int(index)]
         if example.inputs.shape != shape:
             raise ValueError(
-                f"example {index} has shape {example.inputs.shape}, but others have {shape}: open the data set with an "
-                f"image_size, or with channels where only these differ."
+                f"example {index} has shape {example.inputs.shape}, but others have {shape}: open the data set with "
+                f"image_size, or with channels if only the channels differ."
             )
         return example
 
@@ -69,7 +70,7 @@ def stream_batches(source: Source, batch_size: int, key: jax.Array | None = None
     pipeline = grain.MapDataset.source(order).map(read).to_iter_dataset(options)
     with contextlib.closing(iter(pipeline.batch(batch_size, drop_remainder=False))) as batches:
         for batch in batches:
-            batch = _fill_up(batch, batch_size)
+            batch = _pad(batch, batch_size)
             yield jax.tree.map(jnp.asarray, batch._replace(inputs=scale_bytes(batch.inputs)))
 
 
@@ -83,27 +84,27 @@ def learn_stream(
     num_epochs: int,
     batch_size: int,
 ) -> tuple[TrainingState, TrainingInfo]:
-    """Trains on one task's examples as they are read.
+    """Trains on one task's examples while they are read.
 
-    It does what `learn_task` does with the same examples in memory: the same batches in the same order, and the same
-    result to rounding. `learn_task` makes each step, compiled once. Progress is shown on standard error.
+    It takes the same batches in the same order as `learn_task` with the same examples in memory, and gives the same
+    result up to rounding. `learn_task` makes each step, and is compiled once. Progress is shown on standard error.
 
     Args:
-      loss_fn: `loss_fn(params, example) -> scalar`, the loss of one example, a `Batch` without its example axis. It
-        must be the same function object from call to call, or it is compiled anew; and so must the optimiser.
+      loss_fn: `loss_fn(params, example) -> scalar`, the loss of one example, a `Batch` without the example axis. Pass
+        the same function object to each call, and the same optimiser: for another object, the step is compiled again.
       optimizer: as for `learn_task`.
       state: from `init_training`, or from an earlier call.
-      consolidation: what is kept of earlier tasks.
-      source: this task's training examples.
+      consolidation: of the earlier tasks.
+      source: the training examples of this task.
       num_epochs: passes over the examples.
       batch_size: examples per step.
 
     Returns:
-      The state after the last step, and the losses, `[num_epochs, num_steps]`.
+      The state after the last step, and the losses `[num_epochs, num_steps]`.
 
     Raises:
-      ValueError: if there are no examples, or they differ in shape, or if `num_epochs` or `batch_size` is not a
-        positive integer, or if the loss is no scalar.
+      ValueError: if there are no examples, if examples differ in shape, if `num_epochs` or `batch_size` is not a
+        positive integer, or if the loss is not a scalar.
       FloatingPointError: if training diverged.
 
     Example:
@@ -123,20 +124,20 @@ def learn_stream(
     _checks.check_positive_integer("num_epochs", num_epochs)
     batch_size = min(batch_size, len(source))
     num_steps = -(-len(source) // batch_size)
-    state = jax.device_put(state, may_alias=False)  # each step frees the state before, which must not be the caller's
+    state = jax.device_put(state, may_alias=False)  # a copy: each step frees the arrays of the state before
     losses = np.zeros((num_epochs, num_steps))
-    with progress_bar(rich.console.Console(stderr=True)) as bar:
-        for epoch in range(num_epochs):
-            line = bar.add_task(f"epoch {epoch + 1} of {num_epochs}", total=num_steps, status="")
-            key, shuffle_key = jax.random.split(state.key)
-            for step, batch in enumerate(stream_batches(source, batch_size, shuffle_key)):
+    for epoch in range(num_epochs):
+        key, shuffle_key = jax.random.split(state.key)
+        batches = stream_batches(source, batch_size, shuffle_key)
+        with tqdm.tqdm(batches, f"epoch {epoch + 1} of {num_epochs}", num_steps, disable=None) as progress:
+            for step, batch in enumerate(progress):
                 state, loss = _learn_batch(loss_fn, optimizer, state, consolidation, batch)
-                losses[epoch, step] = loss  # waits for the step: else batches would queue up in memory
+                losses[epoch, step] = loss  # waits for the step; otherwise batches would queue up in memory
                 _check_finite(losses[epoch, step], epoch, step)
-                bar.update(line, advance=1, status=f"loss {losses[epoch, : step + 1].mean():.3f}")
-            state = state._replace(key=key)
-            if not _checks.is_finite(state.params):
-                _check_finite(math.nan, epoch, num_steps - 1)
+                progress.set_postfix_str(f"loss {losses[epoch, : step + 1].mean():.3f}", refresh=False)
+        state = state._replace(key=key)
+        if not _checks.is_finite(state.params):
+            _check_finite(math.nan, epoch, num_steps - 1)
     return state, TrainingInfo(jnp.asarray(losses, loss.dtype), jnp.full(num_epochs, num_steps))
 
 
@@ -148,26 +149,26 @@ def mean_over_stream(
     batch_size: int,
     key: jax.Array | None = None,
 ) -> Any:
-    """Takes the mean over all examples of what is a mean over examples: an importance, or an accuracy.
+    """Computes a mean over all examples, such as an importance or an accuracy, from means over batches.
 
         Σ_batches Σweights · mean_fn(state, batch, key) / Σ_batches Σweights
 
     It is exact: an importance over a stream is the importance over the same examples in memory.
 
     Args:
-      mean_fn: `mean_fn(state, batch, key) -> tree`, a mean over the batch's examples weighted by `batch.weights`: a
-        method's importance, `functools.partial(ewc().importance_fn, apply_fn)`, say. It must be the same function
-        object from call to call, or it is compiled anew.
-      state: its first argument, any tree of arrays: the parameters, or a `TrainingState`.
+      mean_fn: `mean_fn(state, batch, key) -> tree`, a mean over the batch's examples weighted by `batch.weights`, such
+        as a method's importance, `functools.partial(ewc().importance_fn, apply_fn)`. Pass the same function object to
+        each call: another object is compiled again.
+      state: the first argument of `mean_fn`, any tree of arrays: parameters, or a `TrainingState`.
       source: the examples.
-      batch_size: how many are taken together; the result does not depend on it, but for random samples.
-      key: a random key, of which each batch gets a part, or None.
+      batch_size: examples per batch. The result depends on it only if `mean_fn` uses `key`.
+      key: a random key that is folded with each batch's number, or None.
 
     Returns:
       A tree like that of `mean_fn`.
 
     Raises:
-      ValueError: if there are no examples, or they differ in shape, or if `batch_size` is not a positive integer.
+      ValueError: if there are no examples, if examples differ in shape, or if `batch_size` is not a positive integer.
 
     Example:
       >>> from lifelong_jax import mas_importance
@@ -180,16 +181,9 @@ def mean_over_stream(
     """
     _check(source, batch_size)
     batch_size = min(batch_size, len(source))
-    console = rich.console.Console(stderr=True)
-    batches = track(
-        stream_batches(source, batch_size),
-        "measuring",
-        total=-(-len(source) // batch_size),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-    total = None
+    num_batches = -(-len(source) // batch_size)
+    batches = tqdm.tqdm(stream_batches(source, batch_size), "measuring", num_batches, leave=False, disable=None)
+    total: Any = None
     for number, batch in enumerate(batches):
         batch_key = None if key is None else jax.random.fold_in(key, number)
         if total is None:
@@ -226,23 +220,23 @@ def _add_batch(
     mean_fn: Callable, total: tuple[Any, jax.Array], state: Any, batch: Batch, key: jax.Array | None
 ) -> tuple[Any, jax.Array]:
     summed, weight = total
-    here = jnp.sum(batch.weights)
+    batch_weight = jnp.sum(batch.weights)
     means = mean_fn(state, batch, key)
-    # Of a batch of nothing but weights 0, a mean is not defined.
-    weighted = jax.tree.map(lambda m: jnp.where(here > 0, here.astype(m.dtype) * m, 0), means)
-    return jax.tree.map(jnp.add, summed, weighted), weight + here
+    # If all weights of a batch are 0, its mean is not defined.
+    weighted = jax.tree.map(lambda m: jnp.where(batch_weight > 0, batch_weight.astype(m.dtype) * m, 0), means)
+    return jax.tree.map(jnp.add, summed, weighted), weight + batch_weight
 
 
-def _fill_up(batch: Batch, batch_size: int) -> Batch:
-    rows = np.arange(batch_size) % len(batch.labels)  # examples once more: they are valid, whatever the loss is
-    filled = jax.tree.map(lambda leaf: leaf[rows], batch)
-    return filled._replace(weights=np.where(np.arange(batch_size) < len(batch.labels), filled.weights, 0))
+def _pad(batch: Batch, batch_size: int) -> Batch:
+    rows = np.arange(batch_size) % len(batch.labels)  # repeats examples, because every loss is defined for them
+    padded = jax.tree.map(lambda leaf: leaf[rows], batch)
+    return padded._replace(weights=np.where(np.arange(batch_size) < len(batch.labels), padded.weights, 0))
 
 
 def _check(source: Source, batch_size: int) -> None:
     _checks.check_positive_integer("batch_size", batch_size)
     if len(source) == 0:
-        raise ValueError("source is empty: there is nothing to read.")
+        raise ValueError("source is empty: at least one example is needed.")
 
 
 def _check_finite(loss: float, epoch: int, step: int) -> None:

@@ -1,12 +1,12 @@
-"""Several runs of a sequence of tasks, seeds by strengths, as one compiled program: `jit(vmap(scan over tasks))`.
+"""Several runs of a sequence of tasks, seeds and strengths, as one compiled program: `jit(vmap(scan over tasks))`.
 
-Each run is what `learn_tasks` does, with the same keys, to the same numbers but for rounding; without its progress,
-checkpoints and the accuracies between the ends of tasks.
+Each run does what `learn_tasks` does, with the same keys and, up to rounding, the same numbers, but without a callback
+after every epoch.
 """
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -14,20 +14,21 @@ import numpy as np
 
 from lifelong_jax import _checks
 from lifelong_jax.consolidation import consolidate, init_consolidation
-from lifelong_jax.continual import OptimizerFn, check_sequence, task_keys
+from lifelong_jax.continual import begin_task, make_optimizer, task_keys
 from lifelong_jax.evaluation import accuracy
 from lifelong_jax.methods import Method, cross_entropy
-from lifelong_jax.tasks import Scenario, active_classes, shown, with_class_mask
-from lifelong_jax.training import init_training, learn_task
-from lifelong_jax.types import Consolidation, OutputFn, Params, Task
+from lifelong_jax.scenarios import active_classes, with_class_mask
+from lifelong_jax.tasks import with_permutation
+from lifelong_jax.training import TrainingState, learn_task
+from lifelong_jax.types import Consolidation, Params, Recipe, Scenario, Task
 
 
 class SweepRun(NamedTuple):
-    """One run of a sweep: what `learn_tasks` is called with, and what differs from run to run.
+    """The arguments of `learn_tasks` that may differ between the runs of a sweep.
 
     Attributes:
-      params: where training starts.
-      tasks: the sequence. Arrays that runs, or tasks, have in common (one object) are held once.
+      params: the parameters to start from.
+      tasks: the sequence. An array that is the same object in several runs, or tasks, is stored once.
       key: the random key of shuffling and of sampled labels.
       strength: λ, not negative.
     """
@@ -39,12 +40,12 @@ class SweepRun(NamedTuple):
 
 
 class SweepAccuracies(NamedTuple):
-    """What the runs of a sweep came to.
+    """The accuracies of the runs of a sweep.
 
     Attributes:
       accuracy_matrix: `[num_runs, num_tasks, num_tasks]`; entry [r, i, j] is run r's accuracy on task j's test set
-        after task i has been learned, a fraction; NaN where it was not measured, and in a run that diverged.
-      initial_accuracies: `[num_runs, num_tasks]`, before any task was learned; NaN likewise.
+        after task i has been learned, a fraction; NaN where not measured, and in runs that diverged.
+      initial_accuracies: `[num_runs, num_tasks]`, the accuracy before any task was learned; NaN likewise.
     """
 
     accuracy_matrix: np.ndarray
@@ -53,94 +54,100 @@ class SweepAccuracies(NamedTuple):
 
 def learn_sweep(
     method: Method,
-    apply_fn: OutputFn,
-    optimizer_fn: OptimizerFn,
+    recipe: Recipe,
     runs: Sequence[SweepRun],
     *,
-    scenario: Scenario = "domain",
-    num_epochs: int,
-    batch_size: int,
     max_steps: int | None = None,
     forward_transfer: bool = True,
 ) -> SweepAccuracies:
     """Learns several runs of a sequence of tasks as one compiled program.
 
-    One compilation serves all runs of equal shapes and as many at once, whatever their seeds and strengths.
+    The same compiled program serves all sweeps of as many runs with equal shapes, whatever their seeds and strengths.
 
     Args:
-      method: from `methods.py`.
-      apply_fn: `apply_fn(params, x) -> [num_classes]`, one example's logits, without batch axis.
-      optimizer_fn: `optimizer_fn(strength) -> optimizer`; it must be the same function object from call to call.
+      method: from `methods`.
+      recipe: as for `learn_tasks`.
       runs: one or more, of equal shapes.
-      scenario: "task", "domain" or "class", as for `learn_tasks`.
-      num_epochs: passes over each task's training examples.
-      batch_size: examples per step.
-      max_steps: steps after which a task ends within these epochs, or None for their end.
-      forward_transfer: whether to measure the accuracies on tasks before they are learned, as for `learn_tasks`.
+      max_steps: the step after which a task's training ends within its epochs, or None for the last epoch's end.
+      forward_transfer: whether to measure the accuracy on tasks before they are learned, as for `learn_tasks`.
 
     Returns:
-      Each run's accuracies. A run that diverges ends no other.
+      Each run's accuracies. A run that diverges does not end the others.
 
     Raises:
+      TypeError: as for `learn_tasks`.
       ValueError: as for `learn_tasks`, or if there are no runs or they differ in shape.
 
     Example:
-      >>> from lifelong_jax import Batch, add_quadratic_penalty, ewc, permuted_tasks
       >>> import optax
+      >>> from lifelong_jax import Batch, Recipe, SweepRun, add_quadratic_penalty, methods, permuted_tasks
       >>> batch = Batch(jnp.eye(4), jnp.arange(4) % 2, jnp.ones(4))
       >>> tasks = permuted_tasks(batch, batch, 3, jax.random.key(0))
       >>> optimizer_fn = lambda strength: optax.chain(add_quadratic_penalty(strength), optax.sgd(1.0))
       >>> runs = [SweepRun(jnp.zeros((4, 2)), tasks, jax.random.key(1), strength) for strength in (0.1, 1.0, 10.0)]
-      >>> swept = learn_sweep(ewc(), lambda w, x: x @ w, optimizer_fn, runs, num_epochs=10, batch_size=2)
-      >>> swept.accuracy_matrix.shape
+      >>> recipe = Recipe(lambda w, x: x @ w, optimizer_fn, num_epochs=10, batch_size=2)
+      >>> learn_sweep(methods.ewc(), recipe, runs).accuracy_matrix.shape
       (3, 3, 3)
     """
+    _check_runs(method, recipe, runs, max_steps)
+    masks = {id(run.tasks): _masks(run.tasks, recipe.scenario) for run in runs}
+    tasks, task_axes = _stack([run.tasks for run in runs])
+    starts = [_Start(run.params, masks[id(run.tasks)], run.key, jnp.asarray(run.strength, jnp.float32)) for run in runs]
+    start, start_axes = _stack([[start] for start in starts])
+    accuracies = _learn_runs(
+        tasks,
+        start,
+        num_runs=len(runs),
+        axes=(task_axes, start_axes),
+        method=method,
+        recipe=recipe,
+        forward_transfer=forward_transfer,
+        num_tasks=len(runs[0].tasks),
+        max_steps=max_steps,
+    )
+    return SweepAccuracies(*(np.asarray(array, np.float64) for array in accuracies))
+
+
+def _check_runs(method: Method, recipe: Recipe, runs: Sequence[SweepRun], max_steps: int | None) -> None:
     if not runs:
         raise ValueError("runs is empty: there is nothing to learn.")
+    _checks.check_method(method)
+    _checks.check_positive_integer("max_steps", max_steps, optional=True)
     checked = set()
     for index, run in enumerate(runs):
         _checks.check_not_negative(f"runs[{index}].strength", run.strength)
         _checks.check_same_structure(f"runs[{index}].params", run.params, "runs[0].params", runs[0].params)
         if len(run.tasks) != len(runs[0].tasks):
-            raise ValueError(
-                f"runs[{index}] has {len(run.tasks)} tasks, but runs[0] has {len(runs[0].tasks)}: sweep equal shapes."
-            )
+            raise ValueError(f"runs[{index}] has {len(run.tasks)} tasks, but runs[0] has {len(runs[0].tasks)}.")
         for number, task in enumerate(run.tasks):
             _checks.check_same_structure(f"runs[{index}].tasks[{number}]", task, "runs[0].tasks[0]", runs[0].tasks[0])
-        if id(run.tasks) not in checked:  # strengths share their seed's tasks
-            check_sequence(apply_fn, run.params, run.tasks, scenario, num_epochs, batch_size)
+        if id(run.tasks) not in checked:  # runs of one seed share their tasks
+            _checks.check_sequence(recipe, run.params, run.tasks)
             checked.add(id(run.tasks))
-    masks = {id(run.tasks): _masks(run.tasks, scenario) for run in runs}
-    tasks, task_axes = _stack([run.tasks for run in runs])
-    rest, rest_axes = _stack(
-        [[(run.params, masks[id(run.tasks)], run.key, jnp.asarray(run.strength, jnp.float32))] for run in runs]
-    )
-    learn = functools.partial(
-        _learn_runs,
-        method=method,
-        apply_fn=apply_fn,
-        optimizer_fn=optimizer_fn,
-        ahead=forward_transfer and scenario != "class",
-        num_tasks=len(runs[0].tasks),
-        num_epochs=num_epochs,
-        batch_size=batch_size,
-        max_steps=max_steps,
-        num_runs=len(runs),
-        axes=(task_axes, rest_axes),
-    )
-    accuracy_matrix, initial_accuracies = learn(tasks, rest)
-    return SweepAccuracies(np.asarray(accuracy_matrix, np.float64), np.asarray(initial_accuracies, np.float64))
+
+
+class _Start(NamedTuple):
+    """What a run starts from, besides its tasks."""
+
+    params: Params
+    masks: tuple[jax.Array | None, jax.Array | None]
+    key: jax.Array
+    strength: jax.Array
+
+
+# The training state of the task before, the consolidation, and whether the run has diverged.
+_Carry: TypeAlias = tuple[TrainingState, Consolidation, jax.Array]
 
 
 class _Axes(NamedTuple):
-    """Which leading axes a leaf was given: hashable, for jit."""
+    """Whether each leaf has a leading axis of runs, and one of tasks; hashable, for jit."""
 
     by_run: tuple[bool, ...]
     by_task: tuple[bool, ...]
 
 
 def _stack(trees: Sequence[Sequence[Any]]) -> tuple[Any, _Axes]:
-    """Makes one tree of a tree for each run and task; an axis for either only where leaves are not one object."""
+    """Stacks the trees of all runs and tasks; a leaf that is the same object in all of them gets no axis."""
     structure = jax.tree.structure(trees[0][0])
     leaves = [[jax.tree.leaves(tree) for tree in of_run] for of_run in trees]
     stacked, by_run, by_task = [], [], []
@@ -155,93 +162,77 @@ def _stack(trees: Sequence[Sequence[Any]]) -> tuple[Any, _Axes]:
     return jax.tree.unflatten(structure, stacked), _Axes(tuple(by_run), tuple(by_task))
 
 
-def _masks(tasks: Sequence[Task], scenario: Scenario) -> tuple[jax.Array, jax.Array] | None:
-    """Makes the active classes of each task while it is learned, and of each after each: `[T, C]`, `[T, T, C]`."""
+def _masks(tasks: Sequence[Task], scenario: Scenario) -> tuple[jax.Array | None, jax.Array | None]:
+    """Makes the active classes of each task while it is learned, `[T, C]`, and of each task after each, `[T, T, C]`."""
     if scenario == "domain":
-        return None
+        return None, None
     numbers = range(len(tasks))
-    learned = jnp.stack([active_classes(tasks, scenario, index, index) for index in numbers])
-    tested = [jnp.stack([active_classes(tasks, scenario, index, latest) for index in numbers]) for latest in numbers]
-    return learned, jnp.stack(tested)
+    train = [active_classes(tasks, scenario, index, index) for index in numbers]
+    test = [[active_classes(tasks, scenario, index, latest) for index in numbers] for latest in numbers]
+    return jnp.asarray(train), jnp.asarray(test)
 
 
 @functools.partial(
     jax.jit,
-    static_argnames=(
-        "method",
-        "apply_fn",
-        "optimizer_fn",
-        "ahead",
-        "num_tasks",
-        "num_epochs",
-        "batch_size",
-        "max_steps",
-        "num_runs",
-        "axes",
-    ),
+    static_argnames=("num_runs", "axes", "method", "recipe", "forward_transfer", "num_tasks", "max_steps"),
 )
-def _learn_runs(tasks: Any, rest: Any, *, num_runs: int, axes: tuple[_Axes, _Axes], **options: Any) -> Any:
-    task_axes, rest_axes = axes
+def _learn_runs(
+    tasks: Task, start: _Start, *, num_runs: int, axes: tuple[_Axes, _Axes], **options: Any
+) -> tuple[jax.Array, jax.Array]:
+    task_axes, start_axes = axes
     learn = functools.partial(_learn_run, by_task=task_axes.by_task, **options)
+    if num_runs == 1:  # an axis of length 1 would slow down the products
+        return jax.tree.map(lambda x: x[None], learn(tasks, start))  # type: ignore[call-arg]
     in_axes = tuple(
         jax.tree.unflatten(jax.tree.structure(tree), [0 if by_run else None for by_run in of_tree.by_run])
-        for tree, of_tree in ((tasks, task_axes), (rest, rest_axes))
+        for tree, of_tree in ((tasks, task_axes), (start, start_axes))
     )
-    if num_runs == 1:  # an axis of one would slow the products down
-        return jax.tree.map(lambda x: x[None], learn(tasks, rest))
-    return jax.vmap(learn, in_axes=in_axes, axis_size=num_runs)(tasks, rest)
+    return jax.vmap(learn, in_axes=in_axes, axis_size=num_runs)(tasks, start)  # type: ignore[call-arg]
 
 
 def _learn_run(
-    tasks: Any,
-    rest: Any,
+    tasks: Task,
+    start: _Start,
     *,
     method: Method,
-    apply_fn: OutputFn,
-    optimizer_fn: OptimizerFn,
-    ahead: bool,
+    recipe: Recipe,
+    forward_transfer: bool,
     num_tasks: int,
-    num_epochs: int,
-    batch_size: int,
     max_steps: int | None,
     by_task: tuple[bool, ...],
 ) -> tuple[jax.Array, jax.Array]:
-    params, masks, key, strength = rest
-    optimizer = method.wrap_optimizer(optimizer_fn(strength))
+    """Learns one run's tasks; returns its accuracy matrix and its initial accuracies."""
+    params, (train_masks, test_masks), key, strength = start
+    optimizer = make_optimizer(recipe.optimizer_fn, method.wrap_optimizer, strength)
+    ahead = forward_transfer and recipe.scenario != "class"
 
     def task_at(index: jax.Array) -> Task:
         leaves, structure = jax.tree.flatten(tasks)
-        chosen = [leaf[index] if varies else leaf for leaf, varies in zip(leaves, by_task, strict=True)]
-        return jax.tree.unflatten(structure, chosen)
+        return structure.unflatten(leaf[index] if axis else leaf for leaf, axis in zip(leaves, by_task, strict=True))
 
-    def evaluate(params: Params, latest: jax.Array) -> jax.Array:
-        def on_task(index: jax.Array) -> jax.Array:
-            task = task_at(index)
-            class_mask = None if masks is None else masks[1][latest, index]
-            return accuracy(apply_fn, params, task.test, task.permutation, class_mask)
-
+    def evaluate(params: Params, latest: jax.Array | int) -> jax.Array:
         def add(index: jax.Array, accuracies: jax.Array) -> jax.Array:
-            return accuracies.at[index].set(on_task(index).astype(accuracies.dtype))
+            task = task_at(index)
+            class_mask = None if test_masks is None else test_masks[latest, index]
+            on_task = accuracy(recipe.apply_fn, params, task.test, task.permutation, class_mask)
+            return accuracies.at[index].set(on_task.astype(accuracies.dtype))
 
         return jax.lax.fori_loop(0, num_tasks if ahead else latest + 1, add, jnp.full(num_tasks, jnp.nan))
 
-    def learn(carry: tuple[Any, Consolidation, jax.Array], index: jax.Array) -> tuple[Any, jax.Array]:
-        (params, opt_state), consolidation, diverged = carry
+    def learn(carry: _Carry, index: jax.Array) -> tuple[_Carry, jax.Array]:
+        previous, consolidation, diverged = carry
         task = task_at(index)
         train_key, importance_key = task_keys(key, index)
-        examples = with_class_mask(task.train, None if masks is None else masks[0][index])
-        state = init_training(optimizer, params, train_key)
-        carried = method.carry(state.opt_state, opt_state)
-        opt_state = jax.tree.map(functools.partial(jnp.where, index > 0), carried, state.opt_state)
-        output_fn = shown(apply_fn, task.permutation)
+        examples = with_class_mask(task.train, None if train_masks is None else train_masks[index])
+        output_fn = with_permutation(recipe.apply_fn, task.permutation)
         state, info = learn_task(
             cross_entropy(output_fn),
             optimizer,
-            state._replace(opt_state=opt_state),
+            begin_task(method, optimizer, previous, train_key, index),
             consolidation,
             examples,
-            num_epochs=num_epochs,
-            batch_size=batch_size,
+            num_epochs=recipe.num_epochs,
+            batch_size=recipe.batch_size,
             max_steps=max_steps,
             weights=examples.weights,
         )
@@ -249,9 +240,9 @@ def _learn_run(
         consolidation = consolidate(consolidation, state.params, importance, rule=method.rule, decay=method.decay)
         finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((info.loss, state.params))]
         diverged |= ~jnp.stack(finite).all()
-        return ((state.params, state.opt_state), consolidation, diverged), evaluate(state.params, index)
+        return (state, consolidation, diverged), evaluate(state.params, index)
 
     initial_accuracies = evaluate(params, 0) if ahead else jnp.full(num_tasks, jnp.nan)
-    start = ((params, optimizer.init(params)), init_consolidation(params), jnp.array(False))
-    (*_, diverged), accuracy_matrix = jax.lax.scan(learn, start, jnp.arange(num_tasks))
+    carry = (TrainingState(params, optimizer.init(params), key), init_consolidation(params), jnp.array(False))
+    (*_, diverged), accuracy_matrix = jax.lax.scan(learn, carry, jnp.arange(num_tasks))
     return jax.tree.map(lambda x: jnp.where(diverged, jnp.nan, x), (accuracy_matrix, initial_accuracies))

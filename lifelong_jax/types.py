@@ -1,27 +1,34 @@
-"""The types that the modules share: batches, tasks, consolidations, and the functions that a user hands over."""
+"""Types that the modules share: batches, tasks, consolidations, recipes, and the functions that a user passes."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
+import optax
 
 Params: TypeAlias = Any
 """A pytree of floating-point arrays: a nested dict, a flax State, an equinox module's arrays, a list, ..."""
 
 Example: TypeAlias = Any
-"""A pytree of arrays that describes one example, without an example axis."""
+"""A pytree of arrays: one example, without an example axis."""
 
 Examples: TypeAlias = Any
-"""A pytree of arrays that describes several examples: every leaf is `[num_examples, ...]`."""
+"""A pytree of arrays `[num_examples, ...]`: several examples."""
 
 LossFn: TypeAlias = Callable[[Params, Example], jax.Array]
-"""`loss_fn(params, example) -> scalar`: one example's loss; a negative log-likelihood where a Fisher is asked for."""
+"""`loss_fn(params, example) -> scalar`: one example's loss; for a Fisher information, its negative log-likelihood."""
 
 LogitsFn: TypeAlias = Callable[[Params, Example], jax.Array]
 """`logits_fn(params, x) -> [..., num_classes]`: one example's logits; leading axes are independent labels."""
 
 OutputFn: TypeAlias = Callable[[Params, Example], jax.Array]
 """`output_fn(params, x) -> array`: one example's output, of any shape."""
+
+OptimizerFn: TypeAlias = Callable[[jax.Array], optax.GradientTransformation]
+"""`optimizer_fn(strength) -> optimizer`: a function of λ, which may be traced: one compilation serves every λ."""
+
+Scenario: TypeAlias = Literal["task", "domain", "class"]
+"""What is known about the task at test time; see `scenarios.active_classes`."""
 
 
 class Batch(NamedTuple):
@@ -30,9 +37,8 @@ class Batch(NamedTuple):
     Attributes:
       inputs: `[num_examples, ...]`, floating.
       labels: `[num_examples]`, integers in `[0, num_classes)`.
-      weights: `[num_examples]`, floating; 0 marks padding, 1 an example that counts once.
-      class_mask: `[num_examples, num_classes]`, bool: which outputs of the network are active for each example, or None
-        for all of them.
+      weights: `[num_examples]`, floating; 0 for padding, 1 for an example that counts once.
+      class_mask: `[num_examples, num_classes]`, bool: the outputs that are active for each example, or None if all are.
     """
 
     inputs: jax.Array
@@ -47,14 +53,14 @@ class Task(NamedTuple):
     Tasks of a sequence have equal shapes, so that one compilation serves them all.
 
     Attributes:
-      train: what the trainer sees while the task is learned.
-      test: what the evaluator sees.
-      permutation: `[num_features]`, integers: the order in which this task shows the features of an input, or None for
-        the order in which they are. It is applied on the device, as the examples are used, so that tasks which differ
-        in nothing else share their arrays.
-      class_mask: `[num_classes]`, bool: which of the network's outputs are this task's classes, or None where all tasks
-        have the same. Which outputs are active while it is learned and tested depends on the scenario: see
-        `active_classes`.
+      train: the training examples; only the trainer sees them.
+      test: the test examples; only the evaluator sees them.
+      permutation: `[num_features]`, integers: feature i of this task's input is feature `permutation[i]` of the
+        example; None for no permutation. It is applied on the device when examples are used, so that tasks that differ
+        only in their permutations share their arrays.
+      class_mask: `[num_classes]`, bool: the network's outputs that are this task's classes, or None if all tasks have
+        the same classes. The scenario decides which outputs are active in training and testing; see
+        `scenarios.active_classes`.
     """
 
     train: Batch
@@ -64,12 +70,37 @@ class Task(NamedTuple):
 
 
 class Consolidation(NamedTuple):
-    """What is kept of the tasks learned so far: twice the size of the parameters, however many tasks there were.
+    """What is kept of all tasks learned so far: twice the size of the parameters, for any number of tasks.
 
     Attributes:
-      anchor: a tree like the parameters: where they were, θ*.
-      importance: a tree like the parameters: how much each one matters, Ω; never negative.
+      anchor: a tree like the parameters: the values that the penalty pulls them towards, θ*.
+      importance: a tree like the parameters: how much each of them matters, Ω; never negative.
     """
 
     anchor: Params
     importance: Params
+
+
+class Recipe(NamedTuple):
+    """How a network is trained on each task of a sequence.
+
+    Attributes:
+      apply_fn: `apply_fn(params, x) -> [num_classes]`, one example's logits, without batch axis.
+      optimizer_fn: `optimizer_fn(strength) -> optimizer`, a function of λ. Pass the same function objects in every
+        call, or the loops are compiled again.
+      num_epochs: the number of passes over each task's training examples.
+      batch_size: the number of examples per step.
+      scenario: "task", "domain" or "class"; "task" and "class" need tasks with class masks. See
+        `scenarios.active_classes`.
+
+    Example:
+      >>> import optax
+      >>> Recipe(lambda w, x: x @ w, lambda strength: optax.sgd(0.1), num_epochs=10, batch_size=32).scenario
+      'domain'
+    """
+
+    apply_fn: OutputFn
+    optimizer_fn: OptimizerFn
+    num_epochs: int
+    batch_size: int
+    scenario: Scenario = "domain"

@@ -1,13 +1,25 @@
-"""Settings of all tests: four devices on one CPU, and no silent promotion of dtypes."""
+"""Settings of all tests: four devices on one CPU, no silent promotion of dtypes, and little optimisation."""
 
 import os
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4".strip()
 
+import gc
+
 import jax
 import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+# Most tests are about numbers, not speed, and most of their time is compilation.
+jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _free_compiled_programs():
+    """Frees what a module has compiled: a worker would grow to several GiB."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture
@@ -16,6 +28,14 @@ def standard_promotion():
     jax.config.update("jax_numpy_dtype_promotion", "standard")
     yield
     jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+@pytest.fixture
+def optimized():
+    """For tests of what the compiler makes of a program: its products, its memory, its copies."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture

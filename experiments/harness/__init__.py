@@ -1,0 +1,1 @@
+"""What the scripts share: settings, run folders, resumable sequences, comparisons, sweeps, reports."""

@@ -1,0 +1,157 @@
+"""Compares ways of learning a sequence of tasks over several seeds, with progress and a log."""
+
+import functools
+import itertools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
+
+import jax
+import numpy as np
+import rich.console
+import rich.progress
+
+from experiments.harness.parallel import map_as_finished, num_at_once
+from experiments.harness.report import Outcome, format_estimate, progress_bar, summarize
+from experiments.harness.runs import Run
+from experiments.harness.sequences import ResumableSequence
+from lifelong_jax.continual import Progress, SequenceState
+from lifelong_jax.types import Example, Params, Task
+
+Learner: TypeAlias = Callable[
+    [Params, Sequence[Task], jax.Array, ResumableSequence, Callable[[Progress], None]], SequenceState
+]
+"""`learner(params, tasks, key, sequence, report) -> state`: `learn_resumably` with method, recipe and strength."""
+
+_MEASURED = ("accuracy_matrix", "initial_accuracies", "training_seconds", "importance_seconds")  # of SequenceState
+
+
+def compare(
+    learners: Mapping[str, Learner],
+    make_tasks: Callable[[jax.Array], Sequence[Task]],
+    init_params: Callable[[jax.Array, Example], Params],
+    seeds: Sequence[int],
+    num_epochs: int,
+    run: Run,
+    console: rich.console.Console,
+    *,
+    keep_tasks: bool = False,
+) -> dict[str, Outcome]:
+    """Lets each learner learn the same sequences of tasks, one for each seed, with a progress bar.
+
+    A seed sets the tasks, the initial parameters and the shuffling, for every learner alike, so that learners can be
+    compared seed by seed. On a CPU, as many seeds are learned at once as there are cores. What a resumed run has in its
+    log is not computed again.
+
+    Args:
+      learners: the learners by name.
+      make_tasks: `make_tasks(key) -> tasks`.
+      init_params: `init_params(key, x) -> params`, x one example's input, such as
+        `functools.partial(init_network, model)`.
+      seeds: integers.
+      num_epochs: passes over each task's training examples.
+      run: the run, for the log and the checkpoints.
+      console: where the progress bar is shown.
+      keep_tasks: whether each task's own parameters and importance are kept; see `ResumableSequence.task_file`.
+
+    Returns:
+      What was measured of each learner.
+
+    Raises:
+      KeyboardInterrupt: if the run is asked to stop, once each sequence that is being learned has its checkpoint.
+    """
+    outcomes: dict[str, Outcome] = {}
+    with progress_bar(console) as bar:
+        line = bar.add_task("", total=None, status="")
+        for name, learner in learners.items():
+            start = time.perf_counter()
+            progress_line = _ProgressLine(bar, line, name, len(outcomes), len(learners), len(seeds))
+            sequences = {seed: ResumableSequence(run, method=name, seed=seed, keep_tasks=keep_tasks) for seed in seeds}
+
+            def learn(
+                seed: int,
+                learner: Learner = learner,
+                sequences: Mapping[int, ResumableSequence] = sequences,
+                progress_line: _ProgressLine = progress_line,
+            ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+                return _learn_seed(
+                    learner, make_tasks, init_params, seed, num_epochs, sequences[seed], progress_line, console
+                )
+
+            begun = itertools.takewhile(lambda _: not run.stopping.is_set(), seeds)
+            learned = dict(map_as_finished(learn, begun, num_at_once()))
+            if len(learned) < len(seeds):
+                raise KeyboardInterrupt
+            measured = {key: np.stack([learned[seed][0][key] for seed in seeds]) for key in _MEASURED}
+            outcomes[name] = Outcome(curves=np.stack([learned[seed][1] for seed in seeds]), **measured)
+            accuracy = format_estimate(summarize(outcomes)[name].average_accuracy, 100)
+            console.print(
+                f"{name}: average accuracy {accuracy} %, in {time.perf_counter() - start:.0f} s", highlight=False
+            )
+    return outcomes
+
+
+class _ProgressLine:
+    """The line of the progress bar: the epochs of all seeds of one learner, after those of the learners before it."""
+
+    def __init__(
+        self,
+        bar: rich.progress.Progress,
+        line: rich.progress.TaskID,
+        name: str,
+        num_before: int,
+        num_learners: int,
+        num_seeds: int,
+    ) -> None:
+        self._update = functools.partial(bar.update, line, description=name)
+        self._num_before, self._num_learners, self._num_seeds = num_before, num_learners, num_seeds
+        self._epochs: dict[int, int] = {}
+
+    def show(self, seed: int, epochs: int, of: int, **status: str) -> None:
+        """Shows how many of a sequence's epochs are learned."""
+        self._epochs[seed] = epochs
+        completed = self._num_before * self._num_seeds * of + sum(self._epochs.values())
+        self._update(total=self._num_learners * self._num_seeds * of, completed=completed, **status)
+
+
+def _learn_seed(
+    learner: Learner,
+    make_tasks: Callable[[jax.Array], Sequence[Task]],
+    init_params: Callable[[jax.Array, Example], Params],
+    seed: int,
+    num_epochs: int,
+    sequence: ResumableSequence,
+    progress_line: _ProgressLine,
+    console: rich.console.Console,
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Returns what was measured of one sequence, and its curve `[num_epochs, num_tasks]`."""
+    tasks_key, params_key, learning_key = jax.random.split(jax.random.key(seed), 3)
+    tasks = make_tasks(tasks_key)
+    curve = np.full((len(tasks) * num_epochs, len(tasks)), np.nan)
+
+    def draw(progress: Progress) -> None:
+        curve[progress.epochs - 1, : len(progress.accuracies)] = progress.accuracies
+
+    def report(progress: Progress) -> None:
+        sequence.log_epoch(progress)
+        draw(progress)
+        where = "all tasks" if progress.task is None else f"task {progress.task + 1}"
+        status = f"seed {seed}, {where}, loss {progress.loss:.3f}, accuracy {progress.accuracies[-1]:.3f}"
+        progress_line.show(seed, progress.epochs, len(curve), status=status)
+
+    measured = sequence.result()
+    if measured is None:
+        params = init_params(params_key, tasks[0].train.inputs[0])
+        try:
+            state = learner(params, tasks, learning_key, sequence, report)
+            measured = {field: getattr(state, field) for field in _MEASURED}
+        except FloatingPointError as error:  # one strength too many must not cost all the others
+            console.print(f"{sequence.name}: {error}", highlight=False)
+            unknown = np.full((len(tasks), len(tasks)), np.nan)
+            accuracies = {"accuracy_matrix": unknown, "initial_accuracies": unknown[0]}
+            measured = dict.fromkeys(_MEASURED, np.nan) | accuracies
+        sequence.finish(**measured)
+    for progress in sequence.earlier_epochs():
+        draw(progress)
+    progress_line.show(seed, len(curve), len(curve))
+    return measured, curve

@@ -1,0 +1,328 @@
+"""What the scripts share that compare methods on a sequence of tasks: settings, learners, the choice of strengths."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Annotated, Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import optax
+import rich.console
+import tyro
+
+from experiments.harness.compare import compare
+from experiments.harness.pipelines import MOMENTUM, momentum_with_penalty
+from experiments.harness.report import report_comparison
+from experiments.harness.runs import Run, open_run
+from experiments.harness.sequences import learn_resumably
+from experiments.harness.settings import Numbers, RunSettings, Seeds, check_settings
+from experiments.harness.tune import choose_strengths, sweep_strengths
+from lifelong_jax import methods
+from lifelong_jax.datasets.named import Dataset, hold_out_validation, load_dataset
+from lifelong_jax.methods import Method
+from lifelong_jax.models import CNN, MLP
+from lifelong_jax.penalty import add_quadratic_penalty, proximal_adam, proximal_quadratic_penalty
+from lifelong_jax.sweep import learn_sweep
+from lifelong_jax.types import Example, OptimizerFn, OutputFn, Params, Recipe, Scenario, Task
+
+STRENGTHS = tuple(float(f"{10 ** (half_decade / 2):.3g}") for half_decade in range(-8, 13))
+"""The strengths that --tune compares."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Strength:
+    """The strength of the penalty, λ, for each method that has one; `--strength` and `--tune` choose other values."""
+
+    l2: float
+    """λ of l2."""
+
+    ewc: float
+    """λ of ewc."""
+
+    mas: float
+    """λ of mas."""
+
+    local_mas: float
+    """λ of local_mas."""
+
+    si: float
+    """λ of si."""
+
+    rwalk: float
+    """λ of rwalk."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(RunSettings):
+    """The settings that all comparisons have; a script's own dataclass adds to them."""
+
+    methods: tuple[Literal["finetune", "l2", "ewc", "mas", "local_mas", "si", "rwalk", "joint"], ...] = (
+        "finetune",
+        "l2",
+        "ewc",
+        "mas",
+        "joint",
+    )
+    """The methods to compare: finetune (no penalty), l2 (every parameter equally important), ewc (Fisher diagonal), mas
+    (output sensitivity), local_mas (output sensitivity layer by layer), si (Synaptic Intelligence: each parameter's
+    share in the fall of the loss), rwalk (an online Fisher diagonal and such shares), joint (all tasks' data at once:
+    the upper bound)."""
+
+    network: Literal["mlp", "cnn"] = "mlp"
+    """The network: a multilayer perceptron, or a small convolutional network for images."""
+
+    hidden_sizes: tuple[int, ...] = (256, 256)
+    """Widths of the multilayer perceptron's hidden layers."""
+
+    features: tuple[int, ...] = (16, 32)
+    """Channels of the convolutional network's layers."""
+
+    num_epochs: int = 20
+    """Passes over each task's training data."""
+
+    batch_size: int = 32
+    """Examples per step."""
+
+    optimizer: Literal["adam", "sgd", "momentum"] = "momentum"
+    """The optimiser: Adam, plain SGD, or SGD with momentum 0.9. Each task begins with a fresh optimiser state."""
+
+    learning_rate: float = 0.01
+    """The optimiser's step size."""
+
+    penalty: Literal["proximal", "coupled"] = "proximal"
+    """The penalty's place: a closed-form step after the optimiser's own, which is stable at any strength (proximal), or
+    a term of the loss (coupled)."""
+
+    strength: Strength
+
+    fisher: Literal["exact", "sampled", "empirical"] = "exact"
+    """For ewc, the labels of the Fisher information: the expectation over the model's classes (exact), one label
+    sampled from the model (sampled), or the true labels (empirical)."""
+
+    rule: Annotated[Literal["separate", "latest"], tyro.conf.arg(name="consolidation")] = "separate"
+    """The rule of consolidation: one penalty per task, each around its own anchor (separate), or a single one around
+    the latest parameters (latest, which rwalk always has)."""
+
+    decay: float = 1.0
+    """The factor by which each new task multiplies the earlier tasks' importance; rwalk averages instead."""
+
+    seeds: Seeds = (0, 1, 2, 3, 4)
+    """The seeds, such as 0-4 or 0,2,4: each has its own sequence of tasks, initialisation and order of examples."""
+
+    strength_grid: Annotated[Numbers, tyro.conf.arg(name="strength")] = ()
+    """Strengths to compare for every method that has one, such as 1,10,100. Each is trained from all seeds on four
+    fifths of the training data and tested on the rest. The best ones are then used, with all the training data."""
+
+    tune: bool = False
+    """Compare 21 strengths over ten decades in this way."""
+
+    data_dir: str | None = None
+    """Where TFDS keeps prepared data sets; by default TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+
+    keep_tasks: bool = True
+    """Keep each task's own parameters and importance, to try another strength or rule: see reconsolidate."""
+
+    def __post_init__(self) -> None:
+        """Validates before computing."""
+        names = ("hidden_sizes", "features", "num_epochs", "batch_size", "learning_rate")
+        strengths = {f"strength.{name}": value for name, value in dataclasses.asdict(self.strength).items()}
+        check_settings(
+            positive={name: getattr(self, name) for name in names},
+            not_negative={**strengths, "strength": self.strength_grid, "decay": self.decay},
+            distinct={"methods": self.methods, "seeds": self.seeds},
+        )
+        if self.tune and self.strength_grid:
+            raise ValueError("--tune has strengths of its own: leave out either --tune or --strength.")
+        if self.strength_grid:
+            written = [f"{strength:.3g}" for strength in self.strength_grid]  # as in tables
+            check_settings(distinct={"strength": written})
+        if (self.tune or self.strength_grid) and not set(self.methods) & set(dataclasses.asdict(self.strength)):
+            raise ValueError(f"--strength, --tune: none of the methods {self.methods} has a strength to choose.")
+
+
+class Experiment(NamedTuple):
+    """A sequence of tasks, and a network that learns it.
+
+    Attributes:
+      name: the name of the script, and of its folder of results.
+      title: what is learned, for tables and pictures.
+      datasets: the data sets that the tasks are made of. Validation data are taken from their training data.
+      make_tasks: `make_tasks(datasets, key) -> tasks`.
+      task_names: short names, for tables and pictures.
+      scenario: "task", "domain" or "class".
+      apply_fn: `apply_fn(params, x) -> [num_classes]`, one example's outputs; a flax model's `apply`.
+      init_params: `init_params(key, x) -> params`, such as `functools.partial(init_network, model)`.
+    """
+
+    name: str
+    title: str
+    datasets: Sequence[Dataset]
+    make_tasks: Callable[[Sequence[Dataset], jax.Array], Sequence[Task]]
+    task_names: Sequence[str]
+    scenario: Scenario
+    apply_fn: OutputFn
+    init_params: Callable[[jax.Array, Example], Params]
+
+
+def run_experiment(settings: Settings, experiment: Experiment) -> None:
+    """Lets each method learn the tasks once per seed, after choosing strengths if asked to; reports the result.
+
+    Args:
+      settings: the script's settings.
+      experiment: the tasks and the network.
+    """
+    console = rich.console.Console()
+    with open_run(settings, experiment.name, console) as run:
+        recipe = make_recipe(settings, experiment)
+        choose = settings.tune or settings.strength_grid
+        strength = tune(settings, experiment, recipe, run, console) if choose else settings.strength
+        learners = {
+            name: functools.partial(learn_resumably, make_method(settings, name), recipe, getattr(strength, name, 0.0))
+            for name in settings.methods
+        }
+        outcomes = compare(
+            learners,
+            functools.partial(experiment.make_tasks, experiment.datasets),
+            experiment.init_params,
+            settings.seeds,
+            settings.num_epochs,
+            run,
+            console,
+            keep_tasks=settings.keep_tasks,
+        )
+        report_comparison(outcomes, experiment.title, experiment.task_names, settings.num_epochs, run, console)
+
+
+def load_or_exit(name: str, data_dir: str | None, **options: object) -> Dataset:
+    """Loads a data set, or ends the program with a message if that fails.
+
+    Args:
+      name: as for `load_dataset`.
+      data_dir: where TFDS keeps prepared data sets.
+      **options: as for `load_dataset`.
+
+    Returns:
+      The data set.
+
+    Raises:
+      SystemExit: if the data set cannot be found or read.
+    """
+    try:
+        return load_dataset(name, data_dir, **options)
+    except (FileNotFoundError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+def make_network(settings: Settings, num_outputs: int) -> nn.Module:
+    """Makes the network that the settings name.
+
+    Args:
+      settings: the kind of network, and the widths of its layers.
+      num_outputs: the number of classes.
+
+    Returns:
+      A flax module of one example.
+    """
+    return CNN(settings.features, num_outputs) if settings.network == "cnn" else MLP(settings.hidden_sizes, num_outputs)
+
+
+def make_optimizer_fn(settings: Settings) -> OptimizerFn:
+    """Makes the pipeline of optimiser and penalty.
+
+    Args:
+      settings: the optimiser, its step size, and the penalty's place.
+
+    Returns:
+      `optimizer_fn(strength) -> optimizer`. All learners share it, because compiled functions are cached by it.
+    """
+    rate = settings.learning_rate
+    if settings.penalty == "proximal":
+        return {
+            "adam": functools.partial(proximal_adam, rate),
+            "sgd": lambda strength: optax.chain(optax.sgd(rate), proximal_quadratic_penalty(rate, strength)),
+            "momentum": functools.partial(momentum_with_penalty, rate),
+        }[settings.optimizer]
+    base = {
+        "adam": optax.adam(rate),
+        "sgd": optax.sgd(rate),
+        "momentum": optax.sgd(rate, momentum=MOMENTUM),
+    }[settings.optimizer]
+    return lambda strength: optax.chain(add_quadratic_penalty(strength), base)
+
+
+def make_recipe(settings: Settings, experiment: Experiment) -> Recipe:
+    """Makes the recipe by which all methods learn.
+
+    Args:
+      settings: the optimiser, the number of epochs and the batch size.
+      experiment: the network and the scenario.
+
+    Returns:
+      The recipe.
+    """
+    optimizer_fn = make_optimizer_fn(settings)
+    return Recipe(
+        experiment.apply_fn, optimizer_fn, settings.num_epochs, settings.batch_size, scenario=experiment.scenario
+    )
+
+
+def make_method(settings: Settings, name: str) -> Method | None:
+    """Makes the method of a name.
+
+    Args:
+      settings: the methods' own settings.
+      name: one of the names that `settings.methods` may have.
+
+    Returns:
+      The method; None for joint training.
+    """
+    return {
+        "joint": None,
+        "finetune": methods.finetune(),
+        "l2": methods.l2(settings.rule, settings.decay),
+        "ewc": methods.ewc(settings.fisher, settings.rule, settings.decay),
+        "mas": methods.mas(settings.rule, settings.decay),
+        "local_mas": methods.local_mas(settings.rule, settings.decay),
+        "si": methods.si(settings.rule, settings.decay),
+        "rwalk": methods.rwalk(),
+    }[name]
+
+
+def tune(
+    settings: Settings, experiment: Experiment, recipe: Recipe, run: Run, console: rich.console.Console
+) -> Strength:
+    """Chooses each method's strength by its average accuracy on validation data, taken from the training data.
+
+    Args:
+      settings: the strengths and the seeds.
+      experiment: the tasks and the network.
+      recipe: from `make_recipe`.
+      run: the run, for the log, `tuning.md`, `tuning.png` and `strength.json`.
+      console: where the table is printed.
+
+    Returns:
+      The strengths: the best ones for the methods that are compared.
+    """
+    learners = {
+        field.name: functools.partial(learn_sweep, make_method(settings, field.name), recipe, forward_transfer=False)
+        for field in dataclasses.fields(Strength)
+        if field.name in settings.methods
+    }
+    strengths = sorted(settings.strength_grid or STRENGTHS)
+    datasets = [hold_out_validation(dataset, 0.2, jax.random.key(0)) for dataset in experiment.datasets]
+    matrices = sweep_strengths(
+        learners,
+        strengths,
+        functools.partial(experiment.make_tasks, datasets),
+        experiment.init_params,
+        settings.seeds,
+        run,
+        console,
+        split="validation",
+    )
+    best = choose_strengths(matrices, strengths, run, console)
+    console.print("chosen: " + ", ".join(f"--strength.{name} {strength:g}" for name, strength in best.items()))
+    chosen = dataclasses.replace(settings.strength, **best)
+    run.write_json("strength.json", dataclasses.asdict(chosen))
+    return chosen

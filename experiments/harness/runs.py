@@ -1,0 +1,292 @@
+"""A run's folder: its configuration, its metrics as they come, its parts, its summary; and how a run is resumed."""
+
+import contextlib
+import dataclasses
+import datetime
+import fcntl
+import io
+import json
+import math
+import pathlib
+import signal
+import threading
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import rich.console
+import rich.progress
+import rich.table
+
+from experiments.harness.settings import RunSettings
+from lifelong_jax import _files
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A folder that one run writes to; several threads may log at once.
+
+    Attributes:
+      folder: its path; it has `config.json` from the start.
+      earlier_rows: the rows that were logged before the run was resumed, by `row_key`.
+      stopping: set when the run is asked to stop at the next checkpoint.
+    """
+
+    folder: pathlib.Path
+    earlier_rows: dict[tuple, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)
+    stopping: threading.Event = dataclasses.field(default_factory=threading.Event)
+    _lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+
+    def log(self, **row: Any) -> None:
+        """Appends a line to `metrics.jsonl`, so that a killed run keeps what it had logged.
+
+        Args:
+          **row: names and values; arrays become lists, and NaN becomes null.
+        """
+        with self._lock, (self.folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(to_json(row)) + "\n")
+
+    def log_once(self, **row: Any) -> None:
+        """Appends a line to `metrics.jsonl`, unless it was logged before the run was resumed.
+
+        Args:
+          **row: names and values; arrays become lists, and NaN becomes null.
+        """
+        if to_json(row) not in read_rows(self.folder):
+            self.log(**row)
+
+    def keep_rows(self, keep: Callable[[dict[str, Any]], bool]) -> None:
+        """Removes rows from `metrics.jsonl`, and a last line that is not complete.
+
+        Args:
+          keep: `keep(row) -> bool`.
+        """
+        with self._lock:
+            rows = "".join(json.dumps(row) + "\n" for row in read_rows(self.folder) if keep(row))
+            _files.write(self.folder / "metrics.jsonl", rows.encode())
+
+    def write_json(self, name: str, values: Any) -> None:
+        """Writes a file.
+
+        Args:
+          name: of the file.
+          values: names and values; arrays become lists, and NaN becomes null.
+        """
+        _files.write(self.folder / name, (json.dumps(to_json(values), indent=2) + "\n").encode())
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Writes `summary.json`.
+
+        Args:
+          summary: names and values; arrays become lists, and NaN becomes null.
+        """
+        self.write_json("summary.json", summary)
+
+
+def read_rows(folder: pathlib.Path) -> list[dict[str, Any]]:
+    """Reads a run's `metrics.jsonl`, up to a line that is not complete: the process was killed while it wrote it.
+
+    Args:
+      folder: the run's.
+
+    Returns:
+      The rows.
+    """
+    file = folder / "metrics.jsonl"
+    rows = []
+    for line in file.read_bytes().split(b"\n")[:-1] if file.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def row_key(row: Mapping[str, Any]) -> tuple:
+    """Returns what identifies the sequence of tasks that a row belongs to.
+
+    Args:
+      row: of `metrics.jsonl`.
+
+    Returns:
+      The row's split, method and seed; None where it has none.
+
+    Example:
+      >>> row_key({"method": "ewc", "seed": 0, "loss": 0.1})
+      (None, 'ewc', 0)
+    """
+    return tuple(row.get(name) for name in ("split", "method", "seed"))
+
+
+def start_run(output_dir: str | pathlib.Path, experiment: str, config: Any) -> Run:
+    """Makes a new folder `output_dir/experiment/<date-time>` and writes the configuration into it.
+
+    Args:
+      output_dir: the folder of the results of all experiments.
+      experiment: the experiment's name.
+      config: a dataclass.
+
+    Returns:
+      The run.
+    """
+    start = datetime.datetime.now()
+    while True:  # a second later, where two runs start within one second
+        folder = pathlib.Path(output_dir) / experiment / start.strftime("%Y-%m-%d-%H%M%S")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            start += datetime.timedelta(seconds=1)
+        else:
+            break
+    run = Run(folder)
+    run.write_json("config.json", dataclasses.asdict(config))
+    return run
+
+
+def to_json(value: Any) -> Any:
+    """Converts a value for JSON: arrays to lists, named tuples to objects, NaN and infinities to None.
+
+    Args:
+      value: a nesting of mappings, sequences, arrays and numbers.
+
+    Returns:
+      A nesting of dicts, lists, numbers, strings and None.
+
+    Example:
+      >>> to_json({"accuracy": np.array([0.5, np.nan])})
+      {'accuracy': [0.5, None]}
+    """
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        value = value._asdict()
+    if isinstance(value, Mapping):
+        return {str(key): to_json(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return [to_json(item) for item in value]
+    if isinstance(value, pathlib.Path):
+        return str(value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@contextlib.contextmanager
+def open_run(settings: RunSettings, experiment: str, console: rich.console.Console) -> Iterator[Run]:
+    """Starts a run, or resumes the one that `settings.resume` names. One process at a time may write to a run.
+
+    On Ctrl-C or SIGTERM, the run stops at its next checkpoint: after the epoch that is being learned; with
+    `compute_once`, after the part that is being computed; in a sweep, after the runs that have begun. The program then
+    prints how to resume, and ends with the usual status (130 or 143).
+
+    Args:
+      settings: the script's settings.
+      experiment: the script's name.
+      console: where messages are printed.
+
+    Yields:
+      The run.
+
+    Raises:
+      SystemExit: if the run was stopped, another process is writing to it, or a file could not be written.
+    """
+    go_on = ""
+    stopped_by = signal.SIGINT
+    try:
+        new = settings.resume is None
+        run = start_run(settings.output_dir, experiment, settings) if new else Run(pathlib.Path(settings.resume))
+        go_on = f"to go on: python -m experiments.{experiment} --resume {run.folder}"
+
+        def request_stop(number: int, frame: object) -> None:
+            nonlocal stopped_by
+            if run.stopping.is_set():
+                raise KeyboardInterrupt
+            stopped_by = number
+            run.stopping.set()
+            console.print("stopping at the next checkpoint; once more, to stop at once")
+
+        with _locked(run.folder), _handled(request_stop, signal.SIGINT, signal.SIGTERM):
+            if not new:
+                _read_log(run)
+            yield run
+    except KeyboardInterrupt:
+        console.print(f"stopped; {go_on}", highlight=False, soft_wrap=True)
+        raise SystemExit(128 + stopped_by) from None
+    except OSError as error:
+        raise SystemExit(f"error: {error}\n{go_on}".strip()) from error
+
+
+def compute_once(run: Run, name: str, function: Callable[[], Any]) -> dict[str, Any]:
+    """Computes a part of a run and keeps it in `parts/<name>.npz`, or reads it if the run has computed it before.
+
+    Args:
+      run: the run. The file stays when the run is finished, so that `--resume` can draw its picture again.
+      name: the part's name.
+      function: `function() -> part`, a nesting of dicts and NamedTuples of arrays and numbers.
+
+    Returns:
+      The part, as dicts of NumPy arrays, to the bit.
+
+    Raises:
+      KeyboardInterrupt: after the part is kept, if the run is asked to stop.
+
+    Example:
+      >>> import tempfile
+      >>> run = Run(pathlib.Path(tempfile.mkdtemp()))
+      >>> float(compute_once(run, "seed 0", lambda: {"loss": 0.5})["loss"])
+      0.5
+      >>> float(compute_once(run, "seed 0", lambda: {"loss": 0.7})["loss"])
+      0.5
+    """
+    file = run.folder / "parts" / f"{name}.npz"
+    if file.exists():
+        try:
+            return _read_part(file)
+        except (zipfile.BadZipFile, ValueError, EOFError, RuntimeError) as error:
+            warnings.warn(f"{file} is damaged, and is computed again: {error}", stacklevel=2)
+    leaves = jax.tree.leaves_with_path(jax.device_get(function()))
+    buffer = io.BytesIO()
+    np.savez(buffer, **{jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves})
+    _files.write(file, buffer.getvalue(), sync=True)
+    if run.stopping.is_set():
+        raise KeyboardInterrupt
+    return _read_part(file)
+
+
+def _read_part(file: pathlib.Path) -> dict[str, Any]:
+    part = {}
+    with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as leaves:
+        for path, leaf in leaves.items():
+            *branches, last = path.split("/")
+            branch = part
+            for name in branches:
+                branch = branch.setdefault(name, {})
+            branch[last] = leaf
+    return part
+
+
+def _read_log(run: Run) -> None:
+    run.keep_rows(lambda row: True)  # removes an incomplete line
+    for row in read_rows(run.folder):
+        run.earlier_rows.setdefault(row_key(row), []).append(row)
+
+
+@contextlib.contextmanager
+def _locked(folder: pathlib.Path) -> Iterator[None]:
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the lock ends with the process, however that ends
+        except BlockingIOError as error:
+            raise SystemExit(f"error: another process is writing to {folder}") from error
+        yield
+
+
+@contextlib.contextmanager
+def _handled(handler: Callable[[int, object], None], *signals: signal.Signals) -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler_before in before.items():
+            signal.signal(number, handler_before)

@@ -1,0 +1,195 @@
+"""Sequences of tasks that are stopped or killed, and go on where they were, to the same numbers."""
+
+import pathlib
+import time
+import urllib.parse
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments.harness.checkpoints import restore_checkpoint, save_checkpoint
+from experiments.harness.runs import Run, row_key
+from lifelong_jax import _files
+from lifelong_jax.checkpoint import save_consolidation
+from lifelong_jax.continual import Progress, SequenceState, init_sequence, learn_jointly, learn_tasks
+from lifelong_jax.methods import Method
+from lifelong_jax.types import Consolidation, Params, Recipe, Task
+
+_LOGGED = ("task", "epochs", "loss", "accuracies")  # of Progress
+
+CHECKPOINT_SECONDS = 10.0  # the least time between two checkpoints
+CHECKPOINT_SHARE = 0.005  # the largest share of the time that is spent on writing them
+
+
+class ResumableSequence:
+    """One learner's sequence of tasks, from one seed, in a run: its checkpoints, and its rows in the log.
+
+    A checkpoint is written after an epoch if 10 seconds have passed since the last one, or, if writing one takes longer
+    than 50 milliseconds, 200 times as long as it took. One is also written when the run is asked to stop.
+    """
+
+    def __init__(self, run: Run, *, method: str, seed: int, split: str | None = None, keep_tasks: bool = False) -> None:
+        """Finds what the run has of it already.
+
+        Args:
+          run: the run that it belongs to.
+          method: the learner's name.
+          seed: the seed of its tasks.
+          split: "validation" if strengths are chosen by it, else None.
+          keep_tasks: whether each task's own parameters and importance are kept, in `task_file`.
+        """
+        self.run, self.seed = run, seed
+        self._labels = {"method": method, "seed": seed} | ({"split": split} if split else {})
+        self.name = f"{split} {method}, seed {seed}" if split else f"{method}, seed {seed}"
+        self._folder = run.folder / "sequences" / urllib.parse.quote(self.name, safe=" (),+=")
+        self._keep_tasks = keep_tasks
+        self._last_saved, self._cost = time.monotonic(), 0.0
+        self._earlier = run.earlier_rows.pop(row_key(self._labels), [])
+
+    def result(self) -> dict[str, np.ndarray] | None:
+        """Returns what was measured, if the sequence was finished before the run was resumed.
+
+        Returns:
+          The values that `finish` got, or None.
+        """
+        for row in self._earlier:
+            if row["event"] == "sequence":
+                names = row.keys() - self._labels.keys() - {"event"}
+                return {name: np.array(row[name], np.float64) for name in names}  # None, in JSON, was NaN
+        return None
+
+    def earlier_epochs(self) -> list[Progress]:
+        """Returns what was logged before the run was resumed, up to the checkpoint.
+
+        Returns:
+          The progress after each of these epochs.
+        """
+        rows = [row for row in self._earlier if row["event"] == "epoch"]
+        return [Progress(**{name: row[name] for name in _LOGGED}) for row in rows]
+
+    def log_epoch(self, progress: Progress) -> None:
+        """Logs an epoch.
+
+        Args:
+          progress: what is known after it.
+        """
+        self.run.log(event="epoch", **self._labels, **{name: getattr(progress, name) for name in _LOGGED})
+
+    def finish(self, **measured: Any) -> None:
+        """Logs what was measured of the whole sequence, and removes its checkpoints: it is finished.
+
+        Args:
+          **measured: names and arrays or numbers.
+        """
+        self.run.log(event="sequence", **self._labels, **measured)
+        _files.discard(self._folder / "checkpoints")
+
+    def restore(self, start: SequenceState) -> SequenceState:
+        """Restores the newest checkpoint, and removes what was logged after it.
+
+        Args:
+          start: the state that the sequence starts from if there is no checkpoint.
+
+        Returns:
+          The state to go on from.
+        """
+        _, state = restore_checkpoint(self._folder / "checkpoints", like=start) or (0, start)
+        logged = max((progress.epochs for progress in self.earlier_epochs()), default=0)
+        if state is not start and logged < state.epochs:
+            warnings.warn(f"{self._folder} starts anew: its log ends before its checkpoint", stacklevel=2)
+            state = start
+        epochs = state.epochs
+        if logged > epochs:
+            key = row_key(self._labels)
+            self.run.keep_rows(lambda row: row_key(row) != key or row["epochs"] <= epochs)
+        self._earlier = [row for row in self._earlier if row["epochs"] <= epochs]
+        return state
+
+    def save(self, state: SequenceState) -> None:
+        """Writes a checkpoint, if one is due.
+
+        Args:
+          state: the state after an epoch.
+
+        Raises:
+          KeyboardInterrupt: if the run is asked to stop.
+        """
+        stopping = self.run.stopping.is_set()
+        now = time.monotonic()
+        if stopping or now - self._last_saved >= max(CHECKPOINT_SECONDS, self._cost / CHECKPOINT_SHARE):
+            save_checkpoint(self._folder / "checkpoints", state.epochs, state)
+            self._last_saved = time.monotonic()
+            self._cost = self._last_saved - now
+        if stopping:
+            raise KeyboardInterrupt
+
+    def keep_task(self, task: int, learned: Consolidation, estimator: str, num_examples: int) -> None:
+        """Writes a task's own parameters and importance into its file, if tasks are kept.
+
+        Args:
+          task: the task's number, from 0.
+          learned: the parameters, as anchor, and the importance.
+          estimator: the method's name.
+          num_examples: the number of the task's training examples.
+        """
+        if self._keep_tasks:
+            file = self.task_file(task)
+            save_consolidation(file, learned, estimator=estimator, num_examples=num_examples, sync=False)
+
+    def task_file(self, task: int) -> pathlib.Path:
+        """Returns the file of a task's own parameters and importance, for `load_consolidation`.
+
+        Args:
+          task: the task's number, from 0.
+
+        Returns:
+          The file.
+        """
+        return self._folder / f"task-{task + 1}.safetensors"
+
+
+def learn_resumably(
+    method: Method | None,
+    recipe: Recipe,
+    strength: float,
+    params: Params,
+    tasks: Sequence[Task],
+    key: jax.Array,
+    sequence: ResumableSequence,
+    report: Callable[[Progress], None],
+    *,
+    prepare: Callable[[SequenceState, ResumableSequence], SequenceState] | None = None,
+) -> SequenceState:
+    """Learns a sequence of tasks with checkpoints, from its last checkpoint on.
+
+    Args:
+      method: as for `learn_tasks`; None learns all tasks at once, as `learn_jointly` does.
+      recipe: as for `learn_tasks`.
+      strength: λ; not used without a method.
+      params: where training starts.
+      tasks: the sequence.
+      key: the random key of the sequence.
+      sequence: its checkpoints.
+      report: `report(progress)`, called after every epoch, before its checkpoint.
+      prepare: `prepare(start, sequence) -> start`, the state to start from if there is no checkpoint; by default
+        the first epoch's.
+
+    Returns:
+      The state after the last task.
+    """
+    start = init_sequence(method, recipe, params, tasks, key, strength=strength)
+    start = sequence.restore(start if prepare is None else prepare(start, sequence))
+
+    def callback(state: SequenceState, progress: Progress) -> None:
+        report(progress)
+        if method is not None and progress.learned is not None:
+            num_examples = np.count_nonzero(tasks[progress.task].train.weights)
+            sequence.keep_task(progress.task, progress.learned, method.name, num_examples)
+        sequence.save(state)
+
+    if method is None:
+        return learn_jointly(recipe, params, tasks, key, start=start, callback=callback)
+    return learn_tasks(method, recipe, params, tasks, key, strength=strength, start=start, callback=callback)

@@ -1,0 +1,109 @@
+"""Dtypes of sums, scaled weights, and four workarounds for programs that XLA compiles badly.
+
+The workarounds (`unbatched`, `update_after_reads`, `compute_once`, `indices_per_example`) change no number. Each says
+what XLA does without it, and what it gained when it was introduced. `python -m benchmarks.xla` measures all four again,
+so that one can be removed when XLA no longer needs it.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lifelong_jax.types import Params
+
+
+def wide_dtype(*arrays: jax.Array) -> np.dtype:
+    """Returns the dtype to compute in: the widest dtype of the arrays, and at least float32."""
+    # Two at a time: NumPy finds no common dtype of bfloat16 and float16, but each has one with float32.
+    return functools.reduce(np.promote_types, map(jnp.result_type, arrays), np.dtype(np.float32))
+
+
+def widen(array: jax.Array) -> jax.Array:
+    """Casts an array to float32, unless its dtype is at least as wide."""
+    array = jnp.asarray(array)
+    return array.astype(wide_dtype(array))
+
+
+def widened_zeros(params: Params) -> Params:
+    """Makes the zeros that a sum starts from, in float32 at least: a sum in bfloat16 loses too much."""
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, wide_dtype(leaf)), params)
+
+
+def scale_weights(weights: jax.Array) -> jax.Array:
+    """Scales weights by a power of 2, so that neither their sum nor its reciprocal overflows.
+
+    The largest weight becomes at least 1 and less than 2, unless all are 0. Scaling by a power of 2 is exact.
+    """
+    counts = not jnp.issubdtype(weights.dtype, jnp.floating)
+    weights = weights.astype(jnp.float32) if counts else widen(weights)
+    _, exponent = jnp.frexp(jnp.max(weights))
+    return jnp.ldexp(weights, 1 - exponent)
+
+
+def equal_size(num_examples: int, at_most: int) -> int:
+    """Returns the size of each part if examples are split into as few equal parts as `at_most` allows.
+
+    Only the last part may be smaller: `equal_size(1437, 1024)` is 719.
+    """
+    num_parts = -(-num_examples // at_most)
+    return -(-num_examples // num_parts)
+
+
+def unbatched(function: Callable) -> Callable:
+    """Maps a function over a leading axis of length 1, as `jax.vmap` does, but computes without that axis.
+
+    On a CPU, XLA's batched products are slower than plain ones, even if the batch has one entry.
+    """
+
+    def mapped(*arguments: object) -> object:
+        return jax.tree.map(lambda x: x[None], function(*jax.tree.map(lambda x: x[0], arguments)))
+
+    return mapped
+
+
+def update_after_reads(updates: Params, grads: Params) -> Params:
+    """Makes every update wait for the gradients of biases and scales, on a CPU.
+
+    Without this, XLA assumes that a parameter may be updated before the backward pass reads it, and copies it in every
+    step: 2 to 5 % of a step with Adam (MLP 784-1000-1000-10, batch 128). The gradients of biases and scales are sums of
+    cotangents: when they are known, the backward pass has read all parameters. An optimization barrier does not help,
+    because XLA drops it too early.
+    """
+    vectors = [leaf for leaf in jax.tree.leaves(grads) if leaf.ndim == 1 and leaf.size and not is_sharded(leaf)]
+    if jax.default_backend() != "cpu" or not vectors:
+        return updates
+    never = functools.reduce(jnp.logical_or, [_never(leaf[0]) for leaf in vectors])
+    return jax.tree.map(lambda leaf: leaf + never.astype(leaf.dtype), updates)
+
+
+def compute_once(value: jax.Array, update: jax.Array) -> jax.Array:
+    """Returns `value`, and makes XLA compute it once if it has several users, on a CPU.
+
+    Without this, XLA computes a sum again for each of its users, and reads its operands each time: with a coupled
+    penalty, a step with Adam took 1.14 times as long as one without a penalty, and takes 1.04 times as long with this.
+    XLA does not repeat a division, so `value` is divided by a 1 that XLA cannot simplify, because it is computed from
+    `update`.
+    """
+    return value / (1 + jnp.minimum(jnp.abs(jax.lax.stop_gradient(update)), 0))
+
+
+def indices_per_example(indices: jax.Array, x: jax.Array) -> jax.Array:
+    """Returns `indices`, and gives each example its own copy under `jax.vmap`, without holding the copies in memory.
+
+    Without this, XLA gathers feature by feature across all examples, which is against the order of memory. With it, XLA
+    gathers example by example: 4 % of an importance pass over permuted inputs, 5 % of an evaluation.
+    """
+    return indices + _never(x[0].astype(jnp.float32)).astype(indices.dtype)
+
+
+def is_sharded(array: jax.Array) -> bool:
+    """Returns whether an array's type names mesh axes that it is sharded over."""
+    return any(jax.typeof(array).sharding.spec)
+
+
+def _never(number: jax.Array) -> jax.Array:
+    """Returns False, computed so that XLA cannot simplify it."""
+    return (number > 0) & (number < 0)

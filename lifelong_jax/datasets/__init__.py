@@ -1,0 +1,23 @@
+"""Image-classification data sets by name, and the sources of their examples."""
+
+from lifelong_jax.datasets.letters import render_letters
+from lifelong_jax.datasets.named import (
+    Dataset,
+    hold_out_validation,
+    load_dataset,
+    make_batch,
+    open_dataset,
+    scale_bytes,
+)
+from lifelong_jax.datasets.sources import Source
+
+__all__ = [
+    "Dataset",
+    "Source",
+    "hold_out_validation",
+    "load_dataset",
+    "make_batch",
+    "open_dataset",
+    "render_letters",
+    "scale_bytes",
+]

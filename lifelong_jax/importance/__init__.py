@@ -1,0 +1,28 @@
+"""Importances, how much each parameter matters: computed after a task, or gathered while it is learned."""
+
+from lifelong_jax.importance.estimators import (
+    empirical_fisher_diagonal,
+    fisher_diagonal,
+    local_mas_importance,
+    mas_importance,
+)
+from lifelong_jax.importance.layers import layer_output
+from lifelong_jax.importance.normalization import normalize_importance
+from lifelong_jax.importance.path_integral import path_integral, si_importance
+from lifelong_jax.importance.plan import explain
+from lifelong_jax.importance.riemannian_walk import continue_walk, riemannian_walk, rwalk_importance
+
+__all__ = [
+    "continue_walk",
+    "empirical_fisher_diagonal",
+    "explain",
+    "fisher_diagonal",
+    "layer_output",
+    "local_mas_importance",
+    "mas_importance",
+    "normalize_importance",
+    "path_integral",
+    "riemannian_walk",
+    "rwalk_importance",
+    "si_importance",
+]

@@ -1,0 +1,105 @@
+"""The loop over microbatches that all importances share, and the quantity that they all sum over examples.
+
+All importances have one form. For example n, a function has the outputs F_n. Cotangents v_nk are pulled back through
+it to gradients g_nk = (∂F_n/∂params)ᵀ v_nk. The example then contributes, elementwise,
+
+    q_n = Σ_k g_nk²            (reduction="sum_of_squares")
+    q_n = sqrt(Σ_k g_nk²)      (reduction="norm"; |g_n| if there is one cotangent)
+
+`estimators.py` defines the outputs and cotangents of each importance. `reference.py` and `structured.py` compute the
+sum over examples in two ways. Both square each example's own gradient before they sum over examples: the square of a
+minibatch's gradient is another quantity.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from jax.tree_util import Partial
+
+from lifelong_jax._numerics import equal_size, widened_zeros
+from lifelong_jax.types import Example, Examples, Params
+
+Reduction: TypeAlias = Literal["sum_of_squares", "norm"]
+
+CotangentsFn: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]
+"""`cotangents_fn(outputs, index) -> [num_cotangents, *outputs.shape]`; `index` numbers the example, for random keys."""
+
+
+def sum_microbatches(
+    sum_microbatch: Callable[..., Params],
+    output_fn: Callable[[Params, Example], jax.Array],
+    cotangents_fn: CotangentsFn,
+    params: Params,
+    examples: Examples,
+    weights: jax.Array | None,
+    microbatch_size: int,
+) -> Params:
+    """Sums a function over microbatches of the examples, one after the other.
+
+    All microbatches have one size, so the function is compiled once; the last one is padded with examples of weight 0.
+
+    The types of the examples may say that they are sharded over axes of a mesh (`jax.make_mesh` makes such axes). Each
+    shard then sums its own examples, with the parameters replicated, and one `psum` adds the shards. In this case the
+    functions must not close over arrays of that mesh: pass a `jax.tree_util.Partial`, whose arrays are arguments.
+
+    Args:
+      sum_microbatch: `(output_fn, cotangents_fn, params, examples, indices, weights) -> tree like params`; the last
+        three arguments have a leading axis of the microbatch's size. It must be linear in the weights.
+      output_fn: passed to `sum_microbatch`.
+      cotangents_fn: passed to `sum_microbatch`.
+      params: a tree of floating-point arrays.
+      examples: a tree of arrays `[num_examples, ...]`.
+      weights: `[num_examples]`, or None for ones.
+      microbatch_size: the largest number of examples per call, and per shard.
+
+    Returns:
+      The sum, a tree like `params`, in its dtypes or float32, whichever is wider.
+    """
+
+    def sum_shard(
+        functions: tuple[Any, Any], params: Params, examples: Examples, weights: jax.Array | None, shard: jax.Array
+    ) -> Params:
+        num_examples = jax.tree.leaves(examples)[0].shape[0]  # of this shard
+        size = equal_size(num_examples, microbatch_size)
+
+        def add_microbatch(total: Params, start: jax.Array) -> tuple[Params, None]:
+            positions = start + jnp.arange(size, dtype=jnp.int32)
+            rows = jnp.minimum(positions, num_examples - 1)
+            microbatch = jax.tree.map(lambda x: x[rows], examples)
+            row_weights = jnp.where(positions < num_examples, 1.0 if weights is None else weights[rows], 0)
+            indices = shard * num_examples + rows  # among the examples of all shards, for random keys
+            term = sum_microbatch(*functions, params, microbatch, indices, row_weights)
+            return jax.tree.map(jnp.add, total, term), None
+
+        starts = jnp.arange(0, num_examples, size, dtype=jnp.int32)
+        return jax.lax.scan(add_microbatch, widened_zeros(params), starts)[0]
+
+    examples, weights = jax.tree.map(jnp.asarray, (examples, weights))
+    mesh, axes = _sharded_over((examples, weights))
+    if mesh is None:
+        return sum_shard((output_fn, cotangents_fn), params, examples, weights, jnp.int32(0))
+    functions = tuple(f if isinstance(f, Partial) else Partial(f) for f in (output_fn, cotangents_fn))
+    replicated, by_shard = PartitionSpec(), PartitionSpec(axes)
+    return jax.shard_map(
+        lambda *arguments: jax.lax.psum(sum_shard(*arguments, jax.lax.axis_index(axes)), axes),  # type: ignore[call-arg]
+        mesh=mesh,
+        in_specs=(replicated, replicated, by_shard, by_shard),
+        out_specs=replicated,
+        check_vma=False,  # each shard differentiates with respect to its own copy of the parameters
+    )(
+        *jax.sharding.reshard((functions, params), NamedSharding(mesh, replicated)),
+        *jax.sharding.reshard((examples, weights), NamedSharding(mesh, by_shard)),
+    )
+
+
+def _sharded_over(examples: tuple[Examples, jax.Array | None]) -> tuple[AbstractMesh | None, tuple[str, ...]]:
+    """Returns the mesh and its axes that the types of the examples or weights name, or None and no axes."""
+    for leaf in jax.tree.leaves(examples):
+        sharding = jax.typeof(leaf).sharding
+        axes = sharding.spec[0] if sharding.spec else None
+        if axes is not None:
+            return sharding.mesh, axes if isinstance(axes, tuple) else (axes,)
+    return None, ()

@@ -1,0 +1,54 @@
+"""Importances scaled to mean 1, or to maximum 1."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lifelong_jax import _checks
+from lifelong_jax._numerics import widen
+from lifelong_jax.types import Params
+
+
+def normalize_importance(importance: Params, to: Literal["mean", "max"] = "mean") -> Params:
+    """Scales an importance so that its mean, or its maximum, over all parameters is 1.
+
+        importance / mean_i importance_i    or    importance / max_i importance_i
+
+    The best strength differs from network to network. It differs less if each task's importance is normalised before
+    `consolidate`. On three permuted tasks of the bundled digits (Fisher diagonal; MLPs with one layer of 64, 256 or
+    1024 units, or three of 128; two seeds; `experiments.strength_transfer`) the best strengths lay within a factor of
+    100 without normalisation, 10 with mean 1, and 30 with maximum 1. At the best strength of the other networks, a
+    network lost up to 5.8, 1.1 and 0.4 points of accuracy. So normalising gives a search a good start, but does not
+    replace it. All tasks then count alike, and the strength is no longer that of the Laplace form of EWC.
+
+    Args:
+      importance: a tree of arrays, not negative.
+      to: "mean" or "max".
+
+    Returns:
+      A tree like `importance`, in its dtypes or float32, whichever is wider. An importance that is 0 everywhere is
+      returned as it is.
+
+    Raises:
+      TypeError: if a leaf is not floating-point.
+      ValueError: if `to` is unknown, or, outside of jit, if an importance is NaN, infinite or negative.
+
+    Example:
+      >>> normalize_importance({"w": jnp.array([0.0, 2.0, 4.0, 2.0])})
+      {'w': Array([0., 1., 2., 1.], dtype=float32)}
+    """
+    _checks.check_choice("to", to, ("mean", "max"))
+    _checks.check_params("importance", importance)
+    _checks.check_importance("importance", importance)
+    importance = jax.tree.map(widen, importance)
+    largest = optax.tree.max(importance)
+    # Divided by the maximum first, because a sum of large entries could overflow; by its root twice, because XLA may
+    # multiply by a reciprocal, which could underflow.
+    root = jnp.sqrt(jnp.where(largest > 0, largest, 1))
+    relative = jax.tree.map(lambda omega: omega / root.astype(omega.dtype) / root.astype(omega.dtype), importance)
+    if to == "max":
+        return relative
+    mean = optax.tree.sum(relative) / max(optax.tree.size(relative), 1)
+    return jax.tree.map(lambda omega: omega / jnp.where(mean > 0, mean, 1).astype(omega.dtype), relative)

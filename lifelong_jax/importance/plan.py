@@ -1,0 +1,212 @@
+"""The plan for one function: the rule for each leaf of its parameters, and the number of examples computed together.
+
+A leaf with a single use that `factors.py` supports is tapped; any other leaf is differentiated per example. `explain`
+prints the plan as a table.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import ClosedJaxpr
+
+from lifelong_jax._tables import markdown_table
+from lifelong_jax.importance import tapping
+from lifelong_jax.importance.factors import Lookup, Product, find_factors
+from lifelong_jax.importance.microbatches import CotangentsFn
+from lifelong_jax.types import Example, Params
+
+
+class Tap(NamedTuple):
+    """A leaf whose gradient is a product of two factors.
+
+    Attributes:
+      use: the equation that uses the leaf.
+      factors: the product, in one step of the scans around the equation.
+      groups: the number of independent products in all scan steps; the steps over stacked layers are groups too.
+      positions: the number of terms that a gradient sums in all scan steps; steps that share one weight are positions
+        too.
+    """
+
+    use: tapping.Use
+    factors: Product | Lookup
+    groups: int
+    positions: int
+
+
+LeafPlan: TypeAlias = Tap | tapping.Unused | tapping.Untapped
+"""How the gradient of one leaf is computed: as a product of factors, not at all, or per example."""
+
+
+class Plan(NamedTuple):
+    """How the gradients of one example are computed.
+
+    Attributes:
+      jaxpr: the jaxpr of the function of one example.
+      outputs: the structure of its outputs.
+      leaf_plans: how each leaf's gradient is computed.
+    """
+
+    jaxpr: ClosedJaxpr
+    outputs: Any
+    leaf_plans: tuple[LeafPlan, ...]
+
+
+class LeafRule(NamedTuple):
+    """How one leaf's importance is computed, and what that costs.
+
+    Attributes:
+      leaf: the leaf's path in the tree of parameters.
+      shape: its shape.
+      rule: "outer" (outer products, which are never computed per example), "product" (one product of matrices per
+        example), "lookup" (rows of a table), "gradient" (differentiated per example), or "unused".
+      reason: the equation that uses the leaf, or why it is differentiated per example.
+      multiply_adds: the multiplications for the leaf's own gradient, per example and cotangent; None if not known.
+      floats: the numbers held in memory per example.
+    """
+
+    leaf: str
+    shape: tuple[int, ...]
+    rule: str
+    reason: str
+    multiply_adds: int | None
+    floats: int
+
+
+class Explanation(tuple[LeafRule, ...]):
+    """A tuple with a `LeafRule` for each leaf, which prints as a table."""
+
+    def __str__(self) -> str:
+        """Returns the table, in Markdown."""
+        rows = [
+            (rule.leaf, str(rule.shape), rule.rule, rule.reason, _thousands(rule.multiply_adds), f"{rule.floats:,}")
+            for rule in self
+        ]
+        header = ("leaf", "shape", "rule", "reason", "multiply-adds", "floats held")
+        return markdown_table(header, rows, num_text_columns=4).rstrip()
+
+    __repr__ = __str__
+
+
+def explain(output_fn: Callable[[Params, Example], jax.Array], params: Params, example: Example) -> Explanation:
+    """Lists by which rule the importance of each leaf is computed, why, and at what cost.
+
+    Args:
+      output_fn: `output_fn(params, example) -> outputs`, the function of one example whose importance is computed.
+      params: a tree of floating-point arrays.
+      example: one example, without example axis: arrays, or `jax.ShapeDtypeStruct`s.
+
+    Returns:
+      A tuple with a `LeafRule` for each leaf, in the order of `jax.tree.leaves(params)`, which prints as a table.
+
+    Example:
+      >>> dense = lambda params, x: x @ params["kernel"] + params["bias"]
+      >>> params = {"bias": jnp.zeros(3), "kernel": jnp.zeros((2, 3))}
+      >>> explain(dense, params, jnp.zeros(2))
+      | leaf       | shape  | rule     | reason      | multiply-adds | floats held |
+      | ---------- | ------ | -------- | ----------- | ------------: | ----------: |
+      | ['bias']   | (3,)   | gradient | used by add |               |           3 |
+      | ['kernel'] | (2, 3) | outer    | dense       |             6 |           5 |
+    """
+    plan = make_plan(output_fn, params, example)
+    leaves = jax.tree.leaves_with_path(params)
+    return Explanation(
+        _rule(jax.tree_util.keystr(path), leaf.shape, leaf_plan)
+        for (path, leaf), leaf_plan in zip(leaves, plan.leaf_plans, strict=True)
+    )
+
+
+def default_microbatch_size(
+    output_fn: Callable[[Params, Example], jax.Array], cotangents_fn: CotangentsFn, params: Params, example: Example
+) -> int:
+    """Chooses how many examples to compute together, from the backend and the shapes.
+
+    On a CPU, products get 512 rows, which was fastest or close to it for convolutions and transformers
+    (`python -m benchmarks.importance`), or 1,024 rows if no weight is used at several positions, as in a dense network
+    on vectors. On other backends, the choice is a rule of thumb. There are fewer examples if their arrays would need
+    too much memory: their gradients, and their cotangents, of which an exact Fisher has almost `outputs.size`, each as
+    large as the outputs.
+
+    Args:
+      output_fn: `output_fn(params, example) -> outputs`.
+      cotangents_fn: `cotangents_fn(outputs, index) -> [num_cotangents, *outputs.shape]`.
+      params: a tree of arrays, or of shapes and dtypes.
+      example: the same for one example.
+
+    Returns:
+      The microbatch size, at least 1.
+    """
+    plan = make_plan(output_fn, params, example)
+    taps = [leaf_plan for leaf_plan in plan.leaf_plans if isinstance(leaf_plan, Tap)]
+    positions = max((tap.positions for tap in taps), default=1)
+    positions_per_step = max((tap.factors.positions for tap in taps), default=1)
+    leaves = list(zip(jax.tree.leaves(params), plan.leaf_plans, strict=True))
+    # At most these are held per example: the gradients of all leaves but those with outer products.
+    gradient_floats = sum(
+        leaf.size for leaf, leaf_plan in leaves if not isinstance(leaf_plan, Tap) or leaf_plan.positions > 1
+    )
+    outputs = jax.tree.unflatten(plan.outputs, map(_shape_and_dtype, plan.jaxpr.out_avals))
+    cotangent_floats = jax.eval_shape(cotangents_fn, outputs, jax.ShapeDtypeStruct((), np.int32)).size
+    if jax.default_backend() != "cpu":
+        return max(1, min(1024, 2**16 // positions, 2**28 // max(1, gradient_floats, cotangent_floats)))
+    # Matrices that are differentiated per example need batched products, which are slow on a CPU.
+    matrix_floats = sum(
+        leaf.size for leaf, leaf_plan in leaves if isinstance(leaf_plan, tapping.Untapped) and leaf.ndim > 1
+    )
+    rows = 1024 if positions == 1 else 512
+    memory_limit = min(2**24 // max(1, gradient_floats), 2**26 // max(1, cotangent_floats))
+    return max(1, min(rows // positions_per_step, 2048 // positions, memory_limit, 2**17 // max(1, matrix_floats)))
+
+
+def make_plan(output_fn: Callable[[Params, Example], jax.Array], params: Params, example: Example) -> Plan:
+    """Plans how the gradients of one example are computed."""
+    params, example = jax.tree.map(_shape_and_dtype, (params, example))
+    jaxpr, outputs = tapping.trace(output_fn, params, example)
+    return Plan(jaxpr, outputs, tuple(_plan_leaf(jaxpr, number) for number in range(len(jax.tree.leaves(params)))))
+
+
+def _plan_leaf(jaxpr: ClosedJaxpr, argument: int) -> LeafPlan:
+    use = tapping.find_use(jaxpr.jaxpr, argument)
+    if not isinstance(use, tapping.Use):
+        return use
+    factors = find_factors(use)
+    if isinstance(factors, str):
+        return tapping.Untapped(factors)
+    if 0 in use.lengths:
+        return tapping.Untapped("empty")
+    scans = list(zip(use.lengths, use.stacked, strict=True))
+    stacked_steps = math.prod(length for length, stacked in scans if stacked)
+    shared_steps = math.prod(length for length, stacked in scans if not stacked)
+    if isinstance(factors, Lookup):
+        if any(use.stacked):
+            return tapping.Untapped("a look-up in a stack of tables")
+        return Tap(use, factors, 1, factors.positions * shared_steps)
+    return Tap(use, factors, factors.groups * stacked_steps, factors.positions * shared_steps)
+
+
+def _shape_and_dtype(leaf: Any) -> jax.ShapeDtypeStruct:
+    if not hasattr(leaf, "dtype"):  # a Python number
+        leaf = jnp.asarray(leaf)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, weak_type=getattr(leaf, "weak_type", False))
+
+
+def _rule(leaf: str, shape: tuple[int, ...], leaf_plan: LeafPlan) -> LeafRule:
+    if isinstance(leaf_plan, tapping.Unused):
+        return LeafRule(leaf, shape, "unused", "", 0, 0)
+    if isinstance(leaf_plan, tapping.Untapped):
+        return LeafRule(leaf, shape, "gradient", leaf_plan.reason, None, math.prod(shape))
+    factors = leaf_plan.factors
+    size = leaf_plan.groups * factors.rows * factors.columns
+    if isinstance(factors, Lookup):
+        floats = leaf_plan.positions * factors.columns
+        return LeafRule(leaf, shape, "lookup", "embedding", leaf_plan.positions * floats, floats)
+    if leaf_plan.positions == 1:
+        return LeafRule(leaf, shape, "outer", factors.name, size, leaf_plan.groups * (factors.rows + factors.columns))
+    return LeafRule(leaf, shape, "product", factors.name, size * leaf_plan.positions, size)
+
+
+def _thousands(count: int | None) -> str:
+    return "" if count is None else f"{count:,}"

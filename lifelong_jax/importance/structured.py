@@ -1,0 +1,299 @@
+"""Exact sums over examples at about the cost of one gradient, for any JAX function.
+
+One example's gradient of a dense layer is the outer product of the layer's input and the cotangents at its output.
+Squares and absolute values of a product are products of squares and absolute values, so their sums over examples are
+products of matrices:
+
+    Σ_n (input_n ⊗ cotangent_n)² = (input²)ᵀ cotangent²
+
+No array of examples × weights is ever made. If an example has several positions (tokens, pixels), its gradient is a sum
+over positions, which must be computed before it is squared: one product of matrices per example, as in an ordinary
+gradient.
+
+`tapping.py` finds such layers in the jaxpr of the function of one example, and reads their inputs and cotangents.
+`factors.py` defines how the two multiply. Every other leaf (biases, scales, leaves used twice, leaves inside loops) is
+differentiated per example. Both ways are exact; they differ in time and memory, which `explain` lists.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lifelong_jax._numerics import unbatched, widen, widened_zeros
+from lifelong_jax.importance import tapping
+from lifelong_jax.importance.factors import Lookup
+from lifelong_jax.importance.microbatches import CotangentsFn, Reduction, sum_microbatches
+from lifelong_jax.importance.plan import Plan, Tap, default_microbatch_size, make_plan
+from lifelong_jax.types import Example, Examples, Params
+
+
+def sum_over_examples(
+    output_fn: Callable[[Params, Example], jax.Array],
+    cotangents_fn: CotangentsFn,
+    params: Params,
+    examples: Examples,
+    *,
+    reduction: Reduction,
+    weights: jax.Array | None = None,
+    microbatch_size: int | None = None,
+) -> Params:
+    """Sums the squares, or the magnitudes, of each example's gradients over examples.
+
+    The arguments and the result are those of `reference.sum_over_examples`.
+
+    Example:
+      >>> dense = lambda params, x: x @ params
+      >>> once = lambda outputs, index: jnp.ones((1, 1))
+      >>> examples = jnp.array([[1.0, 2.0], [3.0, -4.0]])
+      >>> sum_over_examples(dense, once, jnp.zeros((2, 1)), examples, reduction="sum_of_squares").ravel()
+      Array([10., 20.], dtype=float32)
+    """
+    examples = jax.tree.map(jnp.asarray, examples)
+    if microbatch_size is None:
+        microbatch_size = default_microbatch_size(output_fn, cotangents_fn, params, _first_example(examples))
+    sum_microbatch = functools.partial(_sum_microbatch, reduction)
+    return sum_microbatches(sum_microbatch, output_fn, cotangents_fn, params, examples, weights, microbatch_size)
+
+
+class _Powers(NamedTuple):
+    """An example contributes `root(Σ_cotangents summand(gradient))`.
+
+    If a gradient is a product of a tap's operand, which all cotangents share, and of cotangents, this is
+    `operand(operand) · root(Σ_cotangents summand(cotangents))`.
+    """
+
+    summand: Callable[[jax.Array], jax.Array]
+    operand: Callable[[jax.Array], jax.Array]
+    root: Callable[[jax.Array], jax.Array] | None  # None for the identity
+
+
+def _powers(reduction: Reduction, num_cotangents: int) -> _Powers:
+    if reduction == "sum_of_squares":
+        return _Powers(jnp.square, jnp.square, None)
+    if num_cotangents == 1:  # |g| does not underflow as sqrt(g²) does
+        return _Powers(jnp.abs, jnp.abs, None)
+    return _Powers(jnp.square, jnp.abs, jnp.sqrt)
+
+
+def _first_example(examples: Examples) -> Example:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), examples)
+
+
+def _sum_microbatch(
+    reduction: Reduction,
+    output_fn: Callable[[Params, Example], jax.Array],
+    cotangents_fn: CotangentsFn,
+    params: Params,
+    examples: Examples,
+    indices: jax.Array,
+    weights: jax.Array,
+) -> Params:
+    plan = make_plan(output_fn, params, _first_example(examples))
+    taps = {number: leaf_plan for number, leaf_plan in enumerate(plan.leaf_plans) if isinstance(leaf_plan, Tap)}
+    over_examples = jax.vmap if indices.shape[0] > 1 else unbatched
+    outputs, pull_back, operands = _linearize(plan, taps, params, examples, over_examples)
+    cotangents = jnp.moveaxis(over_examples(cotangents_fn)(outputs, indices), 1, 0)
+    powers = _powers(reduction, cotangents.shape[0])
+    biases = _find_biases(pull_back, cotangents[0], taps) if cotangents.shape[0] > 1 else {}
+
+    def summands(cotangents: jax.Array) -> dict[int, jax.Array]:
+        (pulled_back,) = pull_back(cotangents)
+        return {
+            number: _tap_summand(taps[number], operands[number], array, weights, powers)
+            if number in taps
+            else _sum_examples_early(powers.summand(widen(array)), weights, powers)
+            for number, array in pulled_back.items()
+            if number not in biases
+        }
+
+    sums = summands(cotangents[0]) if cotangents.shape[0] == 1 else _sum_cotangents(summands, cotangents)
+    for number, tap in biases.items():
+        sums[number] = _sum_examples_early(sums[tap][:, 0], weights, powers)
+
+    leaves, structure = jax.tree.flatten(widened_zeros(params))
+    for number, summed in sums.items():
+        if number in taps:
+            product = _sum_tap(taps[number], operands[number], summed, weights, powers)
+            leaves[number] = _restore(taps[number], product, leaves[number])
+        else:
+            leaves[number] = _sum_examples_late(summed, weights, powers)
+    return jax.tree.unflatten(structure, leaves)
+
+
+def _linearize(
+    plan: Plan, taps: dict[int, Tap], params: Params, examples: Examples, over_examples: Callable
+) -> tuple[Any, Callable[[jax.Array], tuple[dict[int, jax.Array]]], dict[int, jax.Array]]:
+    """Evaluates all examples; returns the outputs, their pull-back, and the operands of the taps.
+
+    The pull-back returns, for each leaf, the cotangents at its tap, or else the leaf's gradients per example.
+    """
+    leaves = jax.tree.leaves(params)
+    num_examples = jax.tree.leaves(examples)[0].shape[0]
+    uses = {number: tap.use for number, tap in taps.items()}
+
+    def outputs_and_operands(differentiated: dict[int, jax.Array], example: Example) -> tuple[Any, dict]:
+        zeros = {number: differentiated[number] for number in taps}
+        arguments = [leaf if n in taps else differentiated.get(n, leaf) for n, leaf in enumerate(leaves)]
+        arguments += jax.tree.leaves(example)
+        outputs, operands = tapping.evaluate(plan.jaxpr.jaxpr, plan.jaxpr.consts, arguments, uses, zeros)
+        return jax.tree.unflatten(plan.outputs, outputs), operands
+
+    differentiated = {
+        number: _tap_zeros(leaf_plan.use, num_examples)
+        if isinstance(leaf_plan, Tap)
+        else jnp.broadcast_to(leaves[number], (num_examples, *leaves[number].shape))
+        for number, leaf_plan in enumerate(plan.leaf_plans)
+        if not isinstance(leaf_plan, tapping.Unused)
+    }
+    return jax.vjp(
+        lambda differentiated: over_examples(outputs_and_operands)(differentiated, examples),
+        differentiated,
+        has_aux=True,
+    )
+
+
+def _sum_cotangents(
+    summands: Callable[[jax.Array], dict[int, jax.Array]], cotangents: jax.Array
+) -> dict[int, jax.Array]:
+    """Sums over cotangents, one after the other: an array of cotangents × weights would not fit the cache."""
+    start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(summands, cotangents[0]))
+
+    def add(total: dict[int, jax.Array], cotangent: jax.Array) -> tuple[dict[int, jax.Array], None]:
+        # Skips a cotangent that is 0 for all examples: that of a class outside of the head.
+        return jax.lax.cond(
+            jnp.any(cotangent != 0),
+            lambda: jax.tree.map(jnp.add, total, summands(cotangent)),
+            lambda: total,
+        ), None
+
+    total, _ = jax.lax.scan(add, start, cotangents)
+    return total
+
+
+def _find_biases(
+    pull_back: Callable[[jax.Array], tuple[dict[int, jax.Array]]], cotangent: jax.Array, taps: dict[int, Tap]
+) -> dict[int, int]:
+    """Finds each leaf whose gradient is the cotangents at a tap: the bias of the tapped layer. Returns leaf: tap.
+
+    Both then have the same sum of squares. In a loop over cotangents, XLA does not notice, and would compute it twice.
+    """
+    jaxpr, (pulled_back,) = jax.make_jaxpr(pull_back, return_shape=True)(cotangent)
+    variables = jax.tree.unflatten(jax.tree.structure(pulled_back), jaxpr.jaxpr.outvars)
+    taps_of_vectors = {
+        variables[number]: number
+        for number, tap in taps.items()
+        if not isinstance(tap.factors, Lookup) and tap.positions == tap.groups == 1 and pulled_back[number].ndim == 2
+    }
+    return {
+        number: taps_of_vectors[variable]
+        for number, variable in variables.items()
+        if number not in taps and variable in taps_of_vectors
+    }
+
+
+def _tap_zeros(use: tapping.Use, num_examples: int) -> jax.Array:
+    outputs = use.equation.outvars[0].aval
+    return jnp.zeros((num_examples, *use.lengths, *outputs.shape), outputs.dtype)
+
+
+def _tap_summand(tap: Tap, operand: jax.Array, cotangents: jax.Array, weights: jax.Array, powers: _Powers) -> jax.Array:
+    """Computes a tap's summand: a power of the cotangents if gradients are outer products, else of the gradients."""
+    if isinstance(tap.factors, Lookup):
+        rows = widen(_grouped(tap, tap.factors.cotangents, cotangents)[:, 0])
+        return powers.summand(_sum_equal_tokens(_tokens(tap, operand), rows))
+    if tap.positions == 1:
+        return powers.summand(widen(_grouped(tap, tap.factors.cotangents, cotangents)[:, :, 0]))
+
+    precision = tap.factors.precision
+
+    def gradients(operand: jax.Array, cotangents: jax.Array) -> jax.Array:
+        return jnp.einsum(
+            "ngpr,ngpc->ngrc",
+            _operand(tap, operand, cotangents.dtype),
+            _grouped(tap, tap.factors.cotangents, cotangents),
+            precision=precision,
+            preferred_element_type=widen(cotangents).dtype,
+        )
+
+    if jax.default_backend() != "cpu" or powers.root is not None:
+        return _sum_examples_early(powers.summand(gradients(operand, cotangents)), weights, powers)
+
+    def add_example(total: jax.Array, one: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        operand, cotangents, weight = one
+        return total + weight.astype(total.dtype) * powers.summand(gradients(operand[None], cotangents[None])[0]), None
+
+    one = jax.eval_shape(gradients, operand[:1], cotangents[:1])
+    total, _ = jax.lax.scan(add_example, jnp.zeros(one.shape[1:], one.dtype), (operand, cotangents, weights))
+    return total
+
+
+def _sum_tap(tap: Tap, operand: jax.Array, summed: jax.Array, weights: jax.Array, powers: _Powers) -> jax.Array:
+    """Sums a tap's contributions over examples, to `[groups, rows, columns]`."""
+    if not isinstance(tap.factors, Lookup) and tap.positions > 1:
+        return _sum_examples_late(summed, weights, powers)
+    if powers.root is not None:
+        summed = powers.root(summed)
+    weights = weights.astype(summed.dtype).reshape(-1, 1, 1)
+    if isinstance(tap.factors, Lookup):
+        table = jnp.zeros((tap.factors.rows, tap.factors.columns), summed.dtype)
+        return table.at[_tokens(tap, operand)].add(weights * summed, mode="drop")
+    # The operand is weighted and not the cotangents, because the bias has the same sum of cotangents, unweighted.
+    weighted = weights * powers.operand(widen(_operand(tap, operand, summed.dtype)[:, :, 0]))
+    if weighted.shape[1] == 1:  # a plain product: on a CPU, a batched one is slower, even with a batch of one
+        return jnp.matmul(weighted[:, 0].T, summed[:, 0], precision=tap.factors.precision)[None]
+    return jnp.einsum("ngr,ngc->grc", weighted, summed, precision=tap.factors.precision)
+
+
+def _sum_equal_tokens(tokens: jax.Array, cotangents: jax.Array) -> jax.Array:
+    """Sums the rows of equal tokens of an example into the first one's row, and sets the others to 0."""
+    equal = tokens[:, :, None] == tokens[:, None, :]
+    first = jnp.argmax(equal, axis=-1) == jnp.arange(tokens.shape[1])
+    return jnp.einsum("npq,nqc->npc", (equal & first[:, :, None]).astype(cotangents.dtype), cotangents)
+
+
+def _tokens(tap: Tap, operand: jax.Array) -> jax.Array:
+    tokens = tapping.nested_vmap(tap.factors.operand, 1 + len(tap.use.lengths))(operand)
+    return tokens.reshape(operand.shape[0], tap.positions)
+
+
+def _operand(tap: Tap, operand: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    grouped = _grouped(tap, tap.factors.operand, operand)
+    return grouped if jnp.issubdtype(grouped.dtype, jnp.floating) else grouped.astype(dtype)  # integer inputs
+
+
+def _grouped(tap: Tap, factor: Callable[[jax.Array], jax.Array], array: jax.Array) -> jax.Array:
+    """Maps `[num_examples, *lengths, ...]` to a factor of all scan steps, `[num_examples, groups, positions, ...]`."""
+    factors = tapping.nested_vmap(factor, 1 + len(tap.use.lengths))(array)
+    factors = factors.reshape(*array.shape[: 1 + len(tap.use.lengths)], -1, *factors.shape[-2:])
+    stacked = [1 + axis for axis, stacks in enumerate(tap.use.stacked) if stacks]
+    shared = [1 + axis for axis, stacks in enumerate(tap.use.stacked) if not stacks]
+    group, position, entry = range(factors.ndim - 3, factors.ndim)
+    factors = factors.transpose(0, *stacked, group, *shared, position, entry)
+    return factors.reshape(array.shape[0], tap.groups, tap.positions, -1)
+
+
+def _restore(tap: Tap, product: jax.Array, leaf: jax.Array) -> jax.Array:
+    """Maps `[groups, rows, columns]` to the shape and the order of the leaf."""
+    stack = [length for length, stacks in zip(tap.use.lengths, tap.use.stacked, strict=True) if stacks]
+    if stack:
+        product = product.reshape(*stack, -1, *product.shape[1:])
+    moved = tapping.nested_vmap(tap.factors.restore, len(stack))(product)
+    (restored,) = jax.linear_transpose(tap.use.move, jax.ShapeDtypeStruct(leaf.shape, moved.dtype))(moved)
+    return restored.astype(leaf.dtype)
+
+
+def _sum_examples_early(summands: jax.Array, weights: jax.Array, powers: _Powers) -> jax.Array:
+    """Sums over examples before the sum over cotangents, unless a root is taken in between."""
+    if powers.root is not None:
+        return summands
+    return jnp.tensordot(weights.astype(summands.dtype), summands, axes=1)
+
+
+def _sum_examples_late(summed: jax.Array, weights: jax.Array, powers: _Powers) -> jax.Array:
+    """Sums over examples after the sum over cotangents, if `_sum_examples_early` did not."""
+    if powers.root is None:
+        return summed
+    return jnp.tensordot(weights.astype(summed.dtype), powers.root(summed), axes=1)

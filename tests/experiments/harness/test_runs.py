@@ -1,0 +1,124 @@
+"""Run folders: what is logged, kept, locked and stopped."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import rich.console
+
+from experiments.harness import runs
+from experiments.harness.report import estimate
+from experiments.harness.runs import Run, compute_once, open_run, read_rows
+from experiments.harness.settings import RunSettings
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    methods: tuple[str, ...] = ("ewc",)
+    strength: float = 2.0
+
+
+CONSOLE = rich.console.Console()
+
+
+def test_a_run_writes_as_it_goes(tmp_path):
+    run = runs.start_run(tmp_path, "study", Config())
+    assert run.folder.parent == tmp_path / "study"
+    assert json.loads((run.folder / "config.json").read_text()) == {"methods": ["ewc"], "strength": 2.0}
+    run.log(epoch=1, accuracies=np.array([0.5, np.nan]))
+    run.log(epoch=2, loss=math.inf)
+    lines = (run.folder / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"epoch": 1, "accuracies": [0.5, None]}, {"epoch": 2, "loss": None}]
+    run.write_summary({"ewc": estimate([1.0, 3.0])})
+    summary = json.loads((run.folder / "summary.json").read_text())
+    assert summary == {"ewc": {"mean": 2.0, "stderr": 1.0, "values": [1.0, 3.0]}}
+
+
+def test_two_runs_at_once_get_two_folders(tmp_path):
+    folders = {runs.start_run(tmp_path, "study", Config()).folder for _ in range(3)}
+    assert len(folders) == 3
+
+
+def test_half_a_row_is_no_row(tmp_path):
+    run = Run(tmp_path)
+    run.log(event="epoch", method="ewc", seed=0, epochs=1)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"event": "epoch", "method": "ew')
+    assert len(read_rows(tmp_path)) == 1
+    run = Run(tmp_path)
+    runs._read_log(run)
+    run.log(event="epoch", method="ewc", seed=0, epochs=2)
+    assert [row["epochs"] for row in read_rows(tmp_path)] == [1, 2]
+
+
+class NamedNumbers(NamedTuple):
+    inexact: jax.Array
+    boolean: np.ndarray
+    number: float
+
+
+def never():
+    raise AssertionError("computed again")
+
+
+def test_a_part_is_computed_once(tmp_path):
+    run = Run(tmp_path)
+    numbers = NamedNumbers(jnp.array([0.1, np.nan, -np.inf], jnp.float32), np.arange(6).reshape(2, 3) == 4, 1 / 3)
+    expected = {
+        "numbers": {name: np.asarray(leaf) for name, leaf in numbers._asdict().items()},
+        "accuracy": np.float64(0.7),
+    }
+    for function in (lambda: {"numbers": numbers, "accuracy": 0.7}, never):
+        part = compute_once(run, "two parameters, seed 0", function)
+        jax.tree.map(np.testing.assert_array_equal, part, expected)
+        assert jax.tree.map(lambda leaf: leaf.dtype, part) == jax.tree.map(lambda leaf: leaf.dtype, expected)
+
+    (file,) = (tmp_path / "parts").iterdir()
+    whole = file.read_bytes()
+    for damaged in (b"", whole[:-1], whole.replace(np.float64(0.7).tobytes(), np.float64(0.8).tobytes())):
+        file.write_bytes(damaged)
+        with pytest.warns(UserWarning, match=r"seed 0\.npz is damaged, and is computed again"):
+            assert compute_once(run, "two parameters, seed 0", lambda: {"accuracy": 0.9}) == {"accuracy": 0.9}
+
+    def interrupted():
+        run.stopping.set()
+        return {"accuracy": 0.5}
+
+    with pytest.raises(KeyboardInterrupt):
+        compute_once(run, "two parameters, seed 1", interrupted)
+    assert compute_once(run, "two parameters, seed 1", never) == {"accuracy": 0.5}
+
+
+def test_a_second_signal_stops_at_once(tmp_path, capsys):
+    with (
+        pytest.raises(SystemExit, match="130"),
+        open_run(RunSettings(output_dir=str(tmp_path)), "permuted", CONSOLE) as run,
+    ):
+        os.kill(os.getpid(), signal.SIGINT)
+        assert run.stopping.is_set()
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("unreachable")
+    assert "--resume" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_one_process_at_a_time_writes_to_a_run(tmp_path):
+    with open_run(RunSettings(output_dir=str(tmp_path)), "permuted", CONSOLE) as run:
+        again = RunSettings(output_dir=str(tmp_path), resume=str(run.folder))
+        with pytest.raises(SystemExit, match="another process is writing to"), open_run(again, "permuted", CONSOLE):
+            pass
+    with open_run(again, "permuted", CONSOLE):
+        pass
+
+
+def test_what_cannot_be_written_is_said(tmp_path):
+    (tmp_path / "file").write_text("")
+    settings = RunSettings(output_dir=str(tmp_path / "file"))
+    with pytest.raises(SystemExit, match=r"error: .*file"), open_run(settings, "permuted", CONSOLE):
+        pass

@@ -1,0 +1,57 @@
+"""Plans: the rule of each leaf of the models, the table that `explain` prints, and default microbatch sizes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lifelong_jax import explain
+from lifelong_jax.importance.plan import default_microbatch_size
+from tests.lifelong_jax.importance.models import MODELS, made, some_cotangents
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_rule_of_each_leaf(name: str) -> None:
+    output_fn, params, examples, rules = made(name)
+    found = explain(output_fn, params, jax.tree.map(lambda x: np.asarray(x)[0], examples))
+    assert len(found) == len(jax.tree.leaves(params))
+    for rule in found:
+        expected = [wanted for part, wanted in rules.items() if part in rule.leaf] or ["gradient"]
+        assert rule.rule == expected[-1], f"{rule.leaf}: {rule.reason}"
+
+
+def test_explain_prints_a_table() -> None:
+    output_fn, params, examples, _ = made("mlp")
+    table = explain(output_fn, params, examples[0])
+    lines = str(table).splitlines()
+    assert len(lines) == 2 + 4
+    assert len({len(line) for line in lines}) == 1
+    kernel = next(rule for rule in table if "layers_0" in rule.leaf and "kernel" in rule.leaf)
+    assert (kernel.shape, kernel.rule, kernel.multiply_adds, kernel.floats) == ((6, 5), "outer", 30, 11)
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (params, examples[0]))
+    assert explain(output_fn, *shapes) == table
+
+
+def test_default_microbatch_is_wide_for_vectors_and_narrow_for_tokens() -> None:
+    sizes = []
+    for name in ("mlp", "transformer_with_causal_mask"):
+        output_fn, params, examples, _ = made(name)
+        sizes.append(default_microbatch_size(output_fn, some_cotangents(1), params, examples[0]))
+    assert sizes[0] > sizes[1] >= 1
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_default_microbatch_is_narrower_where_cotangents_are_many(monkeypatch, backend) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    dense, x = lambda params, x: x @ params, jax.ShapeDtypeStruct((8,), np.float32)
+
+    def size(num_outputs: int) -> int:
+        def one_per_output(outputs: jax.Array, index: jax.Array) -> jax.Array:
+            return jnp.eye(num_outputs)
+
+        params = jax.ShapeDtypeStruct((8, num_outputs), np.float32)
+        return default_microbatch_size(dense, one_per_output, params, x)
+
+    assert size(10) == size(100) == 1024
+    assert 1 <= size(1000) <= 2**28 // 1000**2
+    assert size(2**15) == 1

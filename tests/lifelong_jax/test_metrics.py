@@ -1,0 +1,107 @@
+"""Metrics against matrices worked by hand."""
+
+import math
+
+import numpy as np
+import pytest
+
+from lifelong_jax.metrics import (
+    average_accuracy,
+    average_incremental_accuracy,
+    backward_transfer,
+    forgetting,
+    forgetting_ratio,
+    forgetting_since_learned,
+    forward_transfer,
+    intransigence,
+)
+
+MATRIX = [
+    [0.9, 0.1, 0.2],
+    [0.7, 0.8, 0.3],
+    [0.4, 0.6, 1.0],
+]
+
+
+def test_average_accuracy():
+    assert average_accuracy(MATRIX) == pytest.approx((0.4 + 0.6 + 1.0) / 3)
+
+
+def test_forgetting():
+    assert forgetting(MATRIX) == pytest.approx(((0.9 - 0.4) + (0.8 - 0.6)) / 2)
+
+
+def test_forgetting_is_from_the_best_that_ever_was():
+    # Task 1 was best after task 2: 0.9 there, 0.5 at last.
+    assert forgetting([[0.6, 0.0, 0.0], [0.9, 0.7, 0.0], [0.5, 0.7, 0.8]]) == pytest.approx(0.4 / 2)
+
+
+def test_average_incremental_accuracy():
+    assert average_incremental_accuracy(MATRIX) == pytest.approx((0.9 + (0.7 + 0.8) / 2 + 2.0 / 3) / 3)
+
+
+def test_what_was_measured_before_a_task_was_learned_does_not_count_as_its_best():
+    unknown = np.array(MATRIX)
+    unknown[np.triu_indices(3, 1)] = np.nan
+    assert forgetting(unknown) == pytest.approx(forgetting(MATRIX))
+
+
+def test_forgetting_since_learned():
+    assert forgetting_since_learned(MATRIX) == pytest.approx(((0.9 - 0.4) + (0.8 - 0.6)) / 2)
+
+
+def test_forgetting_ratio():
+    expected = (0.3 / 0.9 + 0.4 / 0.6 + 0.9 / 0.8) / 3 - 1
+    assert forgetting_ratio(MATRIX, [0.1, 0.2, 0.1], [1.0, 0.8, 0.9]) == pytest.approx(expected)
+
+
+def test_forward_transfer():
+    assert forward_transfer(MATRIX, [0.5, 0.2, 0.1]) == pytest.approx(((0.1 - 0.2) + (0.3 - 0.1)) / 2)
+
+
+def test_intransigence():
+    assert intransigence(MATRIX, [1.0, 0.9, 0.8]) == pytest.approx((0.1 + 0.1 - 0.2) / 3)
+
+
+def test_backward_transfer():
+    assert backward_transfer(MATRIX) == pytest.approx(((0.4 - 0.9) + (0.6 - 0.8)) / 2)
+
+
+def test_backward_transfer_may_be_positive():
+    assert backward_transfer([[0.5, 0.0], [0.75, 1.0]]) == 0.25
+
+
+def test_a_single_task_can_neither_be_forgotten_nor_gain():
+    assert average_accuracy([[0.5]]) == 0.5
+    assert math.isnan(forgetting([[0.5]]))
+    assert math.isnan(backward_transfer([[0.5]]))
+    assert math.isnan(forward_transfer([[0.5]], [0.1]))
+
+
+def test_what_was_not_measured_is_nan():
+    only_last_row = np.full((3, 3), np.nan)
+    only_last_row[-1] = [0.5, 0.6, 0.7]
+    assert average_accuracy(only_last_row) == pytest.approx(0.6)
+    assert math.isnan(forgetting(only_last_row))
+    assert math.isnan(backward_transfer(only_last_row))
+
+
+@pytest.mark.parametrize("metric", [average_accuracy, average_incremental_accuracy, forgetting, backward_transfer])
+@pytest.mark.parametrize("matrix", [[0.5, 0.5], [[0.5, 0.5]], np.zeros((0, 0))])
+def test_bad_input(metric, matrix):
+    with pytest.raises(ValueError, match=r"accuracy_matrix must be \[num_tasks, num_tasks\]"):
+        metric(matrix)
+
+
+@pytest.mark.parametrize("metric", [forward_transfer, intransigence])
+def test_sizes_must_match(metric):
+    with pytest.raises(
+        ValueError, match=r"(initial|joint)_accuracy must be \[num_tasks\] = \(3,\), not of shape \(2,\)"
+    ):
+        metric(MATRIX, [0.5, 0.5])
+
+
+@pytest.mark.parametrize("chance", [[0.1, 0.1], np.full((1, 3), 0.1)])
+def test_chance_is_a_number_or_one_for_each_task(chance):
+    with pytest.raises(ValueError, match=r"chance must be \[num_tasks\] = \(3,\), not of shape"):
+        forgetting_ratio(MATRIX, chance, [1.0, 0.8, 0.9])

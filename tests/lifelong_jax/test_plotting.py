@@ -1,0 +1,110 @@
+"""Figures: what is drawn where, from arrays with several seeds, with one seed, and with NaN."""
+
+import io
+
+import numpy as np
+
+from lifelong_jax import plotting
+
+RNG = np.random.default_rng(0)
+STRENGTHS = [0.1, 1.0, 10.0, 100.0]
+
+
+def lines(axis, label):
+    """The data of the lines with this label, `[num_points, 2]` each."""
+    return [line.get_xydata() for line in axis.get_lines() if line.get_label() == label]
+
+
+def assert_is_a_picture(figure):
+    with io.BytesIO() as file:
+        figure.savefig(file, dpi=30)
+        assert file.getvalue().startswith(b"\x89PNG")
+
+
+def assert_band(band, x, low, high):
+    """The polygon has the low and the high edge of the band as its vertices."""
+    (path,) = band.get_paths()
+    for edge in (low, high):
+        distances = np.abs(path.vertices[None] - np.stack([x, edge], axis=-1)[:, None]).sum(axis=-1)
+        assert distances.min(axis=1).max() < 1e-12
+
+
+def test_accuracy_curves_are_means_with_standard_errors():
+    accuracy = RNG.uniform(size=(3, 4, 2))
+    accuracy[:, :2, 1] = np.nan  # before the second task
+    accuracy[1, 3, 0] = np.nan  # of one seed only
+    figure = plotting.plot_accuracy_curves({"EWC": accuracy, "MAS": accuracy[:1]}, ["a", "b"], 2, "Title")
+    several, single = figure.axes
+    assert figure.get_suptitle() == "Title"
+    assert (several.get_title(), single.get_title()) == ("EWC", "MAS")
+    (first,), (second,) = lines(several, "a"), lines(several, "b")
+    np.testing.assert_allclose(first, np.stack([[1, 2, 3], accuracy[:, :3, 0].mean(axis=0)], axis=1))
+    np.testing.assert_allclose(second, np.stack([[3, 4], accuracy[:, 2:, 1].mean(axis=0)], axis=1))
+    error = accuracy[:, 2:, 1].std(axis=0, ddof=1) / np.sqrt(3)
+    assert_band(several.collections[1], second[:, 0], second[:, 1] - error, second[:, 1] + error)
+    assert len(several.collections) == 2
+    assert not single.collections  # one seed has no standard error
+    np.testing.assert_allclose(lines(single, "a")[0][:, 1], accuracy[0, :, 0])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
+    assert_is_a_picture(figure)
+
+
+def test_accuracy_matrices_have_numbers_where_there_is_room():
+    matrix = [[0.5, np.nan], [0.254, 1]]
+    figure = plotting.plot_accuracy_matrices({"EWC": matrix}, ["task 1", "task 2"], "Title")
+    axis = figure.axes[0]
+    texts = {text.get_position(): text.get_text() for text in axis.texts}
+    assert texts == {(1, 1): "50", (1, 2): "25", (2, 2): "100"}
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["1", "2"]
+    assert_is_a_picture(figure)
+    names = [f"task {number}" for number in range(1, 23)]
+    figure = plotting.plot_accuracy_matrices({"EWC": np.eye(22), "MAS": np.eye(22)}, names, "Title")
+    assert not figure.axes[0].texts
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == [
+        "1",
+        "4",
+        "7",
+        "10",
+        "13",
+        "16",
+        "19",
+        "22",
+    ]
+
+
+def test_a_strength_sweep_marks_where_training_diverged():
+    accuracy = RNG.uniform(size=(4, 3))
+    accuracy[2, 1] = np.nan
+    accuracies = {"sgd": {"coupled": accuracy, "proximal": accuracy / 2}, "adam": {"proximal": accuracy[:, :1]}}
+    figure = plotting.plot_strength_sweep(accuracies, STRENGTHS, "Title")
+    sgd, adam = figure.axes
+    assert (sgd.get_title(), sgd.get_xscale()) == ("sgd", "log")
+    (mean,) = lines(sgd, "coupled")
+    np.testing.assert_allclose(mean, np.stack([STRENGTHS, accuracy.mean(axis=1)], axis=1))
+    assert np.isnan(mean[2, 1])
+    crosses = [line.get_xydata() for line in sgd.get_lines() if line.get_marker() == "x"]
+    np.testing.assert_allclose(np.concatenate(crosses), [[10, 0.02], [10, 0.055]])
+    np.testing.assert_allclose(lines(adam, "proximal")[0][:, 1], accuracy[:, 0])  # this seed did not diverge
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["coupled", "proximal"]
+    colours = [line.get_color() for axis in figure.axes for line in axis.get_lines() if line.get_label() == "proximal"]
+    assert len(set(colours)) == 1
+    assert_is_a_picture(figure)
+
+
+def test_a_strength_sweep_has_bands_of_one_standard_error():
+    accuracy = RNG.uniform(size=(4, 5))
+    (axis,) = plotting.plot_strength_sweep({"": {"EWC": accuracy}}, STRENGTHS, "").axes
+    mean, error = accuracy.mean(axis=1), accuracy.std(axis=1, ddof=1) / np.sqrt(5)
+    assert_band(axis.collections[0], STRENGTHS, mean - error, mean + error)
+
+
+def test_parts_of_a_figure_of_ones_own():
+    figure = plotting.make_figure(4, 2, "Title")
+    left, middle, right = figure.subplots(1, 3)
+    plotting.draw_over_seeds(left, [1, 2], [[0.0, 1.0], [1.0, 3.0]], plotting.COLORS[0], "mean", linestyle="--")
+    assert lines(left, "mean")[0].tolist() == [[1, 0.5], [2, 2]]
+    plotting.draw_image(middle, np.arange(6.0).reshape(2, 3), "image")
+    assert middle.images[0].get_clim() == (0, 5)
+    x, y = np.linspace(-1, 1, 9), np.linspace(-2, 2, 11)
+    plotting.draw_low_loss(right, x, y, x**2 + y[:, None] ** 2, [0.5, 1.0], plotting.COLORS[1])
+    assert figure._repr_png_().startswith(b"\x89PNG")
