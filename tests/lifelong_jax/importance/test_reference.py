@@ -51,7 +51,7 @@ def results():
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("microbatch_size", SIZES)
-def test_is_the_sum_over_examples_of_what_it_says(reduction, microbatch_size):
+def test_sums_over_examples(reduction, microbatch_size):
     weights, computed, gradients = results()
     squares = jax.tree.map(lambda a, b: a**2 + b**2, *gradients)
     contributions = squares if reduction == "sum_of_squares" else jax.tree.map(np.sqrt, squares)
