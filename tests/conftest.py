@@ -4,7 +4,9 @@ import os
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4".strip()
 
+import ctypes
 import gc
+import sys
 
 import jax
 import pytest
@@ -14,12 +16,25 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_disable_most_optimizations", True)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _free_compiled_programs():
-    """Frees what a module has compiled: a worker would grow to several GiB."""
-    yield
+def free_compiled_programs():
+    """Frees what has been compiled, and gives its memory back: a worker would grow to several GiB."""
     jax.clear_caches()
     gc.collect()
+    if sys.platform == "linux":
+        getattr(ctypes.CDLL(None), "malloc_trim", lambda padding: None)(0)  # glibc alone has it
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _free_after_each_module():
+    yield
+    free_compiled_programs()
+
+
+@pytest.fixture
+def free_afterwards():
+    """For tests that compile much, and share little of it with the others of their module."""
+    yield
+    free_compiled_programs()
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ def numbers_and_rest(text):
     return [float(number) for number in NUMBER.findall(text)], words
 
 
-@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.usefixtures("standard_promotion", "free_afterwards")
 @pytest.mark.parametrize("page", [page for page, text in PAGES.items() if "```python" in text])
 def test_runs(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

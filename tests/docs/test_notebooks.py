@@ -25,7 +25,7 @@ def run_cell(source, names):
     return None if last is None else eval(compile(ast.Expression(last.value), "<cell>", "eval"), names)
 
 
-@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.usefixtures("standard_promotion", "free_afterwards")
 @by_notebook
 def test_runs(path, capsys):
     names = {}
