@@ -12,10 +12,11 @@ import rich.console
 import rich.progress
 
 from experiments.harness.parallel import map_as_finished, num_at_once
-from experiments.harness.report import Outcome, format_estimate, progress_bar, summarize
+from experiments.harness.report import Outcome, estimate, format_estimate, progress_bar
 from experiments.harness.runs import Run
 from experiments.harness.sequences import ResumableSequence
 from lifelong_jax.continual import Progress, SequenceState
+from lifelong_jax.metrics import average_accuracy
 from lifelong_jax.types import Example, Params, Task
 
 Learner: TypeAlias = Callable[
@@ -40,8 +41,8 @@ def compare(
     """Lets each learner learn the same sequences of tasks, one for each seed, with a progress bar.
 
     A seed sets the tasks, the initial parameters and the shuffling, for every learner alike, so that learners can be
-    compared seed by seed. On a CPU, as many seeds are learned at once as there are cores. What a resumed run has in its
-    log is not computed again.
+    compared seed by seed. On a CPU, as many sequences are learned at once as there are cores. What a resumed run has in
+    its log is not computed again.
 
     Args:
       learners: the learners by name.
@@ -60,58 +61,56 @@ def compare(
     Raises:
       KeyboardInterrupt: if the run is asked to stop, once each sequence that is being learned has its checkpoint.
     """
-    outcomes: dict[str, Outcome] = {}
+    sequences = {
+        (name, seed): ResumableSequence(run, method=name, seed=seed, keep_tasks=keep_tasks)
+        for name in learners
+        for seed in seeds
+    }
+    learned: dict[tuple[str, int], tuple[dict[str, np.ndarray], np.ndarray]] = {}
     with progress_bar(console) as bar:
-        line = bar.add_task("", total=None, status="")
-        for name, learner in learners.items():
-            start = time.perf_counter()
-            progress_line = _ProgressLine(bar, line, name, len(outcomes), len(learners), len(seeds))
-            sequences = {seed: ResumableSequence(run, method=name, seed=seed, keep_tasks=keep_tasks) for seed in seeds}
+        line = _ProgressLine(bar, len(sequences))
 
-            def learn(
-                seed: int,
-                learner: Learner = learner,
-                sequences: Mapping[int, ResumableSequence] = sequences,
-                progress_line: _ProgressLine = progress_line,
-            ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-                return _learn_seed(
-                    learner, make_tasks, init_params, seed, num_epochs, sequences[seed], progress_line, console
-                )
-
-            begun = itertools.takewhile(lambda _: not run.stopping.is_set(), seeds)
-            learned = dict(map_as_finished(learn, begun, num_at_once()))
-            if len(learned) < len(seeds):
-                raise KeyboardInterrupt
-            measured = {key: np.stack([learned[seed][0][key] for seed in seeds]) for key in _MEASURED}
-            outcomes[name] = Outcome(curves=np.stack([learned[seed][1] for seed in seeds]), **measured)
-            accuracy = format_estimate(summarize(outcomes)[name].average_accuracy, 100)
-            console.print(
-                f"{name}: average accuracy {accuracy} %, in {time.perf_counter() - start:.0f} s", highlight=False
+        def learn(place: tuple[str, int]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+            name, seed = place
+            show = functools.partial(line.show, place)
+            return _learn_seed(
+                learners[name], make_tasks, init_params, seed, num_epochs, sequences[place], show, console
             )
-    return outcomes
+
+        begun = itertools.takewhile(lambda _: not run.stopping.is_set(), sequences)
+        for place, measured_and_curve in map_as_finished(learn, begun, num_at_once()):
+            learned[place] = measured_and_curve
+            name, _ = place
+            if all((name, seed) in learned for seed in seeds):
+                accuracy = estimate([average_accuracy(learned[name, seed][0]["accuracy_matrix"]) for seed in seeds])
+                seconds = time.perf_counter() - line.started[name]
+                text = f"{name}: average accuracy {format_estimate(accuracy, 100)} %, in {seconds:.0f} s"
+                console.print(text, highlight=False)
+    if len(learned) < len(sequences):
+        raise KeyboardInterrupt
+    return {name: _stack([learned[name, seed] for seed in seeds]) for name in learners}
+
+
+def _stack(learned: Sequence[tuple[dict[str, np.ndarray], np.ndarray]]) -> Outcome:
+    measured = {key: np.stack([measured[key] for measured, _ in learned]) for key in _MEASURED}
+    return Outcome(curves=np.stack([curve for _, curve in learned]), **measured)
 
 
 class _ProgressLine:
-    """The line of the progress bar: the epochs of all seeds of one learner, after those of the learners before it."""
+    """The line of the progress bar: the epochs of all sequences."""
 
-    def __init__(
-        self,
-        bar: rich.progress.Progress,
-        line: rich.progress.TaskID,
-        name: str,
-        num_before: int,
-        num_learners: int,
-        num_seeds: int,
-    ) -> None:
-        self._update = functools.partial(bar.update, line, description=name)
-        self._num_before, self._num_learners, self._num_seeds = num_before, num_learners, num_seeds
-        self._epochs: dict[int, int] = {}
+    def __init__(self, bar: rich.progress.Progress, num_sequences: int) -> None:
+        self._update = functools.partial(bar.update, bar.add_task("", total=None, status=""))
+        self._num_sequences = num_sequences
+        self._epochs: dict[tuple[str, int], int] = {}
+        self.started: dict[str, float] = {}
 
-    def show(self, seed: int, epochs: int, of: int, **status: str) -> None:
+    def show(self, place: tuple[str, int], epochs: int, of: int, **status: str) -> None:
         """Shows how many of a sequence's epochs are learned."""
-        self._epochs[seed] = epochs
-        completed = self._num_before * self._num_seeds * of + sum(self._epochs.values())
-        self._update(total=self._num_learners * self._num_seeds * of, completed=completed, **status)
+        self.started.setdefault(place[0], time.perf_counter())
+        self._epochs[place] = epochs
+        total, completed = self._num_sequences * of, sum(self._epochs.values())
+        self._update(description=place[0], total=total, completed=completed, **status)
 
 
 def _learn_seed(
@@ -121,13 +120,14 @@ def _learn_seed(
     seed: int,
     num_epochs: int,
     sequence: ResumableSequence,
-    progress_line: _ProgressLine,
+    show: Callable[..., None],
     console: rich.console.Console,
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Returns what was measured of one sequence, and its curve `[num_epochs, num_tasks]`."""
     tasks_key, params_key, learning_key = jax.random.split(jax.random.key(seed), 3)
     tasks = make_tasks(tasks_key)
     curve = np.full((len(tasks) * num_epochs, len(tasks)), np.nan)
+    show(0, len(curve))
 
     def draw(progress: Progress) -> None:
         curve[progress.epochs - 1, : len(progress.accuracies)] = progress.accuracies
@@ -137,7 +137,7 @@ def _learn_seed(
         draw(progress)
         where = "all tasks" if progress.task is None else f"task {progress.task + 1}"
         status = f"seed {seed}, {where}, loss {progress.loss:.3f}, accuracy {progress.accuracies[-1]:.3f}"
-        progress_line.show(seed, progress.epochs, len(curve), status=status)
+        show(progress.epochs, len(curve), status=status)
 
     measured = sequence.result()
     if measured is None:
@@ -153,5 +153,5 @@ def _learn_seed(
         sequence.finish(**measured)
     for progress in sequence.earlier_epochs():
         draw(progress)
-    progress_line.show(seed, len(curve), len(curve))
+    show(len(curve), len(curve))
     return measured, curve
