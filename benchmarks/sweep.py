@@ -4,11 +4,11 @@
     python -m benchmarks.sweep --setting mnist
 
 A run learns three permuted tasks with EWC, the exact Fisher and Adam, and evaluates all tasks before and after each
-task. Runs differ in seed and strength. `learn_tasks` makes one run after the other, in a loop on the host, and also
-evaluates after each epoch. `learn_sweep` makes one program of several runs by `vmap`. On a CPU, programs of one run are
-also executed in as many threads as there are cores, as the scripts do. All ways take turns in one process. Runs per
-second are medians over the turns, with quartiles. Compilation is the time of tracing, lowering and compiling in each
-way's first call; the threads reuse the compiled program of one run.
+task. Runs differ in seed and strength. `learn_tasks` is a loop on the host, and also evaluates after each epoch.
+`learn_sweep` makes one program of several runs by `vmap`. On a CPU, single runs are also executed in as many threads as
+there are cores, as the scripts do in comparisons (`learn_tasks`) and in sweeps (`learn_sweep`). All ways take turns in
+one process. Runs per second are medians over the turns, with quartiles. Compilation is the time of tracing, lowering and
+compiling in each way's first call; the threads reuse the compiled program of one run.
 
 The floor has only the matrix products of the run (see `benchmarks/floor.py`): of all training steps, of the Fisher, and
 of the program's evaluations. It is the fastest per run of: one run on all cores, one run per core in threads, and
@@ -132,15 +132,16 @@ def make_ways(
     def by_program(*at_once: SweepRun) -> object:
         return learn_sweep(method, recipe, at_once)
 
-    def by_threads() -> None:
+    def in_threads(learn: Callable[[SweepRun], object]) -> None:
         with concurrent.futures.ThreadPoolExecutor(threads) as executor:
-            list(executor.map(by_program, runs[:threads]))
+            list(executor.map(learn, runs[:threads]))
 
     ways: dict[str, tuple[int, Callable[[], object]]] = {"`learn_tasks`": (1, functools.partial(by_host, runs[0]))}
     for number in numbers:
         ways[f"`learn_sweep` of {number}"] = (number, functools.partial(by_program, *runs[:number]))
     if threads > 1:
-        ways[f"`learn_sweep` of 1, in {threads} threads"] = (threads, by_threads)
+        for name, learn in {"`learn_tasks`": by_host, "`learn_sweep` of 1": by_program}.items():
+            ways[f"{name}, in {threads} threads"] = (threads, functools.partial(in_threads, learn))
     return ways
 
 
