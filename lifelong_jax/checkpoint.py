@@ -92,8 +92,8 @@ def load_consolidation(file: str | os.PathLike, like: Consolidation) -> Consolid
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: if the file is damaged, if `save_consolidation` did not write it, or if it does not fit `like`; the
-        message names the first leaf that differs.
+      ValueError: if the file is damaged, if `save_consolidation` did not write it, if it does not fit `like` (the
+        message names the first leaf that differs), or if an entry is NaN, infinite, or, of the importance, negative.
 
     Example:
       >>> load_consolidation("/nowhere.safetensors", like=Consolidation(np.zeros(3), np.zeros(3)))
@@ -104,9 +104,11 @@ def load_consolidation(file: str | os.PathLike, like: Consolidation) -> Consolid
     tensors, _ = _read(file)
     wanted = _files.named_leaves("anchor", like.anchor) | _files.named_leaves("importance", like.importance)
     _files.check_fits(str(file), _files.describe_leaves(tensors), _files.describe_leaves(wanted))
-    return jax.tree.unflatten(
-        jax.tree.structure(like), [_place(name, tensors[name], leaf) for name, leaf in wanted.items()]
-    )
+    leaves = [_place(name, tensors[name], leaf) for name, leaf in wanted.items()]
+    loaded = jax.tree.unflatten(jax.tree.structure(like), leaves)
+    _checks.check_finite("anchor", loaded.anchor, hint=f"So {file} was not written by save_consolidation.")
+    _checks.check_importance("importance", loaded.importance)
+    return loaded
 
 
 def read_metadata(file: str | os.PathLike) -> dict[str, str]:

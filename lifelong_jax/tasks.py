@@ -275,10 +275,7 @@ def _pad_tasks(tasks: list[Task]) -> list[Task]:
 
 
 def _pad(batch: Batch, size: int) -> Batch:
-    def pad(leaf: jax.Array) -> jax.Array:
-        return jnp.pad(leaf, [(0, size - len(leaf))] + [(0, 0)] * (leaf.ndim - 1), mode="constant")
-
-    padded = jax.tree.map(pad, batch)
-    # Padding has the label of the first example, which is one of the task's classes.
-    labels = jnp.where(jnp.arange(size) < len(batch.labels), padded.labels, batch.labels[0])
-    return padded._replace(labels=labels)
+    # Padding repeats real examples: a network may have no finite gradient where all inputs are 0.
+    positions = jnp.arange(size)
+    padded = jax.tree.map(lambda leaf: leaf[positions % len(batch.labels)], batch)
+    return padded._replace(weights=jnp.where(positions < len(batch.labels), padded.weights, 0))

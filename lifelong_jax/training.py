@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from lifelong_jax import _checks
-from lifelong_jax._numerics import is_sharded, scale_weights, update_after_reads
+from lifelong_jax._numerics import is_sharded, scale_weights, update_after_reads, widen
 from lifelong_jax.types import Consolidation, Examples, LossFn, Params
 
 
@@ -182,6 +182,7 @@ def _mean_loss(loss_fn: LossFn, params: Params, batch: Examples, weights: jax.Ar
     losses = jax.vmap(loss_fn, in_axes=(None, 0))(params, batch)
     if losses.ndim != 1:
         raise ValueError(f"loss_fn must return a scalar for one example, not an array of shape {losses.shape[1:]}.")
+    losses = widen(losses)  # a sum in float16 overflows
     weights = scale_weights(weights).astype(losses.dtype)
     return jnp.sum(weights * losses) / jnp.maximum(jnp.sum(weights), 1)  # 0 for padding alone
 

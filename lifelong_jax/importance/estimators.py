@@ -322,8 +322,9 @@ def _exact_gaussian(outputs: jax.Array, key: None) -> jax.Array:
 
 
 def _exact_bernoulli(logits: jax.Array, key: None) -> jax.Array:
-    probabilities = jax.nn.sigmoid(widen(logits))
-    deviation = jnp.sqrt(probabilities * (1 - probabilities))
+    wide = widen(logits)
+    # sqrt(p · (1 − p)), without 1 − p: that rounds to 0 for a large logit.
+    deviation = jnp.exp((jax.nn.log_sigmoid(wide) + jax.nn.log_sigmoid(-wide)) / 2)
     return _exact_gaussian(logits, key) * deviation.astype(logits.dtype)
 
 
@@ -337,13 +338,14 @@ def _sampled(likelihood: str, num_samples: int) -> Callable[[jax.Array, jax.Arra
         if likelihood == "categorical":
             _check_has_classes(wide)
             labels = jax.random.categorical(key, wide, shape=(num_samples, *wide.shape[:-1]))
-            score = jax.nn.one_hot(labels, wide.shape[-1], dtype=wide.dtype) - jax.nn.softmax(wide)
+            is_label = jax.nn.one_hot(labels, wide.shape[-1], dtype=wide.dtype)
+            others = (1 - is_label) * jax.nn.softmax(wide)
+            score = is_label * jnp.sum(others, axis=-1, keepdims=True) - others  # 1 − p(label) would round to 0
         elif likelihood == "gaussian":
             score = jax.random.normal(key, (num_samples, *wide.shape), wide.dtype)
         else:
-            probabilities = jax.nn.sigmoid(wide)
-            labels = jax.random.bernoulli(key, probabilities, (num_samples, *wide.shape))
-            score = labels.astype(wide.dtype) - probabilities
+            labels = jax.random.bernoulli(key, jax.nn.sigmoid(wide), (num_samples, *wide.shape))
+            score = jnp.where(labels, jax.nn.sigmoid(-wide), -jax.nn.sigmoid(wide))
         return (score / jnp.sqrt(jnp.asarray(num_samples, wide.dtype))).astype(outputs.dtype)
 
     return cotangents_fn

@@ -163,3 +163,20 @@ def test_the_old_file_is_kept_if_the_new_one_cannot_be_written(tmp_path, monkeyp
         save(file, Consolidation(jnp.ones(300), jnp.ones(300)))
     assert file.read_bytes() == before
     assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize(
+    ("consolidation", "message"),
+    [
+        (Consolidation(jnp.ones(2), -jnp.ones(2)), "importance has entries that are NaN, infinite or negative"),
+        (Consolidation(jnp.full(2, jnp.nan), jnp.ones(2)), "anchor has entries that are NaN or infinite"),
+    ],
+)
+def test_what_would_not_be_written_is_not_read(tmp_path, monkeypatch, consolidation, message):
+    file = tmp_path / "kept.safetensors"
+    with monkeypatch.context() as patched:
+        patched.setattr(lifelong_jax._checks, "check_importance", lambda name, tree: None)
+        patched.setattr(lifelong_jax._checks, "check_finite", lambda name, tree: None)
+        save(file, consolidation)
+    with pytest.raises(ValueError, match=message):
+        load_consolidation(file, like=consolidation)

@@ -68,3 +68,10 @@ def test_an_empty_test_set_is_refused():
     empty = Batch(jnp.ones((0, 2)), jnp.zeros(0, int), jnp.ones(0))
     with pytest.raises(ValueError, match="test is empty"):
         evaluate(lambda params, x: params * x, jnp.array(1.0), [Task(empty, empty)])
+
+
+def test_inactive_outputs_do_not_count_whatever_they_are():
+    outputs = jnp.array([[jnp.nan, 2.0, 1.0], [0.0, -jnp.inf, -3.0], [jnp.inf, 1.0, 2.0], [0.0, jnp.nan, 1.0]])
+    test = Batch(outputs, jnp.array([1, 2, 2, 2]), jnp.ones(4))
+    task = Task(test, test, class_mask=jnp.array([False, True, True]))
+    assert evaluate(lambda params, x: x, jnp.array(0.0), [task], "task") == [0.75]  # the last has an active NaN

@@ -158,3 +158,19 @@ def test_a_data_set_that_was_not_loaded():
     ):
         with pytest.raises(TypeError, match=r"(train|test) is a FittedSource, .* load_dataset"):
             make_tasks()
+
+
+@pytest.mark.parametrize("make", ["split", "datasets"])
+def test_padding_repeats_real_examples(make):
+    # A network that normalises its input has no finite gradient where all inputs are 0.
+    large, small = make_batch(5), make_batch(3)
+    if make == "split":
+        batch = as_batch(np.arange(1.0, 13.0).reshape(4, 3), np.array([0, 1, 1, 1]), np.ones(4))
+        tasks = split_tasks(batch, batch, [[0], [1]], num_classes=2)
+    else:
+        tasks = dataset_tasks([(large, large, 2), (small, small, 2)])
+    for part in (part for task in tasks for part in (task.train, task.test)):
+        rows = np.column_stack([np.asarray(part.inputs).reshape(len(part.labels), -1), part.labels]).tolist()
+        num_real = int((part.weights > 0).sum())
+        assert all(row in rows[:num_real] for row in rows[num_real:])
+    assert any((task.train.weights == 0).any() for task in tasks)

@@ -350,3 +350,21 @@ def test_bad_input(changes, message):
     state = init_training(optimizer, params, jax.random.key(0))
     with pytest.raises(ValueError, match=message):
         learn_task(loss_fn, optimizer, state, consolidation, arguments.pop("examples"), **arguments)
+
+
+def test_losses_of_float16_parameters_are_averaged_in_float32():
+    params, examples = jnp.ones(1, jnp.float16), jnp.ones((1024, 1), jnp.float16)
+    optimizer = optax.sgd(1e-3)
+    state = init_training(optimizer, params, jax.random.key(0))
+    state, info = learn_compiled(
+        lambda params, x: jnp.sum((params * x - 10) ** 2),
+        optimizer,
+        state,
+        init_consolidation(params),
+        examples,
+        num_epochs=1,
+        batch_size=1024,
+    )
+    np.testing.assert_array_equal(info.loss, [[81.0]])
+    assert state.params.dtype == jnp.float16
+    np.testing.assert_allclose(state.params, [1 + 1e-3 * 18], rtol=1e-3)

@@ -179,3 +179,23 @@ def test_masked_classes_do_not_matter():
     )(make_linear(), make_data()[0])
     chex.assert_trees_all_close(computed, expected, rtol=1e-5, atol=1e-7)
     assert not np.asarray(computed["w"])[:, 1].any()
+
+
+# Saturated outputs: 1 − p rounds to 0 in float32.
+
+
+@pytest.mark.parametrize("logit", [-40.0, -17.0, 15.0, 17.0, 40.0])
+def test_the_bernoulli_fisher_of_a_saturated_output(logit):
+    computed = fisher_diagonal(lambda b, x: b * x, jnp.array([logit]), jnp.ones((1, 1)), likelihood="bernoulli")
+    variance = 1 / (np.exp(logit / 2) + np.exp(-logit / 2)) ** 2
+    np.testing.assert_allclose(computed, [variance], rtol=1e-5)
+
+
+@pytest.mark.parametrize("likelihood", ["bernoulli", "categorical"])
+def test_the_sampled_label_of_a_saturated_output(likelihood):
+    def logits_fn(b, x):
+        return b * x if likelihood == "bernoulli" else jnp.concatenate([b * x, 0 * x])
+
+    options = {"likelihood": likelihood, "num_samples": 1, "key": jax.random.key(0)}
+    computed = fisher_diagonal(logits_fn, jnp.array([20.0]), jnp.ones((1, 1)), **options)
+    np.testing.assert_allclose(computed, [1 / (1 + np.exp(20.0)) ** 2], rtol=1e-5)  # the label is the likely one
