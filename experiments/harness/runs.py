@@ -8,6 +8,7 @@ import io
 import json
 import math
 import pathlib
+import shutil
 import signal
 import threading
 import warnings
@@ -87,7 +88,10 @@ class Run:
 
 
 def read_rows(folder: pathlib.Path) -> list[dict[str, Any]]:
-    """Reads a run's `metrics.jsonl`, up to a line that is not complete: the process was killed while it wrote it.
+    """Reads the rows of a run's `metrics.jsonl`.
+
+    The last line is left out if it is not complete: the process was killed while it wrote it. Of any other line that is
+    not a row, a warning says so.
 
     Args:
       folder: the run's.
@@ -97,11 +101,14 @@ def read_rows(folder: pathlib.Path) -> list[dict[str, Any]]:
     """
     file = folder / "metrics.jsonl"
     rows = []
-    for line in file.read_bytes().split(b"\n")[:-1] if file.exists() else []:
+    for number, line in enumerate(file.read_bytes().split(b"\n")[:-1] if file.exists() else [], 1):
         try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError("it is not an object")
+            rows.append(row)
+        except ValueError as error:
+            warnings.warn(f"line {number} of {file} is damaged, and is skipped: {error}", stacklevel=2)
     return rows
 
 
@@ -267,8 +274,12 @@ def _read_part(file: pathlib.Path) -> dict[str, Any]:
 
 
 def _read_log(run: Run) -> None:
+    file = run.folder / "metrics.jsonl"
+    rows = read_rows(run.folder)
+    if file.exists() and len(rows) < file.read_bytes().count(b"\n"):
+        shutil.copy(file, run.folder / "metrics.damaged.jsonl")
     run.keep_rows(lambda row: True)  # removes an incomplete line
-    for row in read_rows(run.folder):
+    for row in rows:
         run.earlier_rows.setdefault(row_key(row), []).append(row)
 
 

@@ -58,6 +58,22 @@ def test_half_a_row_is_no_row(tmp_path):
     assert [row["epochs"] for row in read_rows(tmp_path)] == [1, 2]
 
 
+@pytest.mark.parametrize("damaged", [b"", b"{", b"[1]", b"\xff"])
+def test_a_damaged_line_costs_no_other_row(tmp_path, damaged):
+    run = Run(tmp_path)
+    for epochs in (1, 2):
+        run.log(event="epoch", method="ewc", seed=0, epochs=epochs)
+    first, second = (tmp_path / "metrics.jsonl").read_bytes().splitlines()
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([first, damaged, second, b""]))
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    run = Run(tmp_path)
+    with pytest.warns(UserWarning, match=r"line 2 of .*metrics\.jsonl is damaged, and is skipped"):
+        runs._read_log(run)
+    assert [row["epochs"] for row in run.earlier_rows[None, "ewc", 0]] == [1, 2]
+    assert [row["epochs"] for row in read_rows(tmp_path)] == [1, 2]  # and is not said again
+    assert (tmp_path / "metrics.damaged.jsonl").read_bytes() == before
+
+
 class NamedNumbers(NamedTuple):
     inexact: jax.Array
     boolean: np.ndarray
