@@ -7,8 +7,8 @@ A run learns three permuted tasks with EWC, the exact Fisher and Adam, and evalu
 task. Runs differ in seed and strength. `learn_tasks` is a loop on the host, and also evaluates after each epoch.
 `learn_sweep` makes one program of several runs by `vmap`. On a CPU, single runs are also executed in as many threads as
 there are cores, as the scripts do in comparisons (`learn_tasks`) and in sweeps (`learn_sweep`). All ways take turns in
-one process. Runs per second are medians over the turns, with quartiles. Compilation is the time of tracing, lowering and
-compiling in each way's first call; the threads reuse the compiled program of one run.
+one process. Runs per second are medians over the turns, with quartiles. Compilation is the time of tracing, lowering
+and compiling in each way's first call; the threads reuse the compiled program of one run.
 
 The floor has only the matrix products of the run (see `benchmarks/floor.py`): of all training steps, of the Fisher, and
 of the program's evaluations. It is the fastest per run of: one run on all cores, one run per core in threads, and
