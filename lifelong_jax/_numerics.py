@@ -55,8 +55,8 @@ def equal_size(num_examples: int, at_most: int) -> int:
 def unbatched(function: Callable) -> Callable:
     """Maps a function over a leading axis of length 1, as `jax.vmap` does, but computes without that axis.
 
-    On a CPU, XLA's batched products are slower than plain ones, even if the batch has one entry: a sixth of the time of a
-    transformer's Fisher, taken one by one.
+    On a CPU, XLA's batched products are slower than plain ones, even if the batch has one entry: by a sixth for a
+    transformer's Fisher, computed one by one.
     """
 
     def mapped(*arguments: object) -> object:
@@ -69,9 +69,9 @@ def update_after_reads(updates: Params, grads: Params) -> Params:
     """Makes every update wait for the gradients of biases and scales, on a CPU.
 
     Without this, XLA assumes that a parameter may be updated before the backward pass reads it, and copies it in every
-    step: up to 5 % of a step with Adam (MLP 784-1000-1000-10, batch 128). The gradients of biases and scales are sums of
-    cotangents: when they are known, the backward pass has read all parameters. An optimization barrier does not help,
-    because XLA drops it too early.
+    step: up to 5 % of a step with Adam (MLP 784-1000-1000-10, batch 128). The gradients of biases and scales are sums
+    of cotangents: when they are known, the backward pass has read all parameters. An optimization barrier does not
+    help, because XLA drops it too early.
     """
     vectors = [leaf for leaf in jax.tree.leaves(grads) if leaf.ndim == 1 and leaf.size and not is_sharded(leaf)]
     if jax.default_backend() != "cpu" or not vectors:
