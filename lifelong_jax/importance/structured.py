@@ -203,7 +203,7 @@ def _tap_summand(tap: Tap, operand: jax.Array, cotangents: jax.Array, weights: j
     """Computes a tap's summand: a power of the cotangents if gradients are outer products, else of the gradients."""
     if isinstance(tap.factors, Lookup):
         rows = widen(_grouped(tap, tap.factors.cotangents, cotangents)[:, 0])
-        return powers.summand(_sum_equal_tokens(_tokens(tap, operand), rows))
+        return powers.summand(_sum_equal_tokens(_tokens(tap, operand), rows, tap.factors.rows))
     if tap.positions == 1:
         return powers.summand(widen(_grouped(tap, tap.factors.cotangents, cotangents)[:, :, 0]))
 
@@ -247,10 +247,22 @@ def _sum_tap(tap: Tap, operand: jax.Array, summed: jax.Array, weights: jax.Array
     return jnp.einsum("ngr,ngc->grc", weighted, summed, precision=tap.factors.precision)
 
 
-def _sum_equal_tokens(tokens: jax.Array, cotangents: jax.Array) -> jax.Array:
+_MAX_COMPARED = 256  # more tokens are not compared each with each: that is quadratic in time and memory
+
+
+def _sum_equal_tokens(tokens: jax.Array, cotangents: jax.Array, num_rows: int) -> jax.Array:
     """Sums the rows of equal tokens of an example into the first one's row, and sets the others to 0."""
+    num_tokens = tokens.shape[1]
+    if num_tokens > _MAX_COMPARED:
+
+        def sum_in_example(tokens: jax.Array, cotangents: jax.Array) -> jax.Array:
+            positions = jnp.arange(num_tokens, dtype=jnp.int32)
+            first = jnp.full(num_rows + 1, num_tokens, jnp.int32).at[tokens].min(positions)  # the last row: no token
+            return jnp.zeros_like(cotangents).at[first[tokens]].add(cotangents)
+
+        return jax.vmap(sum_in_example)(tokens, cotangents)
     equal = tokens[:, :, None] == tokens[:, None, :]
-    first = jnp.argmax(equal, axis=-1) == jnp.arange(tokens.shape[1])
+    first = jnp.argmax(equal, axis=-1) == jnp.arange(num_tokens)
     return jnp.einsum("npq,nqc->npc", (equal & first[:, :, None]).astype(cotangents.dtype), cotangents)
 
 

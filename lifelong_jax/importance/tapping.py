@@ -76,15 +76,7 @@ def trace(output_fn: Callable[[Params, Example], Any], params: Params, example: 
 
 
 def find_use(jaxpr: Jaxpr, argument: int) -> Use | Unused | Untapped:
-    """Finds the one equation that an argument of a jaxpr is an operand of.
-
-    Args:
-      jaxpr: a jaxpr.
-      argument: the number of one of its arguments.
-
-    Returns:
-      The use, or `Unused`, or the reason why there is no single use.
-    """
+    """Finds the one equation that an argument of a jaxpr is an operand of, or why there is no such equation."""
     use = _follow(jaxpr, jaxpr.invars[argument], lambda leaf: leaf, (), (), ())
     return Untapped("it is an output itself") if isinstance(use, _Returned) else use
 

@@ -207,3 +207,22 @@ def test_squares_for_a_bias_are_those_for_its_kernel(reduction: str) -> None:
     (over_cotangents,) = (e for e in over_microbatches.params["jaxpr"].jaxpr.eqns if e.primitive.name == "scan")
     _, num_carried = tapping._count_constants_and_carry(over_cotangents)
     assert num_carried == 2
+
+
+@pytest.mark.parametrize("num_rows", [1, 7, 1000])
+def test_many_tokens_are_not_compared_each_with_each(num_rows: int) -> None:
+    num_tokens = 2 * structured._MAX_COMPARED + 1
+
+    def output_fn(params: jax.Array, tokens: jax.Array) -> jax.Array:
+        return jnp.tanh(jnp.take(params, tokens, axis=0, mode="fill", fill_value=0)).mean(axis=0)
+
+    random = np.random.default_rng(0)
+    params = jnp.asarray(random.normal(size=(num_rows, 2)), jnp.float32)
+    examples = jnp.asarray(random.integers(0, num_rows + 2, size=(3, num_tokens)), jnp.int32)  # some out of bounds
+    run = functools.partial(mas_importance, output_fn)
+    with jax.enable_x64(True):
+        expected = run(params.astype(np.float64), examples, method="reference")
+        np.testing.assert_allclose(run(params.astype(np.float64), examples), expected, rtol=1e-10)
+    np.testing.assert_allclose(run(params, examples), expected, rtol=1e-4, atol=1e-7)
+    held = jax.jit(run).lower(params, examples).compile().memory_analysis().temp_size_in_bytes
+    assert held < num_tokens**2
