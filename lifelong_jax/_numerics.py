@@ -7,6 +7,7 @@ so that one can be removed when XLA no longer needs it.
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,26 @@ def widen(array: jax.Array) -> jax.Array:
 
 def widened_zeros(params: Params) -> Params:
     """Makes the zeros that a sum starts from, in float32 at least: a sum in bfloat16 loses too much."""
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, wide_dtype(leaf)), params)
+    return jax.tree.map(lambda leaf: vary_with(jnp.zeros(leaf.shape, wide_dtype(leaf)), leaf), params)
+
+
+def varies(tree: Any) -> frozenset[str]:
+    """Returns the mesh axes over which an array of a tree varies inside `jax.shard_map`; none outside of it."""
+    return frozenset().union(*(jax.typeof(leaf).manual_axis_type.varying for leaf in jax.tree.leaves(tree)))
+
+
+def vary_with(tree: Any, like: Any) -> Any:
+    """Marks arrays inside `jax.shard_map` as varying over all axes over which an array of `like` varies.
+
+    The gradient with respect to an array that does not vary is summed over the shards: before it is squared.
+    """
+    axes = varies(like)
+
+    def vary(leaf: jax.Array) -> jax.Array:
+        missing = axes - jax.typeof(leaf).manual_axis_type.varying
+        return jax.lax.pcast(leaf, tuple(sorted(missing)), to="varying") if missing else leaf
+
+    return jax.tree.map(vary, tree) if axes else tree
 
 
 def scale_weights(weights: jax.Array) -> jax.Array:

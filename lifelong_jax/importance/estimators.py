@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from lifelong_jax import _checks
-from lifelong_jax._numerics import scale_weights, widen
+from lifelong_jax._numerics import scale_weights, varies, vary_with, widen
 from lifelong_jax.importance import reference, structured
 from lifelong_jax.importance.layers import layer_outputs
 from lifelong_jax.importance.microbatches import Reduction
@@ -262,8 +262,13 @@ def _mean_over_examples(
         if not isinstance(outputs, jax.Array) or not jnp.issubdtype(outputs.dtype, jnp.floating):
             returned = jax.tree.map(lambda leaf: f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}", outputs)
             raise ValueError(f"the function must return one floating-point array for one example, not {returned}.")
-        return cotangents_fn(outputs, None if key is None else jax.random.fold_in(key, index))
+        cotangents = cotangents_fn(outputs, None if key is None else jax.random.fold_in(key, index))
+        return vary_with(cotangents, like=outputs)
 
+    arguments = (output_fn, params, examples, key, weights)
+    if varies(arguments):  # inside of `jax.shard_map`, where jaxprs of arrays that vary cannot be evaluated again
+        method = "reference"
+    output_fn, params, examples, key, weights = vary_with(arguments, like=arguments)
     weights = None if weights is None else scale_weights(weights)
     total = _SUMS[method](
         output_fn,
@@ -323,8 +328,7 @@ def _exact_gaussian(outputs: jax.Array, key: None) -> jax.Array:
 
 def _exact_bernoulli(logits: jax.Array, key: None) -> jax.Array:
     wide = widen(logits)
-    # sqrt(p · (1 − p)), without 1 − p: that rounds to 0 for a large logit.
-    deviation = jnp.exp((jax.nn.log_sigmoid(wide) + jax.nn.log_sigmoid(-wide)) / 2)
+    deviation = jnp.exp((jax.nn.log_sigmoid(wide) + jax.nn.log_sigmoid(-wide)) / 2)  # sqrt(p (1 − p)), not rounded
     return _exact_gaussian(logits, key) * deviation.astype(logits.dtype)
 
 

@@ -74,14 +74,7 @@ class Lookup:
 
 
 def find_factors(use: Use) -> Product | Lookup | str:
-    """Finds the factors of a parameter's gradient.
-
-    Args:
-      use: the equation that uses the parameter.
-
-    Returns:
-      The factors in one scan step, or the reason why there are none.
-    """
+    """Finds the factors of a parameter's gradient in one step of the scans around its use, or why there are none."""
     name = use.equation.primitive.name
     if name not in _RULES:
         return f"used by {name}"

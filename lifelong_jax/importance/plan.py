@@ -129,15 +129,6 @@ def default_microbatch_size(
     on vectors. On other backends, the choice is a rule of thumb. There are fewer examples if their arrays would need
     too much memory: their gradients, and their cotangents, of which an exact Fisher has almost `outputs.size`, each as
     large as the outputs.
-
-    Args:
-      output_fn: `output_fn(params, example) -> outputs`.
-      cotangents_fn: `cotangents_fn(outputs, index) -> [num_cotangents, *outputs.shape]`.
-      params: a tree of arrays, or of shapes and dtypes.
-      example: the same for one example.
-
-    Returns:
-      The microbatch size, at least 1.
     """
     plan = make_plan(output_fn, params, example)
     taps = [leaf_plan for leaf_plan in plan.leaf_plans if isinstance(leaf_plan, Tap)]

@@ -135,16 +135,8 @@ def evaluate(
 ) -> tuple[list[Any], dict[int, jax.Array]]:
     """Evaluates a jaxpr with zeros added to the output of each use, and also returns the other operands.
 
-    Args:
-      jaxpr: a jaxpr.
-      constants: the values of its constants.
-      arguments: the values of its arguments.
-      uses: the uses to tap, keyed by number.
-      zeros: for each use, `[*lengths, *shape of the equation's output]`.
-      level: the depth of `jaxpr` in calls: how many entries of the uses' paths lead to it.
-
-    Returns:
-      The outputs, and for each use the equation's other operand, `[*lengths, *shape]`.
+    `zeros` has an array `[*lengths, *shape of the equation's output]` for each use, by its number; so have the returned
+    operands. `level` is the depth of `jaxpr` in calls: how many entries of the uses' paths lead to it.
     """
     values: dict[Var, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*constants, *arguments], strict=True))
     operands: dict[int, jax.Array] = {}

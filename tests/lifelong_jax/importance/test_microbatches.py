@@ -3,6 +3,7 @@
 import functools
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -92,3 +93,26 @@ def test_random_keys_as_examples() -> None:
         lambda *data: [mas_importance(output_fn, *data, method=method, microbatch_size=2) for method in METHODS]
     )(params, keys)
     assert_close(actual, expected, 1e-5)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("method", ["reference", "structured"])
+def test_shards_of_a_users_own_shard_map_are_squared_one_by_one(method, check_vma):
+    # With check_vma, a gradient with respect to replicated parameters would be summed over the shards first.
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    params = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(6, 3)), jnp.float32), "b": jnp.ones(3)}
+    inputs = jnp.asarray(np.random.default_rng(1).normal(size=(16, 6)), jnp.float32)
+
+    def logits_fn(params, x):
+        return jnp.tanh(x @ params["w"]) * params["b"]
+
+    def importances(params, inputs):
+        fisher = fisher_diagonal(logits_fn, params, inputs, method=method)
+        return fisher, mas_importance(logits_fn, params, inputs, method=method, weights=jnp.ones(len(inputs)))
+
+    def of_shard(params, inputs):
+        return jax.tree.map(lambda leaf: jax.lax.pmean(leaf, "x"), importances(params, inputs))
+
+    specs = {"in_specs": (PartitionSpec(), PartitionSpec("x")), "out_specs": PartitionSpec()}
+    sharded = jax.jit(jax.shard_map(of_shard, mesh=mesh, check_vma=check_vma, **specs))(params, inputs)
+    chex.assert_trees_all_close(sharded, importances(params, inputs), rtol=1e-5)
