@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lifelong_jax.types import Params
+from lifelong_jax.types import Batch, Params
 
 
 def wide_dtype(*arrays: jax.Array) -> np.dtype:
@@ -61,6 +61,13 @@ def scale_weights(weights: jax.Array) -> jax.Array:
     weights = weights.astype(jnp.float32) if counts else widen(weights)
     _, exponent = jnp.frexp(jnp.max(weights))
     return jnp.ldexp(weights, 1 - exponent)
+
+
+def pad(batch: Batch, size: int) -> Batch:
+    """Pads a batch with its own examples at weight 0: where all inputs are 0, a network may have no finite gradient."""
+    positions = np.arange(size)
+    padded = jax.tree.map(lambda leaf: leaf[positions % len(batch.labels)], batch)
+    return padded._replace(weights=jnp.where(positions < len(batch.labels), padded.weights, 0))
 
 
 def equal_size(num_examples: int, at_most: int) -> int:

@@ -18,6 +18,7 @@ import optax
 
 from lifelong_jax import _checks
 from lifelong_jax._extras import needs_extra
+from lifelong_jax._numerics import pad
 from lifelong_jax.datasets.named import scale_bytes
 from lifelong_jax.datasets.sources import Source
 from lifelong_jax.training import TrainingInfo, TrainingState, learn_task
@@ -70,7 +71,7 @@ def stream_batches(source: Source, batch_size: int, key: jax.Array | None = None
     pipeline = grain.MapDataset.source(order).map(read).to_iter_dataset(options)
     with contextlib.closing(iter(pipeline.batch(batch_size, drop_remainder=False))) as batches:
         for batch in batches:
-            batch = _pad(batch, batch_size)
+            batch = pad(batch, batch_size)
             yield jax.tree.map(jnp.asarray, batch._replace(inputs=scale_bytes(batch.inputs)))
 
 
@@ -225,12 +226,6 @@ def _add_batch(
     # If all weights of a batch are 0, its mean is not defined.
     weighted = jax.tree.map(lambda m: jnp.where(batch_weight > 0, batch_weight.astype(m.dtype) * m, 0), means)
     return jax.tree.map(jnp.add, summed, weighted), weight + batch_weight
-
-
-def _pad(batch: Batch, batch_size: int) -> Batch:
-    rows = np.arange(batch_size) % len(batch.labels)  # repeats examples, because every loss is defined for them
-    padded = jax.tree.map(lambda leaf: leaf[rows], batch)
-    return padded._replace(weights=np.where(np.arange(batch_size) < len(batch.labels), padded.weights, 0))
 
 
 def _check(source: Source, batch_size: int) -> None:

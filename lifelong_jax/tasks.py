@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lifelong_jax import _checks
-from lifelong_jax._numerics import indices_per_example, wide_dtype
+from lifelong_jax._numerics import indices_per_example, pad, wide_dtype
 from lifelong_jax.types import Batch, Example, OutputFn, Params, Task
 
 
@@ -271,11 +271,4 @@ def _rotate(images: jax.Array, angle: jax.Array) -> jax.Array:
 def _pad_tasks(tasks: list[Task]) -> list[Task]:
     train_size = max(len(task.train.labels) for task in tasks)
     test_size = max(len(task.test.labels) for task in tasks)
-    return [task._replace(train=_pad(task.train, train_size), test=_pad(task.test, test_size)) for task in tasks]
-
-
-def _pad(batch: Batch, size: int) -> Batch:
-    # Padding repeats real examples: a network may have no finite gradient where all inputs are 0.
-    positions = jnp.arange(size)
-    padded = jax.tree.map(lambda leaf: leaf[positions % len(batch.labels)], batch)
-    return padded._replace(weights=jnp.where(positions < len(batch.labels), padded.weights, 0))
+    return [task._replace(train=pad(task.train, train_size), test=pad(task.test, test_size)) for task in tasks]

@@ -13,14 +13,12 @@ import signal
 import threading
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 import rich.console
-import rich.progress
-import rich.table
 
 from experiments.harness.settings import RunSettings
 from lifelong_jax import _files
@@ -66,8 +64,7 @@ class Run:
           keep: `keep(row) -> bool`.
         """
         with self._lock:
-            rows = "".join(json.dumps(row) + "\n" for row in read_rows(self.folder) if keep(row))
-            _files.write(self.folder / "metrics.jsonl", rows.encode())
+            _write_rows(self.folder, filter(keep, read_rows(self.folder)))
 
     def write_json(self, name: str, values: Any) -> None:
         """Writes a file.
@@ -110,6 +107,10 @@ def read_rows(folder: pathlib.Path) -> list[dict[str, Any]]:
         except ValueError as error:
             warnings.warn(f"line {number} of {file} is damaged, and is skipped: {error}", stacklevel=2)
     return rows
+
+
+def _write_rows(folder: pathlib.Path, rows: Iterable[dict[str, Any]]) -> None:
+    _files.write(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def row_key(row: Mapping[str, Any]) -> tuple:
@@ -278,7 +279,7 @@ def _read_log(run: Run) -> None:
     rows = read_rows(run.folder)
     if file.exists() and len(rows) < file.read_bytes().count(b"\n"):
         shutil.copy(file, run.folder / "metrics.damaged.jsonl")
-    run.keep_rows(lambda row: True)  # removes an incomplete line
+    _write_rows(run.folder, rows)  # without an incomplete line
     for row in rows:
         run.earlier_rows.setdefault(row_key(row), []).append(row)
 
