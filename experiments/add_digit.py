@@ -17,7 +17,9 @@ from lifelong_jax import Batch, Task
 from lifelong_jax.datasets import Dataset
 from lifelong_jax.models import init_network
 
-STRENGTH = Strength(l2=0.1, ewc=3.16e4, mas=3.16, local_mas=316.0, si=3.16e5, rwalk=100.0)  # chosen by --tune
+STRENGTH = Strength(
+    l2=0.1, ewc=3.16e4, mas=3.16, kfac=100.0, local_mas=316.0, si=3.16e5, rwalk=100.0
+)  # chosen by --tune
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

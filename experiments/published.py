@@ -64,17 +64,22 @@ class Entry(NamedTuple):
 
     Attributes:
       name: the name in tables.
-      method: the method, with the source's importance and its treatment of the optimiser's state.
+      method: the method, with the source's importance and its treatment of the optimiser's state; None for joint
+        training.
       strengths: our λ: the source's, or several to choose from on validation data, where the source tuned it.
       published: the published accuracy, or None for an entry that explains another one.
       learning_rate: the method's own step size, or None for the protocol's.
+      every: the number of steps after which a proximal penalty pulls, or None for a coupled penalty.
+      num_choosing_seeds: the number of seeds from which the strength is chosen.
     """
 
     name: str
-    method: Method
+    method: Method | None
     strengths: tuple[float, ...]
     published: Published | PublishedRange | None
     learning_rate: float | None = None
+    every: int | None = None
+    num_choosing_seeds: int = 3
 
 
 class Protocol(NamedTuple):
@@ -308,6 +313,8 @@ ROWS = {
                 Published(94.42, 0.13),
             ),
             Entry("none", FINETUNE, (0.0,), Published(78.51, 0.24)),
+            Entry("kfac", keeping_optimizer(methods.kfac()), (3e4, 1e5, 3e5), None, every=50, num_choosing_seeds=1),
+            Entry("joint", None, (0.0,), Published(97.59, 0.02)),
         ),
     ),
     5: Protocol(

@@ -21,16 +21,23 @@ from experiments.harness.experiment import load_or_exit
 from experiments.harness.report import Estimate, estimate, print_table
 from experiments.harness.runs import Run, open_run, to_json
 from experiments.harness.settings import RunSettings, Seeds, check_settings, parse_settings
-from experiments.harness.tune import average_accuracies, best_strength, sweep_strengths
+from experiments.harness.tune import SweepLearner, average_accuracies, best_strength, sweep_strengths
 from experiments.published import ROWS, Protocol, Published, PublishedRange
-from lifelong_jax import Recipe, add_quadratic_penalty, learn_sweep
+from lifelong_jax import (
+    Recipe,
+    SweepRun,
+    add_quadratic_penalty,
+    learn_jointly,
+    learn_sweep,
+    proximal_quadratic_penalty,
+)
 from lifelong_jax._tables import markdown_table
 from lifelong_jax.datasets import Dataset, hold_out_validation
+from lifelong_jax.methods import Method
 from lifelong_jax.models import MLP
 from lifelong_jax.plotting import COLORS, draw_over_seeds, make_figure
+from lifelong_jax.sweep import SweepAccuracies
 from lifelong_jax.types import OptimizerFn
-
-NUM_CHOOSING_SEEDS = 3  # for the choice of a strength, unless `--seeds` says otherwise
 
 HEADER = """# Published tables, and what this library gets
 
@@ -50,6 +57,9 @@ class Config(RunSettings):
     rows: Seeds = (1, 2, 3, 4, 5, 6)
     """The rows of the table to run, from 1 to 6, such as 1-3 or 1,5. On two CPU cores, rows 1, 2, 5 and 6 take half an
     hour, row 3 takes two hours, and row 4 takes two hours."""
+
+    entries: tuple[str, ...] = ()
+    """The methods to run, by their names in the table; by default all of each row."""
 
     seeds: Seeds = ()
     """Each seed sets the sequence of tasks, the initial parameters and the order of the examples. The default number of
@@ -78,7 +88,9 @@ def main(config: Config) -> None:
     dataset = load_or_exit("mnist", config.data_dir)
     with open_run(config, "reproduce", console) as run:
         for row in config.rows:
-            results = run_row(row, ROWS[row], dataset, config.seeds, run, console)
+            protocol = ROWS[row]
+            chosen = tuple(entry for entry in protocol.entries if not config.entries or entry.name in config.entries)
+            results = run_row(row, protocol._replace(entries=chosen), dataset, config.seeds, run, console)
             run.write_json(f"row-{row}.json", results)
             report(row, results, console)
             docs = run.folder if config.docs is None else pathlib.Path(config.docs)
@@ -98,31 +110,30 @@ def run_row(
         run=run,
         console=console,
     )
-    choosing_seeds, seeds = (
-        tuple(seeds) or tuple(range(number)) for number in (NUM_CHOOSING_SEEDS, protocol.num_seeds)
-    )
+    test_seeds = tuple(seeds) or tuple(range(protocol.num_seeds))
     apply_fn = MLP(protocol.hidden_sizes, dataset.num_classes).apply
-    optimizer_fns: dict[float, OptimizerFn] = {}
+    optimizer_fns: dict[tuple[float, int | None], OptimizerFn] = {}
     choosing = any(len(entry.strengths) > 1 for entry in protocol.entries)
     held_out = hold_out_validation(dataset, 1 / 6, jax.random.key(0)) if choosing else None
     results = []
     for entry in protocol.entries:
         rate = entry.learning_rate or protocol.learning_rate
-        optimizer_fn = optimizer_fns.setdefault(rate, coupled(protocol.optimizer(rate)))
+        optimizer = protocol.optimizer(rate)
+        pipeline = coupled(optimizer) if entry.every is None else proximal(optimizer, rate, entry.every)
+        optimizer_fn = optimizer_fns.setdefault((rate, entry.every), pipeline)
         recipe = Recipe(apply_fn, optimizer_fn, protocol.num_epochs, protocol.batch_size, protocol.scenario)
-        learner = functools.partial(
-            learn_sweep, entry.method, recipe, max_steps=protocol.max_steps, forward_transfer=False
-        )
+        learner = make_learner(entry.method, recipe, protocol.max_steps)
         name = f"row {row}, {entry.name}"
         strength, validation = entry.strengths[0], {}
         if len(entry.strengths) > 1:
             make_tasks = functools.partial(protocol.make_tasks, held_out)
+            choosing_seeds = tuple(seeds) or tuple(range(entry.num_choosing_seeds))
             swept = sweep({name: learner}, entry.strengths, make_tasks, seeds=choosing_seeds, split="validation")
             chosen_by = average_accuracies(swept[name])
             strength = best_strength(chosen_by, entry.strengths)
             validation = dict(zip(map("{:g}".format, entry.strengths), map(percent, chosen_by), strict=True))
         make_tasks = functools.partial(protocol.make_tasks, dataset)
-        (accuracy,) = average_accuracies(sweep({name: learner}, (strength,), make_tasks, seeds=seeds)[name])
+        (accuracy,) = average_accuracies(sweep({name: learner}, (strength,), make_tasks, seeds=test_seeds)[name])
         result = {"name": entry.name, "strength": strength, "accuracies": percent(accuracy), "validation": validation}
         results.append(result)
     return results
@@ -131,6 +142,26 @@ def run_row(
 def coupled(optimizer: optax.GradientTransformation) -> OptimizerFn:
     """Makes the pipeline that all sources use: the penalty is part of the loss."""
     return lambda strength: optax.chain(add_quadratic_penalty(strength), optimizer)
+
+
+def proximal(optimizer: optax.GradientTransformation, rate: float, every: int) -> OptimizerFn:
+    """Makes the pipeline for Kronecker factors: the penalty's proximal step comes last, after every so many steps."""
+    return lambda strength: optax.chain(optimizer, proximal_quadratic_penalty(rate, strength, every))
+
+
+def make_learner(method: Method | None, recipe: Recipe, max_steps: int | None) -> SweepLearner:
+    """Makes the learner of a method, or of joint training, which ends with its epochs."""
+    if method is not None:
+        return functools.partial(learn_sweep, method, recipe, max_steps=max_steps, forward_transfer=False)
+
+    def learn_all(runs: Sequence[SweepRun]) -> SweepAccuracies:
+        learned = [learn_jointly(recipe, run.params, run.tasks, run.key) for run in runs]
+        return SweepAccuracies(
+            np.stack([state.accuracy_matrix for state in learned]),
+            np.stack([state.initial_accuracies for state in learned]),
+        )
+
+    return learn_all
 
 
 def percent(accuracy: Estimate) -> list[float]:
@@ -190,7 +221,9 @@ def write_docs(folder: pathlib.Path, row: int, results: Sequence[Mapping[str, An
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "results.json"
     rows = json.loads(file.read_text()) if file.exists() else {}
-    rows = to_json(dict(sorted({**rows, str(row): list(results)}.items())))
+    by_name = {result["name"]: result for result in [*rows.get(str(row), []), *results]}
+    of_row = [by_name[entry.name] for entry in ROWS[row].entries if entry.name in by_name]
+    rows = to_json(dict(sorted({**rows, str(row): of_row}.items())))
     Run(folder).write_json("results.json", rows)
     text = [HEADER]
     for number, of_row in rows.items():

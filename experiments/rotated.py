@@ -14,7 +14,9 @@ from experiments.harness.settings import check_settings, parse_settings
 from lifelong_jax import rotated_tasks
 from lifelong_jax.models import init_network
 
-STRENGTH = Strength(l2=0.0316, ewc=100.0, mas=0.1, local_mas=0.316, si=100.0, rwalk=31.6)  # chosen by --tune
+STRENGTH = Strength(
+    l2=0.0316, ewc=100.0, mas=0.1, kfac=100.0, local_mas=0.316, si=100.0, rwalk=31.6
+)  # chosen by --tune
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ from lifelong_jax.datasets import Dataset
 from lifelong_jax.models import init_network
 
 # Chosen by --tune, for the task- and the domain-incremental scenario.
-STRENGTH = Strength(l2=0.0316, ewc=1e3, mas=10.0, local_mas=10.0, si=1e3, rwalk=316.0)
+STRENGTH = Strength(l2=0.0316, ewc=1e3, mas=10.0, kfac=100.0, local_mas=10.0, si=1e3, rwalk=316.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -4,15 +4,17 @@ import importlib
 import warnings
 from typing import Any
 
-from lifelong_jax import methods, metrics, scenarios, tasks
+from lifelong_jax import forms, methods, metrics, scenarios, tasks
 from lifelong_jax.consolidation import consolidate, init_consolidation, merge
 from lifelong_jax.continual import Progress, SequenceState, init_sequence, learn_jointly, learn_tasks
 from lifelong_jax.evaluation import evaluate
 from lifelong_jax.importance import (
     continue_walk,
     empirical_fisher_diagonal,
+    empirical_kronecker_fisher,
     explain,
     fisher_diagonal,
+    kronecker_fisher,
     layer_output,
     local_mas_importance,
     mas_importance,
@@ -44,12 +46,15 @@ __all__ = [
     "continue_walk",
     "dataset_tasks",
     "empirical_fisher_diagonal",
+    "empirical_kronecker_fisher",
     "evaluate",
     "explain",
     "fisher_diagonal",
+    "forms",
     "init_consolidation",
     "init_sequence",
     "init_training",
+    "kronecker_fisher",
     "layer_output",
     "learn_jointly",
     "learn_sweep",

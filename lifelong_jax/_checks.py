@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lifelong_jax.forms import is_form
 from lifelong_jax.types import Batch, Examples, Params, Recipe, Scenario, Task
 
 
@@ -106,9 +107,10 @@ def check_positive(name: str, value: Any, at_most: float | None = None) -> None:
 def check_same_structure(name: str, tree: Any, reference_name: str, reference: Any, partial: bool = False) -> None:
     """Raises ValueError, naming the first path that differs, unless two trees agree in structure and shapes.
 
-    If `partial`, None in `tree` stands for any branch of `reference`.
+    Kronecker factors have the shape of the leaf in whose place they are. If `partial`, None in `tree` stands for any
+    branch of `reference`.
     """
-    with_none = jax.tree.leaves_with_path(tree, is_leaf=lambda node: node is None)
+    with_none = jax.tree.leaves_with_path(tree, is_leaf=lambda node: node is None or is_form(node))
     left_out = {path for path, leaf in with_none if leaf is None} if partial else set()
 
     def shapes(leaves: list[tuple[Any, Any]]) -> dict[str, tuple[int, ...]]:
@@ -118,7 +120,7 @@ def check_same_structure(name: str, tree: Any, reference_name: str, reference: A
             if not any(path[:depth] in left_out for depth in range(len(path) + 1))
         }
 
-    ours, theirs = shapes(jax.tree.leaves_with_path(tree)), shapes(jax.tree.leaves_with_path(reference))
+    ours, theirs = (shapes(jax.tree.leaves_with_path(tree, is_leaf=is_form)) for tree in (tree, reference))
     for path in [*theirs, *ours]:
         if path not in ours or path not in theirs:
             without = name if path not in ours else reference_name
@@ -127,7 +129,7 @@ def check_same_structure(name: str, tree: Any, reference_name: str, reference: A
             )
         if ours[path] != theirs[path]:
             raise ValueError(f"{name}{path} has shape {ours[path]}, but {reference_name}{path} has {theirs[path]}.")
-    structure, reference_structure = map(jax.tree.structure, (tree, reference))
+    structure, reference_structure = (jax.tree.structure(tree, is_leaf=is_form) for tree in (tree, reference))
     if not left_out and structure != reference_structure:  # type: ignore[operator]
         raise ValueError(
             f"{name} and {reference_name} must be trees of one structure, but have {structure} and "
@@ -135,9 +137,28 @@ def check_same_structure(name: str, tree: Any, reference_name: str, reference: A
         )
 
 
+def check_same_forms(name: str, importance: Params, reference_name: str, reference: Params) -> None:
+    """Raises ValueError, naming the leaf, unless two importances agree in structure, in shapes and in their forms."""
+    check_same_structure(name, importance, reference_name, reference)
+    theirs = jax.tree.leaves(reference, is_leaf=is_form)
+    for (path, ours), other in zip(jax.tree.leaves_with_path(importance, is_leaf=is_form), theirs, strict=True):
+        if jax.tree.structure(ours) == jax.tree.structure(other):
+            continue
+        kinds = [f"Kronecker factors ({form.layout})" if is_form(form) else "a diagonal" for form in (ours, other)]
+        raise ValueError(
+            f"{name}{jax.tree_util.keystr(path)} has {kinds[0]}, but {reference_name} has {kinds[1]}: begin with "
+            f"init_consolidation(params, like=importance)."
+        )
+
+
 def check_importance(name: str, importance: Params) -> None:
     """Raises ValueError, naming the leaf, if a known value is NaN, infinite or negative."""
-    path = _first_where(lambda lowest: lowest < 0, importance)
+    # Eigenvalues are NaN if a factor is; eigenvectors may be negative.
+    values = [
+        (path, [form.row_values, form.column_values] if is_form(form) else form)
+        for path, form in jax.tree.leaves_with_path(importance, is_leaf=is_form)
+    ]
+    path = _first_where(lambda lowest: lowest < 0, values)
     if path is not None:
         raise ValueError(
             f"{name}{path} has entries that are NaN, infinite or negative, which no importance has. Did training "
@@ -147,19 +168,19 @@ def check_importance(name: str, importance: Params) -> None:
 
 def check_finite(name: str, tree: Any, hint: str = "Did training diverge?") -> None:
     """Raises ValueError, naming the leaf, if a known value is NaN or infinite."""
-    path = _first_where(lambda lowest: lowest == -math.inf, tree)
+    path = _first_where(lambda lowest: lowest == -math.inf, jax.tree.leaves_with_path(tree))
     if path is not None:
         raise ValueError(f"{name}{path} has entries that are NaN or infinite. {hint}")
 
 
 def is_finite(tree: Any) -> bool:
     """Returns whether all known values of a tree are finite."""
-    return _first_where(lambda lowest: lowest == -math.inf, tree) is None
+    return _first_where(lambda lowest: lowest == -math.inf, jax.tree.leaves_with_path(tree)) is None
 
 
-def _first_where(fails: Callable[[float], bool], tree: Any) -> str | None:
+def _first_where(fails: Callable[[float], bool], leaves: list[tuple[Any, Any]]) -> str | None:
     """Returns the path of the first leaf whose values are known and whose lowest entry fails, or None."""
-    known = [(path, leaf) for path, leaf in jax.tree.leaves_with_path(tree) if is_concrete(leaf)]
+    known = [(path, leaf) for path, tree in leaves for leaf in jax.tree.leaves(tree) if is_concrete(leaf)]
     lowest = jax.device_get(_lowest_entries([leaf for _, leaf in known])) if known else []
     failing = (jax.tree_util.keystr(path) for (path, _), low in zip(known, lowest, strict=True) if fails(low))
     return next(failing, None)

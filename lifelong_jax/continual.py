@@ -259,10 +259,12 @@ def init_sequence(
     accuracies = [math.nan] * len(tasks)
     if method is not None and forward_transfer and recipe.scenario != "class":
         accuracies = evaluate(recipe.apply_fn, params, tasks, recipe.scenario)
+    training = init_training(optimizer, params, key)
+    importance = None if method is None else _importance_like(method, recipe, training, tasks)
     return SequenceState(
         epochs=0,
-        training=init_training(optimizer, params, key),
-        consolidation=init_consolidation(params),
+        training=training,
+        consolidation=init_consolidation(params, importance),
         accuracy_matrix=np.full((len(tasks), len(tasks)), np.nan),
         initial_accuracies=np.array(accuracies),
         training_seconds=0.0,
@@ -345,6 +347,13 @@ def begin_task(
     carried = method.carry(training.opt_state, previous.opt_state)
     opt_state = jax.tree.map(functools.partial(jnp.where, index > 0), carried, training.opt_state)  # type: ignore[operator]
     return training._replace(opt_state=opt_state)
+
+
+def _importance_like(method: Method, recipe: Recipe, training: TrainingState, tasks: Sequence[Task]) -> Params:
+    """Returns the shapes of a task's importance, so that the first task's consolidation has the forms of the others."""
+    examples = with_class_mask(tasks[0].train, active_classes(tasks, recipe.scenario, 0, 0))
+    measure = functools.partial(_importance, recipe.apply_fn, method.importance_fn)
+    return jax.eval_shape(measure, training, TrainingData(examples, tasks[0].permutation), training.key)
 
 
 def _train_epoch(

@@ -16,6 +16,8 @@ from lifelong_jax.importance.estimators import (
     local_mas_importance,
     mas_importance,
 )
+from lifelong_jax.importance.factor_sums import WeightSharing
+from lifelong_jax.importance.kronecker import empirical_kronecker_fisher, kronecker_fisher
 from lifelong_jax.importance.path_integral import path_integral, si_importance
 from lifelong_jax.importance.riemannian_walk import continue_walk, riemannian_walk, rwalk_importance
 from lifelong_jax.scenarios import mask_logits, mask_outputs
@@ -112,6 +114,42 @@ def ewc(
     """
     _checks.check_choice("fisher", fisher, tuple(_FISHERS))
     return Method("ewc", _FISHERS[fisher], rule, decay)
+
+
+def kfac(
+    fisher: Literal["exact", "sampled", "empirical"] = "exact",
+    decay: float = 1.0,
+    weight_sharing: WeightSharing = "expand",
+) -> Method:
+    """Makes EWC with Kronecker factors: each layer's Fisher information as a product of two matrices.
+
+    Its penalty is around the latest parameters. Let the proximal step come last in the optimiser, about 100 times per
+    task: `proximal_quadratic_penalty(step_size, strength, every)`.
+
+    Args:
+      fisher: as for `ewc`.
+      decay: γ.
+      weight_sharing: "expand" or "reduce"; see `kronecker_fisher`.
+
+    Returns:
+      The method.
+
+    Raises:
+      ValueError: if `fisher` or `weight_sharing` is unknown.
+
+    Example:
+      >>> from lifelong_jax import methods
+      >>> methods.kfac().rule
+      'latest'
+    """
+    _checks.check_choice("fisher", fisher, tuple(_FISHERS))
+    _checks.check_choice("weight_sharing", weight_sharing, ("expand", "reduce"))
+    if fisher == "empirical":
+        return Method("kfac", _partial(_empirical_kronecker_fisher, weight_sharing=weight_sharing), "latest", decay)
+    estimator = _partial(kronecker_fisher, weight_sharing=weight_sharing)
+    num_samples = 1 if fisher == "sampled" else None
+    importance_fn = _partial(_output_importance, estimator=estimator, mask=mask_logits, num_samples=num_samples)
+    return Method("kfac", importance_fn, "latest", decay)
 
 
 def mas(rule: Rule = "latest", decay: float = 1.0) -> Method:
@@ -256,6 +294,14 @@ def _empirical_fisher(apply_fn: OutputFn, state: TrainingState, batch: Batch, ke
     return empirical_fisher_diagonal(cross_entropy(apply_fn), state.params, batch, weights=batch.weights)
 
 
+def _empirical_kronecker_fisher(
+    apply_fn: OutputFn, state: TrainingState, batch: Batch, key: jax.Array, *, weight_sharing: WeightSharing
+) -> Params:
+    return empirical_kronecker_fisher(
+        cross_entropy(apply_fn), state.params, batch, weights=batch.weights, weight_sharing=weight_sharing
+    )
+
+
 def _path_importance(
     apply_fn: OutputFn, state: TrainingState, batch: Batch, key: jax.Array, *, damping: float
 ) -> Params:
@@ -267,7 +313,7 @@ def _walk_importance(apply_fn: OutputFn, state: TrainingState, batch: Batch, key
 
 
 @functools.cache
-def _partial(function: Callable[..., Any], **settings: float) -> Callable[..., Any]:
+def _partial(function: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
     # The same object for the same settings, because jit compiles for each object.
     return functools.partial(function, **settings)
 

@@ -20,7 +20,7 @@ from lifelong_jax.methods import Method, cross_entropy
 from lifelong_jax.scenarios import active_classes, with_class_mask
 from lifelong_jax.tasks import with_permutation
 from lifelong_jax.training import TrainingState, learn_task
-from lifelong_jax.types import Consolidation, Params, Recipe, Scenario, Task
+from lifelong_jax.types import Batch, Consolidation, OutputFn, Params, Recipe, Scenario, Task
 
 
 class SweepRun(NamedTuple):
@@ -206,7 +206,7 @@ def _learn_run(
     optimizer = make_optimizer(recipe.optimizer_fn, method.wrap_optimizer, strength)
     ahead = forward_transfer and recipe.scenario != "class"
 
-    def task_at(index: jax.Array) -> Task:
+    def task_at(index: jax.Array | int) -> Task:
         leaves, structure = jax.tree.flatten(tasks)
         return structure.unflatten(leaf[index] if axis else leaf for leaf, axis in zip(leaves, by_task, strict=True))
 
@@ -219,12 +219,19 @@ def _learn_run(
 
         return jax.lax.fori_loop(0, num_tasks if ahead else latest + 1, add, jnp.full(num_tasks, jnp.nan))
 
+    def data_of(index: jax.Array | int) -> tuple[OutputFn, Batch]:
+        task = task_at(index)
+        examples = with_class_mask(task.train, None if train_masks is None else train_masks[index])
+        return with_permutation(recipe.apply_fn, task.permutation), examples
+
+    def measure(state: TrainingState, index: jax.Array | int, key: jax.Array) -> Params:
+        output_fn, examples = data_of(index)
+        return method.importance_fn(output_fn, state, examples, key)
+
     def learn(carry: _Carry, index: jax.Array) -> tuple[_Carry, jax.Array]:
         previous, consolidation, diverged = carry
-        task = task_at(index)
         train_key, importance_key = task_keys(key, index)
-        examples = with_class_mask(task.train, None if train_masks is None else train_masks[index])
-        output_fn = with_permutation(recipe.apply_fn, task.permutation)
+        output_fn, examples = data_of(index)
         state, info = learn_task(
             cross_entropy(output_fn),
             optimizer,
@@ -236,13 +243,16 @@ def _learn_run(
             max_steps=max_steps,
             weights=examples.weights,
         )
-        importance = method.importance_fn(output_fn, state, examples, importance_key)
+        importance = measure(state, index, importance_key)
         consolidation = consolidate(consolidation, state.params, importance, rule=method.rule, decay=method.decay)
         finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((info.loss, state.params))]
         diverged |= ~jnp.stack(finite).all()
         return (state, consolidation, diverged), evaluate(state.params, index)
 
     initial_accuracies = evaluate(params, 0) if ahead else jnp.full(num_tasks, jnp.nan)
-    carry = (TrainingState(params, optimizer.init(params), key), init_consolidation(params), jnp.array(False))
+    state = TrainingState(params, optimizer.init(params), key)
+    # The importance's shapes, so that the first task's consolidation has the forms of the others.
+    like = jax.eval_shape(measure, state, 0, key)
+    carry = (state, init_consolidation(params, like), jnp.array(False))
     (*_, diverged), accuracy_matrix = jax.lax.scan(learn, carry, jnp.arange(num_tasks))
     return jax.tree.map(lambda x: jnp.where(diverged, jnp.nan, x), (accuracy_matrix, initial_accuracies))

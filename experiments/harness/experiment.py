@@ -12,7 +12,7 @@ import rich.console
 import tyro
 
 from experiments.harness.compare import compare
-from experiments.harness.pipelines import MOMENTUM, momentum_with_penalty
+from experiments.harness.pipelines import MOMENTUM, interval_of, momentum_with_penalty
 from experiments.harness.report import report_comparison
 from experiments.harness.runs import Run, open_run
 from experiments.harness.sequences import learn_resumably
@@ -43,6 +43,9 @@ class Strength:
     mas: float
     """λ of mas."""
 
+    kfac: float
+    """λ of kfac."""
+
     local_mas: float
     """λ of local_mas."""
 
@@ -57,17 +60,18 @@ class Strength:
 class Settings(RunSettings):
     """The settings that all comparisons have; a script's own dataclass adds to them."""
 
-    methods: tuple[Literal["finetune", "l2", "ewc", "mas", "local_mas", "si", "rwalk", "joint"], ...] = (
+    methods: tuple[Literal["finetune", "l2", "ewc", "mas", "kfac", "local_mas", "si", "rwalk", "joint"], ...] = (
         "finetune",
         "l2",
         "ewc",
         "mas",
+        "kfac",
         "joint",
     )
     """The methods to compare: finetune (no penalty), l2 (every parameter equally important), ewc (Fisher diagonal), mas
-    (output sensitivity), local_mas (output sensitivity layer by layer), si (Synaptic Intelligence: each parameter's
-    share in the fall of the loss), rwalk (an online Fisher diagonal and such shares), joint (all tasks' data at once:
-    the upper bound)."""
+    (output sensitivity), kfac (ewc with Kronecker factors), local_mas (output sensitivity layer by layer), si (Synaptic
+    Intelligence: each parameter's share in the fall of the loss), rwalk (an online Fisher diagonal and such shares),
+    joint (all tasks' data at once: the upper bound)."""
 
     network: Literal["mlp", "cnn"] = "mlp"
     """The network: a multilayer perceptron, or a small convolutional network for images."""
@@ -96,13 +100,17 @@ class Settings(RunSettings):
 
     strength: Strength
 
+    interval: int | None = None
+    """For kfac with the proximal penalty, the number of steps after which the penalty pulls, each time for all of them;
+    by default, a hundredth of a task's steps."""
+
     fisher: Literal["exact", "sampled", "empirical"] = "exact"
-    """For ewc, the labels of the Fisher information: the expectation over the model's classes (exact), one label
-    sampled from the model (sampled), or the true labels (empirical)."""
+    """For ewc and kfac, the labels of the Fisher information: the expectation over the model's classes (exact), one
+    label sampled from the model (sampled), or the true labels (empirical)."""
 
     rule: Annotated[Literal["separate", "latest"], tyro.conf.arg(name="consolidation")] = "separate"
     """The rule of consolidation: one penalty per task, each around its own anchor (separate), or a single one around
-    the latest parameters (latest, which rwalk always has)."""
+    the latest parameters (latest, which kfac and rwalk always have)."""
 
     decay: float = 1.0
     """The factor by which each new task multiplies the earlier tasks' importance; rwalk averages instead."""
@@ -132,6 +140,8 @@ class Settings(RunSettings):
             not_negative={**strengths, "strength": self.strength_grid, "decay": self.decay},
             distinct={"methods": self.methods, "seeds": self.seeds},
         )
+        if self.interval is not None:
+            check_settings(positive={"interval": self.interval})
         if self.tune and self.strength_grid:
             raise ValueError("--tune has strengths of its own: leave out either --tune or --strength.")
         if self.strength_grid:
@@ -174,11 +184,13 @@ def run_experiment(settings: Settings, experiment: Experiment) -> None:
     """
     console = rich.console.Console()
     with open_run(settings, experiment.name, console) as run:
-        recipe = make_recipe(settings, experiment)
+        recipes = make_recipes(settings, experiment)
         choose = settings.tune or settings.strength_grid
-        strength = tune(settings, experiment, recipe, run, console) if choose else settings.strength
+        strength = tune(settings, experiment, recipes, run, console) if choose else settings.strength
         learners = {
-            name: functools.partial(learn_resumably, make_method(settings, name), recipe, getattr(strength, name, 0.0))
+            name: functools.partial(
+                learn_resumably, make_method(settings, name), recipes[name], getattr(strength, name, 0.0)
+            )
             for name in settings.methods
         }
         outcomes = compare(
@@ -227,44 +239,54 @@ def make_network(settings: Settings, num_outputs: int) -> nn.Module:
     return CNN(settings.features, num_outputs) if settings.network == "cnn" else MLP(settings.hidden_sizes, num_outputs)
 
 
-def make_optimizer_fn(settings: Settings) -> OptimizerFn:
+def make_optimizer_fn(settings: Settings, every: int | None = None) -> OptimizerFn:
     """Makes the pipeline of optimiser and penalty.
 
     Args:
       settings: the optimiser, its step size, and the penalty's place.
+      every: for Kronecker factors, the number of steps after which the proximal penalty pulls.
 
     Returns:
-      `optimizer_fn(strength) -> optimizer`. All learners share it, because compiled functions are cached by it.
+      `optimizer_fn(strength) -> optimizer`. Learners share it, because compiled functions are cached by it.
     """
     rate = settings.learning_rate
-    if settings.penalty == "proximal":
-        return {
-            "adam": functools.partial(proximal_adam, rate),
-            "sgd": lambda strength: optax.chain(optax.sgd(rate), proximal_quadratic_penalty(rate, strength)),
-            "momentum": functools.partial(momentum_with_penalty, rate),
-        }[settings.optimizer]
     base = {
         "adam": optax.adam(rate),
         "sgd": optax.sgd(rate),
         "momentum": optax.sgd(rate, momentum=MOMENTUM),
     }[settings.optimizer]
-    return lambda strength: optax.chain(add_quadratic_penalty(strength), base)
+    if settings.penalty == "coupled":
+        return lambda strength: optax.chain(add_quadratic_penalty(strength), base)
+    if settings.optimizer == "momentum":
+        return functools.partial(momentum_with_penalty, rate, every=every)
+    if settings.optimizer == "adam" and every is None:
+        return functools.partial(proximal_adam, rate)
+    return lambda strength: optax.chain(base, proximal_quadratic_penalty(rate, strength, every))
 
 
-def make_recipe(settings: Settings, experiment: Experiment) -> Recipe:
-    """Makes the recipe by which all methods learn.
+def make_recipes(settings: Settings, experiment: Experiment) -> dict[str, Recipe]:
+    """Makes the recipes by which the methods learn. They differ in the pipeline of optimiser and penalty only.
 
     Args:
       settings: the optimiser, the number of epochs and the batch size.
-      experiment: the network and the scenario.
+      experiment: the tasks, the network and the scenario.
 
     Returns:
-      The recipe.
+      The recipe of each method, by its name.
     """
-    optimizer_fn = make_optimizer_fn(settings)
-    return Recipe(
-        experiment.apply_fn, optimizer_fn, settings.num_epochs, settings.batch_size, scenario=experiment.scenario
+    every = settings.interval
+    if every is None and "kfac" in settings.methods:
+        first, *_ = experiment.make_tasks(experiment.datasets, jax.random.key(0))
+        every = interval_of(settings.num_epochs * -(-len(first.train.labels) // settings.batch_size))
+    shared = Recipe(
+        experiment.apply_fn,
+        make_optimizer_fn(settings),
+        settings.num_epochs,
+        settings.batch_size,
+        scenario=experiment.scenario,
     )
+    with_factors = shared._replace(optimizer_fn=make_optimizer_fn(settings, every))
+    return {name: with_factors if name == "kfac" else shared for name in settings.methods}
 
 
 def make_method(settings: Settings, name: str) -> Method | None:
@@ -283,6 +305,7 @@ def make_method(settings: Settings, name: str) -> Method | None:
         "l2": methods.l2(settings.rule, settings.decay),
         "ewc": methods.ewc(settings.fisher, settings.rule, settings.decay),
         "mas": methods.mas(settings.rule, settings.decay),
+        "kfac": methods.kfac(settings.fisher, settings.decay),
         "local_mas": methods.local_mas(settings.rule, settings.decay),
         "si": methods.si(settings.rule, settings.decay),
         "rwalk": methods.rwalk(),
@@ -290,14 +313,14 @@ def make_method(settings: Settings, name: str) -> Method | None:
 
 
 def tune(
-    settings: Settings, experiment: Experiment, recipe: Recipe, run: Run, console: rich.console.Console
+    settings: Settings, experiment: Experiment, recipes: dict[str, Recipe], run: Run, console: rich.console.Console
 ) -> Strength:
     """Chooses each method's strength by its average accuracy on validation data, taken from the training data.
 
     Args:
       settings: the strengths and the seeds.
       experiment: the tasks and the network.
-      recipe: from `make_recipe`.
+      recipes: from `make_recipes`.
       run: the run, for the log, `tuning.md`, `tuning.png` and `strength.json`.
       console: where the table is printed.
 
@@ -305,7 +328,9 @@ def tune(
       The strengths: the best ones for the methods that are compared.
     """
     learners = {
-        field.name: functools.partial(learn_sweep, make_method(settings, field.name), recipe, forward_transfer=False)
+        field.name: functools.partial(
+            learn_sweep, make_method(settings, field.name), recipes[field.name], forward_transfer=False
+        )
         for field in dataclasses.fields(Strength)
         if field.name in settings.methods
     }

@@ -1,4 +1,4 @@
-"""The optimiser that several scripts share."""
+"""The optimisers that several scripts share."""
 
 import optax
 
@@ -7,16 +7,39 @@ from lifelong_jax.penalty import proximal_quadratic_penalty
 MOMENTUM = 0.9
 
 
-def momentum_with_penalty(learning_rate: float, strength: float) -> optax.GradientTransformation:
+PULLS_PER_TASK = 100
+"""How often the penalty with Kronecker factors pulls during a task, unless told otherwise: more gained nothing."""
+
+
+def interval_of(num_steps: int) -> int:
+    """Computes after how many steps the penalty with Kronecker factors pulls.
+
+    Args:
+      num_steps: the number of a task's steps.
+
+    Returns:
+      At least 1.
+
+    Example:
+      >>> interval_of(5000)
+      50
+    """
+    return max(1, num_steps // PULLS_PER_TASK)
+
+
+def momentum_with_penalty(
+    learning_rate: float, strength: float, every: int | None = None
+) -> optax.GradientTransformation:
     """Makes SGD with momentum 0.9, followed by the penalty's proximal step.
 
     Args:
       learning_rate: the step size.
       strength: λ.
+      every: as for `proximal_quadratic_penalty`.
 
     Returns:
       The optimiser. The proximal step has the step size learning_rate / (1 − 0.9), so that its fixed point is that of
       loss + penalty.
     """
-    penalty = proximal_quadratic_penalty(learning_rate / (1 - MOMENTUM), strength)
+    penalty = proximal_quadratic_penalty(learning_rate / (1 - MOMENTUM), strength, every)
     return optax.chain(optax.sgd(learning_rate, momentum=MOMENTUM), penalty)

@@ -6,6 +6,7 @@ from lifelong_jax.importance.estimators import (
     local_mas_importance,
     mas_importance,
 )
+from lifelong_jax.importance.kronecker import empirical_kronecker_fisher, kronecker_fisher
 from lifelong_jax.importance.layers import layer_output
 from lifelong_jax.importance.normalization import normalize_importance
 from lifelong_jax.importance.path_integral import path_integral, si_importance
@@ -15,8 +16,10 @@ from lifelong_jax.importance.riemannian_walk import continue_walk, riemannian_wa
 __all__ = [
     "continue_walk",
     "empirical_fisher_diagonal",
+    "empirical_kronecker_fisher",
     "explain",
     "fisher_diagonal",
+    "kronecker_fisher",
     "layer_output",
     "local_mas_importance",
     "mas_importance",

@@ -1,8 +1,8 @@
 """Importances that are computed after a task: Fisher diagonals, and the sensitivities of memory-aware synapses.
 
 Each importance is a mean over examples of a quantity of one example. This module defines the outputs of each
-importance, and the cotangents that are pulled back from them. `structured.py` or `reference.py` computes the sum over
-examples.
+importance, and names the cotangents that are pulled back from them (`cotangents.py`). `structured.py` or `reference.py`
+computes the sum over examples.
 
 Each importance is compiled once per function and shapes. As in any `jax.jit`, whatever else the function reads (a
 global, an attribute) becomes a constant. So put a value that changes, such as the mask of a head, into the parameters
@@ -11,15 +11,15 @@ or the examples, or pass a `jax.tree_util.Partial(function, value)`, whose array
 
 import functools
 from collections.abc import Callable
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from lifelong_jax import _checks
-from lifelong_jax._numerics import scale_weights, varies, vary_with, widen
-from lifelong_jax.importance import reference, structured
+from lifelong_jax._numerics import scale_weights, vary_with
+from lifelong_jax.importance import cotangents, reference, structured
 from lifelong_jax.importance.layers import layer_outputs
 from lifelong_jax.importance.microbatches import Reduction
 from lifelong_jax.types import Examples, LogitsFn, LossFn, OutputFn, Params
@@ -71,9 +71,10 @@ def empirical_fisher_diagonal(
 
     Kirkpatrick et al. 2017, doi 10.1073/pnas.1611835114; on the two Fishers, Kunstner et al. 2019, arXiv 1905.12558.
     """
-    _check(params, "examples", examples, weights, microbatch_size, method)
-    return _mean_over_examples(
-        _as_tree(loss_fn), _unit_cotangent, params, examples, None, weights, "sum_of_squares", microbatch_size, method
+    check_arguments(params, "examples", examples, weights, microbatch_size)
+    sum_fn = _sum_fn(method, "sum_of_squares")
+    return mean_over_examples(
+        as_tree(loss_fn), cotangents.unit, params, examples, None, weights, sum_fn, microbatch_size
     )
 
 
@@ -132,18 +133,10 @@ def fisher_diagonal(
 
     Kirkpatrick et al. 2017, doi 10.1073/pnas.1611835114; Martens 2020, arXiv 1412.1193, §5.
     """
-    _checks.check_choice("likelihood", likelihood, tuple(_EXACT))
-    _checks.check_positive_integer("num_samples", num_samples, optional=True)
-    if (num_samples is None) != (key is None):
-        raise ValueError(
-            "num_samples and key go together: give both to sample labels, or neither for the exact expectation; "
-            f"num_samples is {num_samples} and key is {'not ' if key is not None else ''}None."
-        )
-    _check(params, "inputs", inputs, weights, microbatch_size, method)
-    cotangents_fn = _EXACT[likelihood] if num_samples is None else _sampled(likelihood, num_samples)
-    return _mean_over_examples(
-        _as_tree(logits_fn), cotangents_fn, params, inputs, key, weights, "sum_of_squares", microbatch_size, method
-    )
+    cotangents_fn = fisher_cotangents(likelihood, num_samples, key)
+    check_arguments(params, "inputs", inputs, weights, microbatch_size)
+    sum_fn = _sum_fn(method, "sum_of_squares")
+    return mean_over_examples(as_tree(logits_fn), cotangents_fn, params, inputs, key, weights, sum_fn, microbatch_size)
 
 
 def mas_importance(
@@ -189,11 +182,10 @@ def mas_importance(
     Aljundi et al. 2018, arXiv 1711.09601, eq. 2 ("jacobian") and §4.1 ("squared_l2").
     """
     _checks.check_choice("output_norm", output_norm, ("squared_l2", "jacobian"))
-    _check(params, "inputs", inputs, weights, microbatch_size, method)
-    cotangents_fn = _squared_l2_cotangent if output_norm == "squared_l2" else _exact_gaussian
-    return _mean_over_examples(
-        _as_tree(output_fn), cotangents_fn, params, inputs, None, weights, "norm", microbatch_size, method
-    )
+    check_arguments(params, "inputs", inputs, weights, microbatch_size)
+    cotangents_fn = cotangents.squared_l2 if output_norm == "squared_l2" else cotangents.each_output
+    sum_fn = _sum_fn(method, "norm")
+    return mean_over_examples(as_tree(output_fn), cotangents_fn, params, inputs, None, weights, sum_fn, microbatch_size)
 
 
 def local_mas_importance(
@@ -242,22 +234,23 @@ def local_mas_importance(
 
     Aljundi et al. 2018, arXiv 1711.09601, §4.3.
     """
-    layers_fn = Partial(layer_outputs, _as_tree(output_fn))
+    layers_fn = Partial(layer_outputs, as_tree(output_fn))
     return mas_importance(layers_fn, params, inputs, weights=weights, microbatch_size=microbatch_size, method=method)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 6, 7, 8))
-def _mean_over_examples(
+@functools.partial(jax.jit, static_argnums=(1, 6, 7))
+def mean_over_examples(
     output_fn: Partial,
     cotangents_fn: Callable[[jax.Array, jax.Array | None], jax.Array],
     params: Params,
     examples: Examples,
     key: jax.Array | None,
     weights: jax.Array | None,
-    reduction: Reduction,
+    sum_over_examples: Callable[..., Any],
     microbatch_size: int | None,
-    method: Algorithm,
-) -> Params:
+) -> Any:
+    """Computes the weighted mean of what `sum_over_examples` sums."""
+
     def keyed_cotangents(key: jax.Array | None, outputs: jax.Array, index: jax.Array) -> jax.Array:
         if not isinstance(outputs, jax.Array) or not jnp.issubdtype(outputs.dtype, jnp.floating):
             returned = jax.tree.map(lambda leaf: f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}", outputs)
@@ -266,16 +259,13 @@ def _mean_over_examples(
         return vary_with(cotangents, like=outputs)
 
     arguments = (output_fn, params, examples, key, weights)
-    if varies(arguments):  # inside of `jax.shard_map`, where jaxprs of arrays that vary cannot be evaluated again
-        method = "reference"
     output_fn, params, examples, key, weights = vary_with(arguments, like=arguments)
     weights = None if weights is None else scale_weights(weights)
-    total = _SUMS[method](
+    total = sum_over_examples(
         output_fn,
         Partial(keyed_cotangents, key),
         params,
         examples,
-        reduction=reduction,
         weights=weights,
         microbatch_size=microbatch_size,
     )
@@ -283,92 +273,36 @@ def _mean_over_examples(
     return jax.tree.map(lambda leaf: leaf / jnp.asarray(count, leaf.dtype), total)
 
 
-def _as_tree(function: Callable) -> Partial:
-    # A `Partial` is a tree whose arrays are traced. A plain function becomes part of the tree's structure.
+def as_tree(function: Callable) -> Partial:
+    """Makes a function an argument of jitted functions.
+
+    A `Partial` is a tree whose arrays are traced. A plain function becomes part of the tree's structure.
+    """
     return function if isinstance(function, Partial) else Partial(function)
 
 
-# Cotangents: `cotangents_fn(outputs, key) -> [num_cotangents, *outputs.shape]`. For a Fisher diagonal, the sum over
-# cotangents of the squared gradients is E_y (∂ log p(y) / ∂params)². Probabilities are computed in float32 at least.
+def fisher_cotangents(likelihood: str, num_samples: int | None, key: jax.Array | None) -> Callable:
+    """Returns the cotangents of a likelihood, after checking the arguments that name them."""
+    _checks.check_choice("likelihood", likelihood, tuple(cotangents.EXACT))
+    _checks.check_positive_integer("num_samples", num_samples, optional=True)
+    if (num_samples is None) != (key is None):
+        raise ValueError(
+            "num_samples and key go together: give both to sample labels, or neither for the exact expectation; "
+            f"num_samples is {num_samples} and key is {'not ' if key is not None else ''}None."
+        )
+    return cotangents.EXACT[likelihood] if num_samples is None else cotangents.sampled(likelihood, num_samples)
 
 
-def _unit_cotangent(outputs: jax.Array, key: None) -> jax.Array:
-    if outputs.shape != ():
-        raise ValueError(f"loss_fn must return a scalar for one example, not an array of shape {outputs.shape}.")
-    return jnp.ones((1, *outputs.shape), outputs.dtype)
-
-
-def _squared_l2_cotangent(outputs: jax.Array, key: None) -> jax.Array:
-    return 2 * outputs[None]
-
-
-def _exact_categorical(logits: jax.Array, key: None) -> jax.Array:
-    _check_has_classes(logits)
-    # E_y of the squared gradient of log p_y is Σ_k (∂logitsᵀ v_k)², for any v_k with Σ_k v_k v_kᵀ = diag(p) − p pᵀ, the
-    # covariance of the one-hot label. Here the v_k are the columns of its Cholesky factor, which asks one class after
-    # the other: is y class k, given that it is none before k? The last column is 0, so there are num_classes − 1
-    # cotangents. With several labels, each has its own cotangents: the gradients of independent labels have mean 0 and
-    # are uncorrelated, so the expected square of their sum is the sum of their expected squares.
-    p = jax.nn.softmax(widen(logits))
-    num_classes, smallest = p.shape[-1], jnp.finfo(p.dtype).tiny  # a sum below this is 0 here, and so is p
-    from_here = jax.lax.cumsum(p, axis=p.ndim - 1, reverse=True)
-    later = jnp.concatenate([from_here[..., 1:], jnp.zeros_like(p[..., :1])], axis=-1)
-    spread = jnp.sqrt(p / jnp.maximum(from_here, smallest) * later)
-    p_if_later = jnp.triu(p[..., None, :] / jnp.maximum(later, smallest)[..., None], 1)
-    factor = spread[..., None] * (jnp.eye(num_classes, dtype=p.dtype) - p_if_later)  # [..., k, num_classes]
-    factor = factor[..., : max(1, num_classes - 1), :]
-    num_labels = p[..., 0].size
-    one_label = jnp.eye(num_labels, dtype=p.dtype).reshape(num_labels, 1, *logits.shape[:-1], 1)
-    return (one_label * jnp.moveaxis(factor, -2, 0)).reshape(-1, *logits.shape).astype(logits.dtype)
-
-
-def _exact_gaussian(outputs: jax.Array, key: None) -> jax.Array:
-    return jnp.eye(outputs.size, dtype=outputs.dtype).reshape(-1, *outputs.shape)
-
-
-def _exact_bernoulli(logits: jax.Array, key: None) -> jax.Array:
-    wide = widen(logits)
-    deviation = jnp.exp((jax.nn.log_sigmoid(wide) + jax.nn.log_sigmoid(-wide)) / 2)  # sqrt(p (1 − p)), not rounded
-    return _exact_gaussian(logits, key) * deviation.astype(logits.dtype)
-
-
-_EXACT = {"categorical": _exact_categorical, "gaussian": _exact_gaussian, "bernoulli": _exact_bernoulli}
-
-
-@functools.cache  # one function object per setting, so jit compiles once per setting
-def _sampled(likelihood: str, num_samples: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    def cotangents_fn(outputs: jax.Array, key: jax.Array) -> jax.Array:
-        wide = widen(outputs)
-        if likelihood == "categorical":
-            _check_has_classes(wide)
-            labels = jax.random.categorical(key, wide, shape=(num_samples, *wide.shape[:-1]))
-            is_label = jax.nn.one_hot(labels, wide.shape[-1], dtype=wide.dtype)
-            others = (1 - is_label) * jax.nn.softmax(wide)
-            score = is_label * jnp.sum(others, axis=-1, keepdims=True) - others  # 1 − p(label) would round to 0
-        elif likelihood == "gaussian":
-            score = jax.random.normal(key, (num_samples, *wide.shape), wide.dtype)
-        else:
-            labels = jax.random.bernoulli(key, jax.nn.sigmoid(wide), (num_samples, *wide.shape))
-            score = jnp.where(labels, jax.nn.sigmoid(-wide), -jax.nn.sigmoid(wide))
-        return (score / jnp.sqrt(jnp.asarray(num_samples, wide.dtype))).astype(outputs.dtype)
-
-    return cotangents_fn
-
-
-def _check_has_classes(logits: jax.Array) -> None:
-    if logits.ndim == 0:
-        raise ValueError("logits_fn must return [..., num_classes] for one example, not a scalar.")
-
-
-def _check(
-    params: Params,
-    name: str,
-    examples: Examples,
-    weights: jax.Array | None,
-    microbatch_size: int | None,
-    method: Algorithm,
+def check_arguments(
+    params: Params, name: str, examples: Examples, weights: jax.Array | None, microbatch_size: int | None
 ) -> None:
-    _checks.check_choice("method", method, tuple(_SUMS))
+    """Checks the arguments that all estimators share."""
     _checks.check_params("params", params)
     _checks.check_examples(name, examples, weights)
     _checks.check_positive_integer("microbatch_size", microbatch_size, optional=True)
+
+
+@functools.cache  # one function object per setting, so jit compiles once per setting
+def _sum_fn(method: Algorithm, reduction: Reduction) -> Callable[..., Params]:
+    _checks.check_choice("method", method, tuple(_SUMS))
+    return functools.partial(_SUMS[method], reduction=reduction)

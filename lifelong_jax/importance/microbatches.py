@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from jax.tree_util import Partial
 
-from lifelong_jax._numerics import equal_size, widened_zeros
+from lifelong_jax._numerics import equal_size
 from lifelong_jax.types import Example, Examples, Params
 
 Reduction: TypeAlias = Literal["sum_of_squares", "norm"]
@@ -29,14 +29,15 @@ CotangentsFn: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def sum_microbatches(
-    sum_microbatch: Callable[..., Params],
+    sum_microbatch: Callable[..., Any],
+    zeros_fn: Callable[[Params], Any],
     output_fn: Callable[[Params, Example], jax.Array],
     cotangents_fn: CotangentsFn,
     params: Params,
     examples: Examples,
     weights: jax.Array | None,
     microbatch_size: int,
-) -> Params:
+) -> Any:
     """Sums a function over microbatches of the examples, one after the other.
 
     All microbatches have one size, so the function is compiled once; the last one is padded with examples of weight 0.
@@ -46,8 +47,9 @@ def sum_microbatches(
     functions must not close over arrays of that mesh: pass a `jax.tree_util.Partial`, whose arrays are arguments.
 
     Args:
-      sum_microbatch: `(output_fn, cotangents_fn, params, examples, indices, weights) -> tree like params`; the last
-        three arguments have a leading axis of the microbatch's size. It must be linear in the weights.
+      sum_microbatch: `(output_fn, cotangents_fn, params, examples, indices, weights) -> tree`; the last three arguments
+        have a leading axis of the microbatch's size. It must be linear in the weights.
+      zeros_fn: `zeros_fn(params) -> tree`, what the sum starts from.
       output_fn: passed to `sum_microbatch`.
       cotangents_fn: passed to `sum_microbatch`.
       params: a tree of floating-point arrays.
@@ -56,16 +58,16 @@ def sum_microbatches(
       microbatch_size: the largest number of examples per call, and per shard.
 
     Returns:
-      The sum, a tree like `params`, in its dtypes or float32, whichever is wider.
+      The sum, a tree like those of `sum_microbatch`.
     """
 
     def sum_shard(
         functions: tuple[Any, Any], params: Params, examples: Examples, weights: jax.Array | None, shard: jax.Array
-    ) -> Params:
+    ) -> Any:
         num_examples = jax.tree.leaves(examples)[0].shape[0]  # of this shard
         size = equal_size(num_examples, microbatch_size)
 
-        def add_microbatch(total: Params, start: jax.Array) -> tuple[Params, None]:
+        def add_microbatch(total: Any, start: jax.Array) -> tuple[Any, None]:
             positions = start + jnp.arange(size, dtype=jnp.int32)
             rows = jnp.minimum(positions, num_examples - 1)
             microbatch = jax.tree.map(lambda x: x[rows], examples)
@@ -75,7 +77,7 @@ def sum_microbatches(
             return jax.tree.map(jnp.add, total, term), None
 
         starts = jnp.arange(0, num_examples, size, dtype=jnp.int32)
-        return jax.lax.scan(add_microbatch, widened_zeros(params), starts)[0]
+        return jax.lax.scan(add_microbatch, zeros_fn(params), starts)[0]
 
     examples, weights = jax.tree.map(jnp.asarray, (examples, weights))
     mesh, axes = _sharded_over((examples, weights))

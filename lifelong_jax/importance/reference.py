@@ -55,8 +55,16 @@ def sum_over_examples(
     if microbatch_size is None:
         microbatch_size = default_microbatch_size(params)
 
-    sum_microbatch = functools.partial(_sum_microbatch, reduction)
-    return sum_microbatches(sum_microbatch, output_fn, cotangents_fn, params, examples, weights, microbatch_size)
+    return sum_microbatches(
+        functools.partial(_sum_microbatch, reduction),
+        widened_zeros,
+        output_fn,
+        cotangents_fn,
+        params,
+        examples,
+        weights,
+        microbatch_size,
+    )
 
 
 def default_microbatch_size(params: Params) -> int:

@@ -17,16 +17,24 @@ differentiated per example. Both ways are exact; they differ in time and memory,
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from lifelong_jax._numerics import unbatched, widen, widened_zeros
-from lifelong_jax.importance import tapping
+from lifelong_jax._numerics import unbatched, varies, widen, widened_zeros
+from lifelong_jax.importance import reference, tapping
 from lifelong_jax.importance.factors import Lookup
+from lifelong_jax.importance.linearization import (
+    columns_of,
+    first_example,
+    linearize,
+    rows_of,
+    sum_cotangents,
+    tokens_of,
+)
 from lifelong_jax.importance.microbatches import CotangentsFn, Reduction, sum_microbatches
-from lifelong_jax.importance.plan import Plan, Tap, default_microbatch_size, make_plan
+from lifelong_jax.importance.plan import Tap, default_microbatch_size, make_plan
 from lifelong_jax.types import Example, Examples, Params
 
 
@@ -51,11 +59,29 @@ def sum_over_examples(
       >>> sum_over_examples(dense, once, jnp.zeros((2, 1)), examples, reduction="sum_of_squares").ravel()
       Array([10., 20.], dtype=float32)
     """
+    if varies((params, examples)):  # inside of `jax.shard_map`, where jaxprs cannot be evaluated again
+        return reference.sum_over_examples(
+            output_fn,
+            cotangents_fn,
+            params,
+            examples,
+            reduction=reduction,
+            weights=weights,
+            microbatch_size=microbatch_size,
+        )
     examples = jax.tree.map(jnp.asarray, examples)
     if microbatch_size is None:
-        microbatch_size = default_microbatch_size(output_fn, cotangents_fn, params, _first_example(examples))
-    sum_microbatch = functools.partial(_sum_microbatch, reduction)
-    return sum_microbatches(sum_microbatch, output_fn, cotangents_fn, params, examples, weights, microbatch_size)
+        microbatch_size = default_microbatch_size(output_fn, cotangents_fn, params, first_example(examples))
+    return sum_microbatches(
+        functools.partial(_sum_microbatch, reduction),
+        widened_zeros,
+        output_fn,
+        cotangents_fn,
+        params,
+        examples,
+        weights,
+        microbatch_size,
+    )
 
 
 class _Powers(NamedTuple):
@@ -78,10 +104,6 @@ def _powers(reduction: Reduction, num_cotangents: int) -> _Powers:
     return _Powers(jnp.square, jnp.abs, jnp.sqrt)
 
 
-def _first_example(examples: Examples) -> Example:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), examples)
-
-
 def _sum_microbatch(
     reduction: Reduction,
     output_fn: Callable[[Params, Example], jax.Array],
@@ -91,10 +113,10 @@ def _sum_microbatch(
     indices: jax.Array,
     weights: jax.Array,
 ) -> Params:
-    plan = make_plan(output_fn, params, _first_example(examples))
+    plan = make_plan(output_fn, params, first_example(examples))
     taps = {number: leaf_plan for number, leaf_plan in enumerate(plan.leaf_plans) if isinstance(leaf_plan, Tap)}
     over_examples = jax.vmap if indices.shape[0] > 1 else unbatched
-    outputs, pull_back, operands = _linearize(plan, taps, params, examples, over_examples)
+    outputs, pull_back, operands = linearize(plan, taps, params, examples, over_examples)
     cotangents = jnp.moveaxis(over_examples(cotangents_fn)(outputs, indices), 1, 0)
     powers = _powers(reduction, cotangents.shape[0])
     biases = _find_biases(pull_back, cotangents[0], taps) if cotangents.shape[0] > 1 else {}
@@ -109,7 +131,7 @@ def _sum_microbatch(
             if number not in biases
         }
 
-    sums = summands(cotangents[0]) if cotangents.shape[0] == 1 else _sum_cotangents(summands, cotangents)
+    sums = summands(cotangents[0]) if cotangents.shape[0] == 1 else sum_cotangents(summands, cotangents)
     for number, tap in biases.items():
         sums[number] = _sum_examples_early(sums[tap][:, 0], weights, powers)
 
@@ -121,56 +143,6 @@ def _sum_microbatch(
         else:
             leaves[number] = _sum_examples_late(summed, weights, powers)
     return jax.tree.unflatten(structure, leaves)
-
-
-def _linearize(
-    plan: Plan, taps: dict[int, Tap], params: Params, examples: Examples, over_examples: Callable
-) -> tuple[Any, Callable[[jax.Array], tuple[dict[int, jax.Array]]], dict[int, jax.Array]]:
-    """Evaluates all examples; returns the outputs, their pull-back, and the operands of the taps.
-
-    The pull-back returns, for each leaf, the cotangents at its tap, or else the leaf's gradients per example.
-    """
-    leaves = jax.tree.leaves(params)
-    num_examples = jax.tree.leaves(examples)[0].shape[0]
-    uses = {number: tap.use for number, tap in taps.items()}
-
-    def outputs_and_operands(differentiated: dict[int, jax.Array], example: Example) -> tuple[Any, dict]:
-        zeros = {number: differentiated[number] for number in taps}
-        arguments = [leaf if n in taps else differentiated.get(n, leaf) for n, leaf in enumerate(leaves)]
-        arguments += jax.tree.leaves(example)
-        outputs, operands = tapping.evaluate(plan.jaxpr.jaxpr, plan.jaxpr.consts, arguments, uses, zeros)
-        return jax.tree.unflatten(plan.outputs, outputs), operands
-
-    differentiated = {
-        number: _tap_zeros(leaf_plan.use, num_examples)
-        if isinstance(leaf_plan, Tap)
-        else jnp.broadcast_to(leaves[number], (num_examples, *leaves[number].shape))
-        for number, leaf_plan in enumerate(plan.leaf_plans)
-        if not isinstance(leaf_plan, tapping.Unused)
-    }
-    return jax.vjp(
-        lambda differentiated: over_examples(outputs_and_operands)(differentiated, examples),
-        differentiated,
-        has_aux=True,
-    )
-
-
-def _sum_cotangents(
-    summands: Callable[[jax.Array], dict[int, jax.Array]], cotangents: jax.Array
-) -> dict[int, jax.Array]:
-    """Sums over cotangents, one after the other: an array of cotangents × weights would not fit the cache."""
-    start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(summands, cotangents[0]))
-
-    def add(total: dict[int, jax.Array], cotangent: jax.Array) -> tuple[dict[int, jax.Array], None]:
-        # Skips a cotangent that is 0 for all examples: that of a class outside of the head.
-        return jax.lax.cond(
-            jnp.any(cotangent != 0),
-            lambda: jax.tree.map(jnp.add, total, summands(cotangent)),
-            lambda: total,
-        ), None
-
-    total, _ = jax.lax.scan(add, start, cotangents)
-    return total
 
 
 def _find_biases(
@@ -194,26 +166,21 @@ def _find_biases(
     }
 
 
-def _tap_zeros(use: tapping.Use, num_examples: int) -> jax.Array:
-    outputs = use.equation.outvars[0].aval
-    return jnp.zeros((num_examples, *use.lengths, *outputs.shape), outputs.dtype)
-
-
 def _tap_summand(tap: Tap, operand: jax.Array, cotangents: jax.Array, weights: jax.Array, powers: _Powers) -> jax.Array:
     """Computes a tap's summand: a power of the cotangents if gradients are outer products, else of the gradients."""
     if isinstance(tap.factors, Lookup):
-        rows = widen(_grouped(tap, tap.factors.cotangents, cotangents)[:, 0])
-        return powers.summand(_sum_equal_tokens(_tokens(tap, operand), rows, tap.factors.rows))
+        rows = widen(columns_of(tap, cotangents)[:, 0])
+        return powers.summand(_sum_equal_tokens(tokens_of(tap, operand), rows, tap.factors.rows))
     if tap.positions == 1:
-        return powers.summand(widen(_grouped(tap, tap.factors.cotangents, cotangents)[:, :, 0]))
+        return powers.summand(widen(columns_of(tap, cotangents)[:, :, 0]))
 
     precision = tap.factors.precision
 
     def gradients(operand: jax.Array, cotangents: jax.Array) -> jax.Array:
         return jnp.einsum(
             "ngpr,ngpc->ngrc",
-            _operand(tap, operand, cotangents.dtype),
-            _grouped(tap, tap.factors.cotangents, cotangents),
+            rows_of(tap, operand, cotangents.dtype),
+            columns_of(tap, cotangents),
             precision=precision,
             preferred_element_type=widen(cotangents).dtype,
         )
@@ -239,9 +206,9 @@ def _sum_tap(tap: Tap, operand: jax.Array, summed: jax.Array, weights: jax.Array
     weights = weights.astype(summed.dtype).reshape(-1, 1, 1)
     if isinstance(tap.factors, Lookup):
         table = jnp.zeros((tap.factors.rows, tap.factors.columns), summed.dtype)
-        return table.at[_tokens(tap, operand)].add(weights * summed, mode="drop")
+        return table.at[tokens_of(tap, operand)].add(weights * summed, mode="drop")
     # The operand is weighted and not the cotangents, because the bias has the same sum of cotangents, unweighted.
-    weighted = weights * powers.operand(widen(_operand(tap, operand, summed.dtype)[:, :, 0]))
+    weighted = weights * powers.operand(widen(rows_of(tap, operand, summed.dtype)[:, :, 0]))
     if weighted.shape[1] == 1:  # a plain product: on a CPU, a batched one is slower, even with a batch of one
         return jnp.matmul(weighted[:, 0].T, summed[:, 0], precision=tap.factors.precision)[None]
     return jnp.einsum("ngr,ngc->grc", weighted, summed, precision=tap.factors.precision)
@@ -264,27 +231,6 @@ def _sum_equal_tokens(tokens: jax.Array, cotangents: jax.Array, num_rows: int) -
     equal = tokens[:, :, None] == tokens[:, None, :]
     first = jnp.argmax(equal, axis=-1) == jnp.arange(num_tokens)
     return jnp.einsum("npq,nqc->npc", (equal & first[:, :, None]).astype(cotangents.dtype), cotangents)
-
-
-def _tokens(tap: Tap, operand: jax.Array) -> jax.Array:
-    tokens = tapping.nested_vmap(tap.factors.operand, 1 + len(tap.use.lengths))(operand)
-    return tokens.reshape(operand.shape[0], tap.positions)
-
-
-def _operand(tap: Tap, operand: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    grouped = _grouped(tap, tap.factors.operand, operand)
-    return grouped if jnp.issubdtype(grouped.dtype, jnp.floating) else grouped.astype(dtype)  # integer inputs
-
-
-def _grouped(tap: Tap, factor: Callable[[jax.Array], jax.Array], array: jax.Array) -> jax.Array:
-    """Maps `[num_examples, *lengths, ...]` to a factor of all scan steps, `[num_examples, groups, positions, ...]`."""
-    factors = tapping.nested_vmap(factor, 1 + len(tap.use.lengths))(array)
-    factors = factors.reshape(*array.shape[: 1 + len(tap.use.lengths)], -1, *factors.shape[-2:])
-    stacked = [1 + axis for axis, stacks in enumerate(tap.use.stacked) if stacks]
-    shared = [1 + axis for axis, stacks in enumerate(tap.use.stacked) if not stacks]
-    group, position, entry = range(factors.ndim - 3, factors.ndim)
-    factors = factors.transpose(0, *stacked, group, *shared, position, entry)
-    return factors.reshape(array.shape[0], tap.groups, tap.positions, -1)
 
 
 def _restore(tap: Tap, product: jax.Array, leaf: jax.Array) -> jax.Array:

@@ -1,0 +1,474 @@
+"""Importances as quadratic forms: a diagonal, which is an array like the leaf, or Kronecker factors.
+
+A form F says how much a change of one leaf matters: changeᵀ F change. Most importances are diagonal, and their forms
+are arrays. The functions of this module take a leaf's form of either kind. `KroneckerFactors` also knows how the
+leaf's entries correlate, at the price of one matrix for each of its two sides.
+"""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lifelong_jax.types import Params
+
+
+class Layout(NamedTuple):
+    """How the entries of a leaf make matrices: the leaf is split into more axes, and these are reordered.
+
+    Attributes:
+      shape: the leaf's shape.
+      split: the lengths of the axes that the leaf is split into.
+      order: their order in the matrices.
+      matrices: (groups, rows, columns).
+    """
+
+    shape: tuple[int, ...]
+    split: tuple[int, ...]
+    order: tuple[int, ...]
+    matrices: tuple[int, int, int]
+
+    def to_matrices(self, leaf: jax.Array) -> jax.Array:
+        """Maps a leaf to `[groups, rows, columns]`."""
+        return leaf.reshape(self.split).transpose(self.order).reshape(self.matrices)
+
+    def from_matrices(self, matrices: jax.Array) -> jax.Array:
+        """Maps `[groups, rows, columns]` to a leaf."""
+        ordered = matrices.reshape([self.split[axis] for axis in self.order])
+        return ordered.transpose(np.argsort(self.order)).reshape(self.shape)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KroneckerFactors:
+    """The form of a leaf that is a matrix, or a group of matrices, as a Kronecker product of two smaller forms.
+
+        changeᵀ F change = Σ_groups tr(changeᵀ · A · change · G)
+        A = row_basis · diag(row_values) · row_basisᵀ,   G = column_basis · diag(column_values) · column_basisᵀ
+
+    Factors are kept by their eigenvectors, so that the penalty's proximal step has a closed form. It is a pytree; an
+    importance has one in the place of a leaf.
+
+    Attributes:
+      row_basis: `[groups, rows, rows]`, whose columns are A's eigenvectors; None if A is diagonal.
+      row_values: `[groups, rows]`, A's eigenvalues.
+      column_basis: `[groups, columns, columns]`, whose columns are G's eigenvectors; None if G is diagonal.
+      column_values: `[groups, columns]`, G's eigenvalues.
+      layout: how the leaf's entries make `[groups, rows, columns]`.
+
+    Example:
+      >>> layout = Layout((2, 3), (2, 3), (0, 1), (1, 2, 3))
+      >>> form = KroneckerFactors(None, jnp.array([[1.0, 2.0]]), None, jnp.array([[1.0, 0.0, 3.0]]), layout)
+      >>> diagonal(form)
+      Array([[1., 0., 3.],
+             [2., 0., 6.]], dtype=float32)
+
+    Martens and Grosse 2015, arXiv 1503.05671, §3; in continual learning, Ritter, Botev and Barber 2018, arXiv
+    1805.07810.
+    """
+
+    row_basis: jax.Array | None
+    row_values: jax.Array
+    column_basis: jax.Array | None
+    column_values: jax.Array
+    layout: Layout = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The leaf's shape."""
+        return self.layout.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of the factors."""
+        return self.row_values.dtype
+
+
+Form: TypeAlias = jax.Array | KroneckerFactors
+"""The form of one leaf: an array like the leaf, which is the form's diagonal, or Kronecker factors."""
+
+
+def is_form(node: Any) -> bool:
+    """Returns whether a node of a tree has Kronecker factors: the `is_leaf` of functions that map over forms.
+
+    Args:
+      node: any node of a tree.
+
+    Returns:
+      Whether it is a `KroneckerFactors`.
+
+    Example:
+      >>> is_form(jnp.zeros(2))
+      False
+    """
+    return isinstance(node, KroneckerFactors)
+
+
+def from_factors(row_factor: jax.Array, column_factor: jax.Array, layout: Layout) -> KroneckerFactors:
+    """Makes the form of two symmetric, positive semi-definite factors.
+
+    Args:
+      row_factor: A, `[groups, rows, rows]`, or its diagonal `[groups, rows]`.
+      column_factor: G, `[groups, columns, columns]`, or its diagonal `[groups, columns]`.
+      layout: how the leaf's entries make `[groups, rows, columns]`.
+
+    Returns:
+      The form A ⊗ G. Eigenvalues that rounding made negative are 0.
+
+    Example:
+      >>> layout = Layout((2, 1), (2, 1), (0, 1), (1, 2, 1))
+      >>> from_factors(jnp.array([[[2.0, 1.0], [1.0, 2.0]]]), jnp.ones((1, 1)), layout).row_values
+      Array([[1., 3.]], dtype=float32)
+    """
+    return KroneckerFactors(*_eigen(row_factor), *_eigen(column_factor), layout)
+
+
+def times(form: Form, change: jax.Array) -> jax.Array:
+    """Multiplies a form by a change of the leaf: half the gradient of changeᵀ F change.
+
+        form · change    or    A · change · G
+
+    Args:
+      form: the leaf's form.
+      change: an array like the leaf.
+
+    Returns:
+      An array like the leaf.
+
+    Example:
+      >>> times(jnp.array([1.0, 2.0]), jnp.array([3.0, 4.0]))
+      Array([3., 8.], dtype=float32)
+    """
+    if not is_form(form):
+        return form * change
+    return _from_eigenbasis(form, _values(form) * _to_eigenbasis(form, change))
+
+
+def quadratic_terms(form: Form, change: jax.Array) -> jax.Array:
+    """Computes the terms whose sum is changeᵀ F change; none is negative.
+
+        form · change²    or    row_values ⊗ column_values · (row_basisᵀ · change · column_basis)²
+
+    Args:
+      form: the leaf's form.
+      change: an array like the leaf.
+
+    Returns:
+      An array, to be summed.
+
+    Example:
+      >>> quadratic_terms(jnp.array([1.0, 2.0]), jnp.array([3.0, 4.0]))
+      Array([ 9., 32.], dtype=float32)
+    """
+    if not is_form(form):
+        return form * change * change
+    return _values(form) * jnp.square(_to_eigenbasis(form, change))
+
+
+def shrink(form: KroneckerFactors, change: jax.Array, step_size: jax.Array) -> jax.Array:
+    """Computes what the proximal step takes away from a change of the leaf.
+
+        change − (1 + step_size · F)⁻¹ change
+        = row_basis · [x · s / (1 + s)] · column_basisᵀ
+          with x = row_basisᵀ · change · column_basis and s = step_size · row_values ⊗ column_values
+
+    Args:
+      form: the leaf's form.
+      change: an array like the leaf: what leaves the anchor.
+      step_size: η λ, not negative; a scalar.
+
+    Returns:
+      An array like the leaf.
+
+    Example:
+      >>> layout = Layout((1, 2), (1, 2), (0, 1), (1, 1, 2))
+      >>> form = KroneckerFactors(None, jnp.ones((1, 1)), None, jnp.array([[0.0, 3.0]]), layout)
+      >>> shrink(form, jnp.array([[1.0, 1.0]]), jnp.array(1.0))
+      Array([[0.  , 0.75]], dtype=float32)
+    """
+    largest = jnp.finfo(change.dtype).max  # an infinite stiffness, divided by itself or times 0, would be NaN
+    stiffness = jnp.minimum(jnp.minimum(step_size, largest) * _values(form), largest)
+    return _from_eigenbasis(form, stiffness / (1 + stiffness) * _to_eigenbasis(form, change))
+
+
+def scale(form: Form, factor: float | jax.Array) -> Form:
+    """Multiplies a form by a number.
+
+    Args:
+      form: the leaf's form.
+      factor: a number, not negative.
+
+    Returns:
+      The form, in its own dtype.
+
+    Example:
+      >>> scale(jnp.array([1.0, 2.0]), 3.0)
+      Array([3., 6.], dtype=float32)
+    """
+    if not is_form(form):
+        return jnp.asarray(factor, form.dtype) * form
+    return dataclasses.replace(form, row_values=jnp.asarray(factor, form.dtype) * form.row_values)
+
+
+def add(form: Form, other: Form) -> Form:
+    """Adds two forms of one leaf: exactly if they are diagonal, else as the nearest Kronecker product.
+
+    The nearest product has the smallest Frobenius distance from A ⊗ G + A′ ⊗ G′. Its factors are weighted sums,
+    α A + α′ A′ and β G + β′ G′. The weights are the first singular vectors of the rearranged sum (Van Loan), which has
+    rank 2. So they are found from the inner products of the factors alone. `sum_error` is the distance.
+
+    Args:
+      form: the leaf's form.
+      other: another one, of the same kind and layout.
+
+    Returns:
+      The form of the sum.
+
+    Example:
+      >>> add(jnp.array([1.0, 2.0]), jnp.array([3.0, 4.0]))
+      Array([4., 6.], dtype=float32)
+
+    Van Loan and Pitsianis 1993, Approximation with Kronecker products.
+    """
+    if not is_form(form):
+        return form + other
+    rows, columns = _both_factors(form, other)
+    row_weights, column_weights, *_ = _nearest_product(_inner_products(rows), _inner_products(columns))
+
+    def weighted(weights: jax.Array, factors: jax.Array) -> jax.Array:
+        return jnp.sum(weights.reshape(*weights.shape, *[1] * (factors.ndim - 2)) * factors, axis=0)
+
+    return from_factors(weighted(row_weights, rows), weighted(column_weights, columns), form.layout)
+
+
+def sum_error(form: Form, other: Form) -> jax.Array:
+    """Computes how far `add` is from the sum of two forms of one leaf.
+
+        ‖add(form, other) − (form + other)‖ / ‖form + other‖,   in Frobenius norm
+
+    Args:
+      form: the leaf's form.
+      other: another one, of the same kind and layout.
+
+    Returns:
+      A scalar: 0 for diagonal forms; at most 1/√2.
+
+    Example:
+      >>> sum_error(jnp.array([1.0, 2.0]), jnp.array([3.0, 4.0]))
+      Array(0., dtype=float32)
+    """
+    if not is_form(form):
+        return jnp.zeros((), form.dtype)
+    rows, columns = _both_factors(form, other)
+    *_, squared_error, squared_norm = _nearest_product(_inner_products(rows), _inner_products(columns))
+    squared_error, squared_norm = jnp.sum(squared_error), jnp.sum(squared_norm)
+    return jnp.sqrt(squared_error / jnp.where(squared_norm > 0, squared_norm, 1))
+
+
+def diagonal(form: Form) -> jax.Array:
+    """Computes the diagonal of a form.
+
+    Args:
+      form: the leaf's form.
+
+    Returns:
+      An array like the leaf.
+
+    Example:
+      >>> diagonal(jnp.array([1.0, 2.0]))
+      Array([1., 2.], dtype=float32)
+    """
+    if not is_form(form):
+        return form
+
+    def of_side(basis: jax.Array | None, values: jax.Array) -> jax.Array:
+        return values if basis is None else _einsum("gij,gj->gi", jnp.square(basis), values)
+
+    rows, columns = of_side(form.row_basis, form.row_values), of_side(form.column_basis, form.column_values)
+    return form.layout.from_matrices(rows[:, :, None] * columns[:, None, :])
+
+
+def trace(form: Form) -> jax.Array:
+    """Computes the sum of the diagonal of a form.
+
+    Args:
+      form: the leaf's form.
+
+    Returns:
+      A scalar.
+
+    Example:
+      >>> trace(jnp.array([1.0, 2.0]))
+      Array(3., dtype=float32)
+    """
+    if not is_form(form):
+        return jnp.sum(form)
+    return jnp.sum(jnp.sum(form.row_values, axis=1) * jnp.sum(form.column_values, axis=1))
+
+
+def zeros_like(form: Form | jax.ShapeDtypeStruct) -> Form:
+    """Makes the form of a leaf to which nothing matters.
+
+    Args:
+      form: a form of the kind and layout wanted. Its arrays may be `jax.ShapeDtypeStruct`s.
+
+    Returns:
+      A form of zeros; bases are identity matrices.
+
+    Example:
+      >>> zeros_like(jnp.array([1.0, 2.0]))
+      Array([0., 0.], dtype=float32)
+    """
+    if not is_form(form):
+        return jnp.zeros(jnp.shape(form), jnp.result_type(form))
+
+    def identity(basis: jax.Array | None) -> jax.Array | None:
+        return None if basis is None else jnp.broadcast_to(jnp.eye(basis.shape[-1], dtype=basis.dtype), basis.shape)
+
+    return KroneckerFactors(
+        identity(form.row_basis),
+        jnp.zeros(form.row_values.shape, form.dtype),
+        identity(form.column_basis),
+        jnp.zeros(form.column_values.shape, form.dtype),
+        form.layout,
+    )
+
+
+def num_bytes(importance: Params) -> int:
+    """Counts the bytes of an importance, or of any tree.
+
+    Args:
+      importance: a tree of arrays and Kronecker factors; arrays may be `jax.ShapeDtypeStruct`s, so that the memory is
+        known before it is needed: `num_bytes(jax.eval_shape(importance_fn, params))`.
+
+    Returns:
+      The number of bytes.
+
+    Example:
+      >>> num_bytes({"w": jnp.zeros((2, 3))})
+      24
+    """
+    return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(importance))
+
+
+def find_layout(indices: np.ndarray, shape: tuple[int, ...]) -> Layout | None:
+    """Finds how a leaf is split and reordered, from the index in the leaf of each entry of its matrices.
+
+    Args:
+      indices: `[groups, rows, columns]`, each entry's index in the flattened leaf.
+      shape: the leaf's shape.
+
+    Returns:
+      The layout, or None if the entries are moved in another way (reversed, say).
+
+    Example:
+      >>> find_layout(np.array([[[0, 2], [1, 3]]]), (2, 2))  # transposed
+      Layout(shape=(2, 2), split=(2, 2), order=(1, 0), matrices=(1, 2, 2))
+    """
+    lengths_and_strides = [axis for number in range(3) for axis in _split(np.moveaxis(indices, number, 0)[:, 0, 0])]
+    by_stride = sorted(range(len(lengths_and_strides)), key=lambda axis: -lengths_and_strides[axis][1])
+    split = tuple(lengths_and_strides[axis][0] for axis in by_stride)
+    layout = Layout(shape, split, tuple(int(axis) for axis in np.argsort(by_stride)), indices.shape)
+    size = math.prod(shape)
+    if math.prod(split) != size or not np.array_equal(layout.to_matrices(np.arange(size).reshape(shape)), indices):
+        return None
+    return layout
+
+
+def _split(indices: np.ndarray) -> list[tuple[int, int]]:
+    """Splits an axis into axes along which the index grows evenly; returns their lengths and strides."""
+    axes, offsets = [], indices - indices[0]
+    while len(offsets) > 1:
+        even = offsets == np.arange(len(offsets)) * offsets[1]
+        length = len(offsets) if even.all() else int(np.argmin(even))
+        axes.append((length, int(offsets[1])))
+        offsets = offsets[::length]
+    return axes[::-1]
+
+
+def _eigen(factor: jax.Array) -> tuple[jax.Array | None, jax.Array]:
+    """Returns a factor's eigenvectors, or None if it is diagonal, and its eigenvalues."""
+    if factor.ndim == 2:
+        return None, factor
+    values, basis = jnp.linalg.eigh(factor)
+    return basis, jnp.maximum(values, 0)
+
+
+def _factor(basis: jax.Array | None, values: jax.Array) -> jax.Array:
+    return values if basis is None else _einsum("gij,gj,gkj->gik", basis, values, basis)
+
+
+def _both_factors(form: KroneckerFactors, other: KroneckerFactors) -> tuple[jax.Array, jax.Array]:
+    """Returns the row factors of two forms, `[2, groups, ...]`, and their column factors."""
+    rows = jnp.stack([_factor(f.row_basis, f.row_values) for f in (form, other)])
+    columns = jnp.stack([_factor(f.column_basis, f.column_values) for f in (form, other)])
+    return rows, columns
+
+
+def _inner_products(factors: jax.Array) -> jax.Array:
+    """Maps `[2, groups, ...]` to `[groups, 2, 2]`."""
+    flat = factors.reshape(*factors.shape[:2], -1)
+    return _einsum("igx,jgx->gij", flat, flat)
+
+
+def _nearest_product(rows: jax.Array, columns: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Finds the weights of the factors of the nearest product from their inner products, `[groups, 2, 2]`.
+
+    Returns the weights of row factors and of column factors, `[2, groups]`, the squared error and the squared norm,
+    `[groups]`.
+    """
+    # Scaled to unit factors. A singular pair of Σ_i vec(A_i) vec(G_i)ᵀ is (Σ_i α_i A_i, Σ_i β_i G_i) with α ∝ columns β
+    # and β ∝ rows α, so α is the first eigenvector of columns · rows, whose entries are not negative.
+    row_norms, column_norms = (jnp.sqrt(jnp.einsum("gii->gi", products)) for products in (rows, columns))
+    sizes = row_norms * column_norms  # of the two products
+    largest = jnp.max(sizes, axis=1, keepdims=True)
+    relative = jnp.sqrt(sizes / jnp.where(largest > 0, largest, 1))
+
+    def cosines(products: jax.Array, norms: jax.Array) -> jax.Array:
+        inverse = relative / jnp.where(norms > 0, norms, 1)
+        return products * inverse[:, :, None] * inverse[:, None, :]
+
+    rows, columns = cosines(rows, row_norms), cosines(columns, column_norms)
+    products = _einsum("gij,gjk->gik", columns, rows)
+
+    def square(_: int, matrix: jax.Array) -> jax.Array:  # after 12 times, the first eigenvector is all that is left
+        matrix = _einsum("gij,gjk->gik", matrix, matrix)
+        size = jnp.sum(matrix, axis=(1, 2), keepdims=True)
+        return matrix / jnp.where(size > 0, size, 1)
+
+    alpha = jnp.sum(jax.lax.fori_loop(0, 12, square, products), axis=2)
+    length = jnp.sqrt(_einsum("gi,gij,gj->g", alpha, rows, alpha))[:, None]
+    alpha = alpha / jnp.where(length > 0, length, 1)
+    beta = _einsum("gij,gj->gi", rows, alpha)  # of length σ, since Σ α_i A_i has length 1
+    squared_sigma = _einsum("gi,gij,gj->g", beta, columns, beta)
+    squared_norm = jnp.sum(rows * columns, axis=(1, 2))
+    # In the units of the given factors, with the size of the product shared by both sides.
+    size = jnp.sqrt(largest)
+    row_weights = alpha * relative / jnp.where(row_norms > 0, row_norms, 1) * size
+    column_weights = beta * relative / jnp.where(column_norms > 0, column_norms, 1) * size
+    squared_error = jnp.maximum(squared_norm - squared_sigma, 0)
+    return row_weights.T, column_weights.T, squared_error * largest[:, 0] ** 2, squared_norm * largest[:, 0] ** 2
+
+
+def _values(form: KroneckerFactors) -> jax.Array:
+    """Returns the eigenvalues of A ⊗ G, `[groups, rows, columns]`."""
+    return form.row_values[:, :, None] * form.column_values[:, None, :]
+
+
+def _to_eigenbasis(form: KroneckerFactors, change: jax.Array) -> jax.Array:
+    x = form.layout.to_matrices(change)
+    x = x if form.row_basis is None else _einsum("gki,gkj->gij", form.row_basis, x)
+    return x if form.column_basis is None else _einsum("gik,gkj->gij", x, form.column_basis)
+
+
+def _from_eigenbasis(form: KroneckerFactors, x: jax.Array) -> jax.Array:
+    x = x if form.column_basis is None else _einsum("gik,gjk->gij", x, form.column_basis)
+    x = x if form.row_basis is None else _einsum("gik,gkj->gij", form.row_basis, x)
+    return form.layout.from_matrices(x)
+
+
+def _einsum(subscripts: str, *operands: jax.Array) -> jax.Array:
+    return jnp.einsum(subscripts, *operands, precision=jax.lax.Precision.HIGHEST)

@@ -1,0 +1,229 @@
+"""Sums over examples of the Kronecker factors of each leaf's gradients, in one pass.
+
+A tapped leaf's gradient is Σ_position row ⊗ column, with rows from the layer's input and columns from the cotangents at
+its output. Its factors are sums of the outer products of rows, and of columns:
+
+    A = Σ_n weights[n] · Σ_position row rowᵀ / num_positions        weight_sharing="expand"
+    G = Σ_n weights[n] · Σ_cotangent Σ_position column columnᵀ
+
+    A = Σ_n weights[n] · row rowᵀ,       row = the mean over positions          weight_sharing="reduce"
+    G = Σ_n weights[n] · Σ_cotangent column columnᵀ,   column = the sum over positions
+
+Both are exact for a single example with one position. A vector, such as a bias, is a matrix of one row. Its G is the
+matrix of its whole gradients, which is exact. Other leaves keep the diagonal.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Literal, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lifelong_jax._numerics import unbatched, varies, wide_dtype, widen
+from lifelong_jax.forms import Layout, find_layout
+from lifelong_jax.importance import tapping
+from lifelong_jax.importance.factors import Lookup
+from lifelong_jax.importance.linearization import (
+    columns_of,
+    first_example,
+    linearize,
+    rows_of,
+    sum_cotangents,
+    tokens_of,
+)
+from lifelong_jax.importance.microbatches import CotangentsFn, sum_microbatches
+from lifelong_jax.importance.plan import Plan, Tap, default_microbatch_size, make_plan
+from lifelong_jax.types import Example, Examples, Params
+
+WeightSharing: TypeAlias = Literal["expand", "reduce"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FactorSums:
+    """The sums of a leaf's factors: a matrix `[groups, size, size]` for each side, or its diagonal `[groups, size]`."""
+
+    rows: jax.Array
+    columns: jax.Array
+    layout: Layout = dataclasses.field(metadata={"static": True})
+
+
+def sum_over_examples(
+    output_fn: Callable[[Params, Example], jax.Array],
+    cotangents_fn: CotangentsFn,
+    params: Params,
+    examples: Examples,
+    *,
+    weight_sharing: WeightSharing,
+    max_side: int,
+    weights: jax.Array | None = None,
+    microbatch_size: int | None = None,
+) -> Params:
+    """Sums the factors of each leaf over examples; the other arguments are those of `reference.sum_over_examples`.
+
+    Returns:
+      A tree like `params`, with `FactorSums`, or the diagonal, an array, in the place of each leaf.
+    """
+    if varies((params, examples)):
+        raise ValueError(
+            "Kronecker factors cannot be computed inside of jax.shard_map where arrays vary over the mesh: call it "
+            "with check_vma=False, or outside of it with sharded examples."
+        )
+    examples = jax.tree.map(jnp.asarray, examples)
+    if microbatch_size is None:
+        microbatch_size = default_microbatch_size(output_fn, cotangents_fn, params, first_example(examples))
+    plan = make_plan(output_fn, params, first_example(examples))
+    blocks = [_block(plan, number, leaf, max_side) for number, leaf in enumerate(jax.tree.leaves(params))]
+    return sum_microbatches(
+        functools.partial(_sum_microbatch, blocks, weight_sharing),
+        functools.partial(_zeros, blocks),
+        output_fn,
+        cotangents_fn,
+        params,
+        examples,
+        weights,
+        microbatch_size,
+    )
+
+
+class _Block(NamedTuple):
+    """How the factors of a leaf are kept: its layout, and whether each side has a full matrix, not a diagonal."""
+
+    layout: Layout
+    full_rows: bool
+    full_columns: bool
+
+
+def _block(plan: Plan, number: int, leaf: jax.Array, max_side: int) -> _Block | None:
+    """Returns a leaf's block, or None if it keeps the diagonal."""
+    leaf_plan = plan.leaf_plans[number]
+    indices = np.arange(leaf.size, dtype=np.int32).reshape(leaf.shape)
+    matrices = _matrices(leaf_plan, indices) if isinstance(leaf_plan, Tap) else _row_vectors(plan, number, indices)
+    layout = None if matrices is None else find_layout(matrices, leaf.shape)
+    if layout is None:
+        return None
+    _, rows, columns = layout.matrices
+    is_lookup = isinstance(leaf_plan, Tap) and isinstance(leaf_plan.factors, Lookup)
+    block = _Block(layout, 1 < rows <= max_side and not is_lookup, 1 < columns <= max_side)
+    return block if block.full_rows or block.full_columns else None
+
+
+def _matrices(tap: Tap, indices: np.ndarray) -> np.ndarray:
+    """Maps a tapped leaf to `[groups, rows, columns]`; see `structured._restore` for the way back."""
+    factors, num_stacked = tap.factors, sum(tap.use.stacked)
+    groups = 1 if isinstance(factors, Lookup) else factors.groups
+    shape = (groups, factors.rows, factors.columns)
+    with jax.ensure_compile_time_eval():  # the indices are known, though this is traced
+        moved = np.asarray(tap.use.move(jnp.asarray(indices)))
+        places = np.asarray(factors.restore(jnp.arange(math.prod(shape), dtype=jnp.int32).reshape(shape)))
+    moved = moved.reshape(math.prod(moved.shape[:num_stacked]), -1)
+    matrices = np.empty_like(moved)
+    matrices[:, places.ravel()] = moved
+    return matrices.reshape(-1, *shape[1:])
+
+
+def _row_vectors(plan: Plan, number: int, indices: np.ndarray) -> np.ndarray | None:
+    """Maps a vector, or a stack of a scan's vectors, to `[groups, 1, columns]`; returns None for other leaves."""
+    use = tapping.find_use(plan.jaxpr.jaxpr, number)
+    if isinstance(use, tapping.Use) and any(use.stacked):
+        with jax.ensure_compile_time_eval():
+            indices = np.asarray(use.move(jnp.asarray(indices)))
+        stack, shape = np.split(indices.shape, [sum(use.stacked)])
+        indices = indices.reshape(math.prod(stack), *(size for size in shape if size > 1))
+        return indices[:, None, :] if indices.ndim == 2 else None
+    return indices[None, None, :] if indices.ndim == 1 and not isinstance(use, tapping.Unused) else None
+
+
+def _zeros(blocks: list[_Block | None], params: Params) -> Params:
+    leaves, structure = jax.tree.flatten(params)
+
+    def of_leaf(block: _Block | None, leaf: jax.Array) -> FactorSums | jax.Array:
+        if block is None:
+            return jnp.zeros(leaf.shape, wide_dtype(leaf))
+        groups, rows, columns = block.layout.matrices
+        row_shape = (groups, rows, rows) if block.full_rows else (groups, rows)
+        column_shape = (groups, columns, columns) if block.full_columns else (groups, columns)
+        dtype = wide_dtype(leaf)
+        return FactorSums(jnp.zeros(row_shape, dtype), jnp.zeros(column_shape, dtype), block.layout)
+
+    return jax.tree.unflatten(structure, map(of_leaf, blocks, leaves))
+
+
+def _sum_microbatch(
+    blocks: list[_Block | None],
+    weight_sharing: WeightSharing,
+    output_fn: Callable[[Params, Example], jax.Array],
+    cotangents_fn: CotangentsFn,
+    params: Params,
+    examples: Examples,
+    indices: jax.Array,
+    weights: jax.Array,
+) -> Params:
+    plan = make_plan(output_fn, params, first_example(examples))
+    taps = {
+        number: leaf_plan
+        for number, (leaf_plan, block) in enumerate(zip(plan.leaf_plans, blocks, strict=True))
+        if isinstance(leaf_plan, Tap) and block is not None
+    }
+    over_examples = jax.vmap if indices.shape[0] > 1 else unbatched
+    outputs, pull_back, operands = linearize(plan, taps, params, examples, over_examples)
+    cotangents = jnp.moveaxis(over_examples(cotangents_fn)(outputs, indices), 1, 0)
+    reduce = weight_sharing == "reduce"
+
+    def column_sums(cotangents: jax.Array) -> dict[int, jax.Array]:
+        (pulled_back,) = pull_back(cotangents)
+        return {number: of_leaf(number, widen(array)) for number, array in pulled_back.items()}
+
+    def of_leaf(number: int, array: jax.Array) -> jax.Array:
+        block = blocks[number]
+        if block is None:
+            return jnp.tensordot(weights.astype(array.dtype), jnp.square(array), axes=1)
+        if number not in taps:
+            return _outer(jax.vmap(block.layout.to_matrices)(array), weights, block.full_columns)
+        columns = columns_of(taps[number], array)
+        return _outer(jnp.sum(columns, 2, keepdims=True) if reduce else columns, weights, block.full_columns)
+
+    def row_sum(number: int, block: _Block, dtype: np.dtype) -> jax.Array:
+        if number not in taps:
+            return jnp.full((block.layout.matrices[0], 1), jnp.sum(weights), dtype)
+        tap, operand = taps[number], operands[number]
+        if isinstance(tap.factors, Lookup):
+            return _count_tokens(tokens_of(tap, operand), weights.astype(dtype), tap.factors.rows, reduce)[None]
+        rows = widen(rows_of(tap, operand, dtype))
+        if reduce:
+            return _outer(jnp.mean(rows, axis=2, keepdims=True), weights, block.full_rows)
+        return _outer(rows, weights, block.full_rows) / rows.shape[2]
+
+    columns = column_sums(cotangents[0]) if cotangents.shape[0] == 1 else sum_cotangents(column_sums, cotangents)
+    sums, structure = jax.tree.flatten(_zeros(blocks, params), is_leaf=lambda node: isinstance(node, FactorSums))
+    for number, of_columns in columns.items():
+        block = blocks[number]
+        if block is None:
+            sums[number] = of_columns
+        else:
+            sums[number] = FactorSums(row_sum(number, block, of_columns.dtype), of_columns, block.layout)
+    return jax.tree.unflatten(structure, sums)
+
+
+def _outer(vectors: jax.Array, weights: jax.Array, full: bool) -> jax.Array:
+    """Sums the outer products of vectors, `[num_examples, groups, positions, size]`, or only their diagonals."""
+    weighted = weights.astype(vectors.dtype).reshape(-1, 1, 1, 1) * vectors
+    if not full:
+        return jnp.sum(weighted * vectors, axis=(0, 2))
+    return jnp.einsum("ngpi,ngpj->gij", weighted, vectors)
+
+
+def _count_tokens(tokens: jax.Array, weights: jax.Array, num_rows: int, reduce: bool) -> jax.Array:
+    """Sums the squares of one-hot rows, for "expand" one by one, for "reduce" as means over an example's positions."""
+
+    def of_example(tokens: jax.Array) -> jax.Array:
+        return jnp.zeros(num_rows, weights.dtype).at[tokens].add(1, mode="drop")
+
+    if reduce:
+        return jnp.tensordot(weights, jnp.square(jax.vmap(of_example)(tokens) / tokens.shape[1]), axes=1)
+    per_position = jnp.broadcast_to(weights[:, None] / tokens.shape[1], tokens.shape)
+    return jnp.zeros(num_rows, weights.dtype).at[tokens].add(per_position, mode="drop")

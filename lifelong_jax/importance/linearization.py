@@ -1,0 +1,99 @@
+"""Evaluates all examples of a microbatch at once, and pulls cotangents back to the taps of a plan."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lifelong_jax.importance import tapping
+from lifelong_jax.importance.plan import Plan, Tap
+from lifelong_jax.types import Example, Examples, Params
+
+
+def first_example(examples: Examples) -> Example:
+    """Returns the shapes and dtypes of one example."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), examples)
+
+
+def linearize(
+    plan: Plan, taps: dict[int, Tap], params: Params, examples: Examples, over_examples: Callable
+) -> tuple[Any, Callable[[jax.Array], tuple[dict[int, jax.Array]]], dict[int, jax.Array]]:
+    """Evaluates all examples; returns the outputs, their pull-back, and the operands of the taps.
+
+    The pull-back returns, for each leaf, the cotangents at its tap, or else the leaf's gradients per example.
+    """
+    leaves = jax.tree.leaves(params)
+    num_examples = jax.tree.leaves(examples)[0].shape[0]
+    uses = {number: tap.use for number, tap in taps.items()}
+
+    def outputs_and_operands(differentiated: dict[int, jax.Array], example: Example) -> tuple[Any, dict]:
+        zeros = {number: differentiated[number] for number in taps}
+        arguments = [leaf if n in taps else differentiated.get(n, leaf) for n, leaf in enumerate(leaves)]
+        arguments += jax.tree.leaves(example)
+        outputs, operands = tapping.evaluate(plan.jaxpr.jaxpr, plan.jaxpr.consts, arguments, uses, zeros)
+        return jax.tree.unflatten(plan.outputs, outputs), operands
+
+    differentiated = {
+        number: _tap_zeros(leaf_plan.use, num_examples)
+        if isinstance(leaf_plan, Tap)
+        else jnp.broadcast_to(leaves[number], (num_examples, *leaves[number].shape))
+        for number, leaf_plan in enumerate(plan.leaf_plans)
+        if not isinstance(leaf_plan, tapping.Unused)
+    }
+    return jax.vjp(
+        lambda differentiated: over_examples(outputs_and_operands)(differentiated, examples),
+        differentiated,
+        has_aux=True,
+    )
+
+
+def sum_cotangents(
+    summands: Callable[[jax.Array], dict[int, jax.Array]], cotangents: jax.Array
+) -> dict[int, jax.Array]:
+    """Sums over cotangents, one after the other: an array of cotangents × weights would not fit the cache."""
+    start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(summands, cotangents[0]))
+
+    def add(total: dict[int, jax.Array], cotangent: jax.Array) -> tuple[dict[int, jax.Array], None]:
+        # Skips a cotangent that is 0 for all examples: that of a class outside of the head.
+        return jax.lax.cond(
+            jnp.any(cotangent != 0),
+            lambda: jax.tree.map(jnp.add, total, summands(cotangent)),
+            lambda: total,
+        ), None
+
+    total, _ = jax.lax.scan(add, start, cotangents)
+    return total
+
+
+def _tap_zeros(use: tapping.Use, num_examples: int) -> jax.Array:
+    outputs = use.equation.outvars[0].aval
+    return jnp.zeros((num_examples, *use.lengths, *outputs.shape), outputs.dtype)
+
+
+def tokens_of(tap: Tap, operand: jax.Array) -> jax.Array:
+    """Maps the indices of a look-up to `[num_examples, positions]`."""
+    tokens = tapping.nested_vmap(tap.factors.operand, 1 + len(tap.use.lengths))(operand)
+    return tokens.reshape(operand.shape[0], tap.positions)
+
+
+def rows_of(tap: Tap, operand: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Maps the other operand of a product to `[num_examples, groups, positions, rows]`."""
+    rows = _grouped(tap, tap.factors.operand, operand)
+    return rows if jnp.issubdtype(rows.dtype, jnp.floating) else rows.astype(dtype)  # integer inputs
+
+
+def columns_of(tap: Tap, cotangents: jax.Array) -> jax.Array:
+    """Maps the cotangents at a tap to `[num_examples, groups, positions, columns]`."""
+    return _grouped(tap, tap.factors.cotangents, cotangents)
+
+
+def _grouped(tap: Tap, factor: Callable[[jax.Array], jax.Array], array: jax.Array) -> jax.Array:
+    """Maps `[num_examples, *lengths, ...]` to a factor of all scan steps, `[num_examples, groups, positions, ...]`."""
+    factors = tapping.nested_vmap(factor, 1 + len(tap.use.lengths))(array)
+    factors = factors.reshape(*array.shape[: 1 + len(tap.use.lengths)], -1, *factors.shape[-2:])
+    stacked = [1 + axis for axis, stacks in enumerate(tap.use.stacked) if stacks]
+    shared = [1 + axis for axis, stacks in enumerate(tap.use.stacked) if not stacks]
+    group, position, entry = range(factors.ndim - 3, factors.ndim)
+    factors = factors.transpose(0, *stacked, group, *shared, position, entry)
+    return factors.reshape(array.shape[0], tap.groups, tap.positions, -1)

@@ -1,0 +1,30 @@
+"""The quadratic penalty on leaving the anchor: as a term of the loss, and as optax transforms for any pipeline.
+
+What a transform does depends on its place in the chain:
+
+    coupled       chain(add_quadratic_penalty(λ), adam(lr))
+    decoupled     chain(scale_by_adam(), add_quadratic_penalty(λ), scale_by_learning_rate(lr))
+    proximal      chain(adam(lr), proximal_quadratic_penalty(lr, λ)), or proximal_adam(lr, λ)
+    wrong sign    chain(adam(lr), add_quadratic_penalty(λ))
+
+All are called as `optimizer.update(grads, state, params, **consolidation._asdict())`. The anchor and the importance are
+arguments, so that nothing is compiled again when they change. `optax.chain`, `MultiSteps`, `inject_hyperparams`,
+`apply_if_finite`, `contrib.schedule_free` and flax's `nnx.Optimizer.update` pass them on; `optax.masked` and
+`optax.partition` do so with `mask_compatible_extra_args=True`. `TrainState.apply_gradients` of flax's linen drops them.
+Replace it by two lines:
+
+    updates, opt_state = state.tx.update(grads, state.opt_state, state.params, **consolidation._asdict())
+    state = state.replace(step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state)
+
+Parameters whose importance is above 0 are protected. None in the anchor and the importance, for a leaf or a branch,
+means no penalty and takes no memory. Use it for a frozen backbone, or for leaves without gradients (integers,
+functions), where equinox has None, too.
+
+An importance may have Kronecker factors (`kronecker_fisher`) in the place of leaves. The formulas below then hold with
+the product `A · change · G` for `importance · change`, except in `proximal_adam`, which needs a diagonal.
+"""
+
+from lifelong_jax.penalty.proximal import proximal_adam, proximal_quadratic_penalty
+from lifelong_jax.penalty.quadratic import add_quadratic_penalty, quadratic_penalty
+
+__all__ = ["add_quadratic_penalty", "proximal_adam", "proximal_quadratic_penalty", "quadratic_penalty"]
