@@ -6,8 +6,8 @@ At several epochs, on training and on held-out data, this study computes three m
 - the true Fisher F, in expectation over the labels that the model predicts,
 - the empirical Fisher E, at the labels of the data.
 
-It measures how far F and E are from H, how large E is compared with F, and how much of F is not on its diagonal, which
-is all that EWC keeps.
+It measures how far F and E are from H, and how large E is compared with F. It also measures how much of F is left in
+what a penalty can keep of it: the diagonal, as EWC does, or Kronecker factors of each leaf's block.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from jax.flatten_util import ravel_pytree
 from experiments.harness.report import estimate, format_estimate, print_table, progress_bar
 from experiments.harness.runs import Run, compute_once, open_run
 from experiments.harness.settings import RunSettings, Seeds, check_settings, parse_settings
-from lifelong_jax import Batch, TrainingState, init_consolidation, init_training, learn_task
+from lifelong_jax import Batch, TrainingState, forms, init_consolidation, init_training, kronecker_fisher, learn_task
 from lifelong_jax._tables import markdown_table
 from lifelong_jax.datasets import hold_out_validation, load_dataset
 from lifelong_jax.methods import cross_entropy
@@ -37,6 +37,8 @@ from lifelong_jax.tasks import with_permutation
 from lifelong_jax.types import Params
 
 PARTS = ("training", "held-out")
+KEPT = {"diagonal": "diagonal", "kronecker": "Kronecker", "blocks": "blocks"}
+"""What is kept of F, and its names. The blocks, one for each leaf, are the most that Kronecker factors could keep."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,8 +87,13 @@ class Measured(NamedTuple):
       empirical_diagonal_error: the same for the diagonals of H and E.
       true_size: tr F / tr H.
       empirical_size: tr E / tr F.
-      off_diagonal: the share of ‖F‖² that is not on the diagonal.
-      along_step: dᵀ diag(F) d / dᵀ F d, with d the first step of another task: the same images, their pixels permuted.
+      error_of_diagonal: ‖F − X‖ / ‖F‖, with X the diagonal of F.
+      error_of_kronecker: the same with X the Kronecker factors of each leaf.
+      error_of_blocks: the same with X the exact blocks of F, one for each leaf.
+      along_step_diagonal: dᵀ X d / dᵀ F d, with d the first step of another task: the same images, their pixels
+        permuted.
+      along_step_kronecker: the same.
+      along_step_blocks: the same.
     """
 
     accuracy: float
@@ -97,8 +104,12 @@ class Measured(NamedTuple):
     empirical_diagonal_error: float
     true_size: float
     empirical_size: float
-    off_diagonal: float
-    along_step: float
+    error_of_diagonal: float
+    error_of_kronecker: float
+    error_of_blocks: float
+    along_step_diagonal: float
+    along_step_kronecker: float
+    along_step_blocks: float
 
 
 class PerExample(NamedTuple):
@@ -206,24 +217,27 @@ def measure_seed(
 def measure(
     model: MLP, params: Params, data: Mapping[str, Batch], key: jax.Array
 ) -> dict[str, tuple[Measured, PerExample]]:
-    """Compares the three matrices on both parts of the data."""
+    """Compares the matrices on both parts of the data."""
     step = np.asarray(first_step(model, params, data["training"], key), np.float64)
     results = {}
     for part, batch in data.items():
         found = {name: np.asarray(value, np.float64) for name, value in matrices(model, params, batch).items()}
         hessian, true, empirical = found["hessian"], found["true"], found["empirical"]
-        diagonal = np.diag(true)
+        kept = (np.diag(np.diag(true)), found["kronecker"], blocks(true, params))
         numbers = Measured(
             accuracy=float(found["correct"].mean()),
             loss=float(found["loss"]),
             true_error=relative_error(true, hessian),
             empirical_error=relative_error(empirical, hessian),
-            true_diagonal_error=relative_error(diagonal, np.diag(hessian)),
+            true_diagonal_error=relative_error(np.diag(true), np.diag(hessian)),
             empirical_diagonal_error=relative_error(np.diag(empirical), np.diag(hessian)),
             true_size=float(np.trace(true) / np.trace(hessian)),
             empirical_size=float(np.trace(empirical) / np.trace(true)),
-            off_diagonal=float(1 - np.sum(diagonal**2) / np.sum(true**2)),
-            along_step=float(step**2 @ diagonal / (step @ true @ step)),
+            **{f"error_of_{name}": relative_error(matrix, true) for name, matrix in zip(KEPT, kept, strict=True)},
+            **{
+                f"along_step_{name}": float(step @ matrix @ step / (step @ true @ step))
+                for name, matrix in zip(KEPT, kept, strict=True)
+            },
         )
         measurable = found["doubt"] > 1e-6  # below this, rounding errors dominate
         ratio = found["empirical_trace"][measurable] / found["true_trace"][measurable]
@@ -245,9 +259,26 @@ def relative_error(approximation: np.ndarray, exact: np.ndarray) -> float:
     return float(np.linalg.norm(exact - approximation) / np.linalg.norm(exact))
 
 
+def blocks(matrix: np.ndarray, params: Params) -> np.ndarray:
+    """Keeps the blocks of a matrix `[num_params, num_params]` on its diagonal, one for each leaf; others become 0."""
+    sizes = [leaf.size for leaf in jax.tree.leaves(params)]
+    leaf_of = np.repeat(np.arange(len(sizes)), sizes)
+    return np.where(leaf_of[:, None] == leaf_of, matrix, 0)
+
+
+def dense(importance: Params) -> jax.Array:
+    """Writes the forms of an importance into one matrix, `[num_params, num_params]`, in the order of its leaves."""
+
+    def block(form: forms.Form) -> jax.Array:
+        units = jnp.eye(math.prod(form.shape), dtype=form.dtype)
+        return jax.vmap(lambda unit: forms.times(form, unit.reshape(form.shape)).ravel())(units)
+
+    return jax.scipy.linalg.block_diag(*map(block, jax.tree.leaves(importance, is_leaf=forms.is_form)))
+
+
 @functools.partial(jax.jit, static_argnames=("model",))
 def matrices(model: MLP, params: Params, batch: Batch) -> dict[str, jax.Array]:
-    """Computes the Hessian of the mean loss and both Fishers, each `[num_params, num_params]`.
+    """Computes the Hessian of the mean loss, both Fishers and F's Kronecker factors, `[num_params, num_params]`.
 
     With J_n the Jacobian of example n's logits, and s_nc = e_c − p_n the gradient of log p(c) at the logits:
 
@@ -279,6 +310,7 @@ def matrices(model: MLP, params: Params, batch: Batch) -> dict[str, jax.Array]:
         "hessian": jax.hessian(mean_loss)(flat),
         "true": weighted.T @ weighted / num_examples,
         "empirical": label_scores.T @ label_scores / num_examples,
+        "kronecker": dense(kronecker_fisher(model.apply, params, batch.inputs)),
         "loss": mean_loss(flat),
         "correct": jnp.argmax(logits, axis=-1) == batch.labels,
         "doubt": jnp.sum(jnp.where(is_other, probabilities, 0), axis=-1),
@@ -311,29 +343,35 @@ def report(
         "median_ratio_where_sure": float(np.median(examples.ratio[sure])) if sure.any() else math.nan,
     }
     run.write_summary({"epochs": config.epochs, "measured": summary, "examples": of_examples})
-    columns = {
-        "error of F, %": ("true_error", 100, 0),
-        "error of E, %": ("empirical_error", 100, 0),
-        "tr E / tr F": ("empirical_size", 1, 2),
-        "diagonal error of F, %": ("true_diagonal_error", 100, 1),
-        "F off diagonal, %": ("off_diagonal", 100, 0),
-        "diag(F) of F along B, %": ("along_step", 100, 0),
+    tables = {
+        "The Hessian H, the true Fisher F and the empirical Fisher E; errors relative to H, Frobenius norm": {
+            "error of F, %": ("true_error", 100, 0),
+            "error of E, %": ("empirical_error", 100, 0),
+            "tr E / tr F": ("empirical_size", 1, 2),
+            "diagonal error of F, %": ("true_diagonal_error", 100, 1),
+        },
+        "What is kept of F: errors relative to F, Frobenius norm, and how much of F along B's first step": {
+            **{f"error of {name}, %": (f"error_of_{field}", 100, 0) for field, name in KEPT.items()},
+            **{f"{name} along B, %": (f"along_step_{field}", 100, 0) for field, name in KEPT.items()},
+        },
     }
-    header = ["data", "epoch", *columns]
     in_table = sorted({0, len(config.epochs) // 2, len(config.epochs) - 1})
-    rows = [
-        [
-            f"{activation}, {part}",
-            str(config.epochs[index]),
-            *(format_estimate(summary[activation][part][field][index], *form) for field, *form in columns.values()),
+    texts = []
+    for title, columns in tables.items():
+        header = ["data", "epoch", *columns]
+        rows = [
+            [
+                f"{activation}, {part}",
+                str(config.epochs[index]),
+                *(format_estimate(summary[activation][part][field][index], *form) for field, *form in columns.values()),
+            ]
+            for activation in config.activations
+            for part in PARTS
+            for index in in_table
         ]
-        for activation in config.activations
-        for part in PARTS
-        for index in in_table
-    ]
-    title = "The Hessian H, the true Fisher F and the empirical Fisher E; errors relative to H, Frobenius norm"
-    print_table(console, title, header, rows)
-    (run.folder / "table.md").write_text(markdown_table(header, rows))
+        print_table(console, title, header, rows)
+        texts.append(markdown_table(header, rows))
+    (run.folder / "table.md").write_text("\n".join(texts))
 
 
 def draw(
@@ -354,7 +392,8 @@ def draw(
     }
     title = f"the true Fisher is {off['true_error']} % off the Hessian, the empirical {off['empirical_error']} %"
     figure = make_figure(8.6, 6.4, f"After {epochs[-1]} epochs {title}")
-    (error, size), (ratio, diagonal) = figure.subplots(2, 2)
+    axes = figure.subplot_mosaic([["error"] * 2 + ["size"] * 2 + ["ratio"] * 2, ["kept"] * 3 + ["step"] * 3])
+    error, size, ratio, kept, step = (axes[name] for name in ("error", "size", "ratio", "kept", "step"))
     for activation, style in zip(config.activations, ("-", "--"), strict=False):
         training, held_out = (values[activation][part] for part in PARTS)
         options = {"linestyle": style, "marker": "o", "markersize": 3}
@@ -362,27 +401,27 @@ def draw(
         draw_over_seeds(error, epochs, training["true_error"], COLORS[0], f"true, {activation}", **options)
         draw_over_seeds(size, epochs, held_out["empirical_size"], COLORS[3], f"held-out data, {activation}", **options)
         draw_over_seeds(size, epochs, training["empirical_size"], COLORS[1], f"training data, {activation}", **options)
-        draw_over_seeds(
-            diagonal, epochs, training["off_diagonal"], COLORS[0], f"‖F‖² off the diagonal, {activation}", **options
-        )
-        draw_over_seeds(
-            diagonal, epochs, training["along_step"], COLORS[2], f"dᵀFd on the diagonal, {activation}", **options
-        )
-    for axis in (error, size, diagonal):
+        for (field, name), color in zip(KEPT.items(), (COLORS[1], COLORS[0], "black"), strict=True):
+            draw_over_seeds(kept, epochs, training[f"error_of_{field}"], color, f"{name}, {activation}", **options)
+            draw_over_seeds(step, epochs, training[f"along_step_{field}"], color, f"{name}, {activation}", **options)
+    for axis in (error, size, kept, step):
         axis.set_xscale("symlog", linthresh=1)
         axis.set_xlabel("epochs")
         axis.legend(frameon=False, fontsize=9)
-    error.set(yscale="log", ylabel="relative error to the Hessian", title="distance to the Hessian, training data")
+    error.set(yscale="log", ylabel="relative error to the Hessian", title="distance to the Hessian", ylim=(2e-3, 1.3))
     size.set(yscale="log", ylabel="trace, empirical / true", title="size of the empirical Fisher")
     size.axhline(1, color="0.7", linewidth=0.8, zorder=0)
-    diagonal.set(ylim=(0, 1.02), ylabel="share", title="F's diagonal (d: first step of another task)")
+    kept.set(ylim=(0, 1.02), ylabel="‖F − X‖ / ‖F‖", title="what X leaves out of F")
+    step.set(ylim=(0, 1.02), ylabel="dᵀXd / dᵀFd", title="X along d, the first step of another task")
     drawn = np.random.default_rng(0).permutation(examples.doubt.size)[:3000]
     ratio.plot(examples.doubt[drawn], examples.ratio[drawn], ".", color=COLORS[4], markersize=2)
     doubt = 1 / (1 + np.geomspace(1e6, 1e-4))
     ratio.plot(doubt, doubt / (1 - doubt), color="black", linewidth=1, label="bound, ε / (1 − ε)")
     ratio.set(xscale="log", yscale="log", xlabel="doubt ε = 1 − p(label)", ylabel="trace, empirical / true")
-    ratio.set(title="each training example, all epochs", ylim=(1e-7, 1e3))
+    ratio.set(title="each example, all epochs", ylim=(1e-7, 1e3))
     ratio.legend(frameon=False, fontsize=9)
+    for axis in axes.values():
+        axis.title.set_fontsize(11)
     figure.savefig(run.folder / "fisher_curvature.png")
 
 

@@ -12,7 +12,8 @@ import numpy as np
 
 from lifelong_jax import __version__, _checks, _files
 from lifelong_jax._extras import needs_extra
-from lifelong_jax.types import Consolidation
+from lifelong_jax.forms import is_form
+from lifelong_jax.types import Consolidation, Params
 
 with needs_extra("checkpoint"):
     import safetensors
@@ -30,7 +31,8 @@ def save_consolidation(
 
     A leaf is named by its path in the tree, as in error messages: `anchor['params']['Dense_0']['kernel']`. The metadata
     (see `read_metadata`) hold the estimator of the importance, the number of examples, the formula of the penalty, the
-    library's version, and a SHA-256 digest of the tensors and the other metadata.
+    library's version, and a SHA-256 digest of the tensors and the other metadata. Of Kronecker factors, they also hold
+    how the entries of each leaf make matrices.
 
     Args:
       file: path of the file. An old file there is replaced only when the new one is complete.
@@ -75,6 +77,8 @@ def save_consolidation(
         "penalty": _PENALTY,
         "library_version": __version__,
     }
+    if layouts := _layouts(importance):
+        metadata["layouts"] = json.dumps(layouts)
     metadata["sha256"] = _digest(tensors, metadata)
     _files.write(pathlib.Path(file), safetensors.numpy.save(tensors, metadata), sync=sync)
 
@@ -84,7 +88,8 @@ def load_consolidation(file: str | os.PathLike, like: Consolidation) -> Consolid
 
     Args:
       file: path of the file.
-      like: a consolidation with the expected structure, shapes and dtypes, such as `init_consolidation(params)`. Its
+      like: a consolidation with the expected structure, shapes and dtypes, such as `init_consolidation(params)`, or
+        `init_consolidation(params, like=importance)` if the importance has Kronecker factors. Its
         leaves may be `jax.ShapeDtypeStruct`, since their values are not used. The loaded arrays get their sharding.
 
     Returns:
@@ -101,9 +106,13 @@ def load_consolidation(file: str | os.PathLike, like: Consolidation) -> Consolid
         ...
       FileNotFoundError: No such file or directory: /nowhere.safetensors
     """
-    tensors, _ = _read(file)
+    tensors, metadata = _read(file)
     wanted = _files.named_leaves("anchor", like.anchor) | _files.named_leaves("importance", like.importance)
     _files.check_fits(str(file), _files.describe_leaves(tensors), _files.describe_leaves(wanted))
+    found, expected = json.loads(metadata.get("layouts", "{}")), _layouts(like.importance)
+    for name, layout in expected.items():
+        if found.get(name) != layout:
+            raise ValueError(f"{name} has the layout {found.get(name)} in {file}, but {layout} in like.")
     leaves = [_place(name, tensors[name], leaf) for name, leaf in wanted.items()]
     loaded = jax.tree.unflatten(jax.tree.structure(like), leaves)
     _checks.check_finite("anchor", loaded.anchor, hint=f"So {file} was not written by save_consolidation.")
@@ -156,6 +165,13 @@ def _digest(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> s
     for name in sorted(tensors):
         digest.update(np.ascontiguousarray(tensors[name]).tobytes())
     return digest.hexdigest()
+
+
+def _layouts(importance: Params) -> dict[str, list]:
+    """Returns the layout of each leaf with Kronecker factors, in a form that JSON keeps."""
+    leaves = jax.tree.leaves_with_path(importance, is_leaf=is_form)
+    layouts = {"importance" + jax.tree_util.keystr(path): form.layout for path, form in leaves if is_form(form)}
+    return {name: [list(part) for part in layout] for name, layout in layouts.items()}
 
 
 def _place(name: str, tensor: np.ndarray, like: Any) -> jax.Array:

@@ -126,6 +126,29 @@ def from_factors(row_factor: jax.Array, column_factor: jax.Array, layout: Layout
     return KroneckerFactors(*_eigen(row_factor), *_eigen(column_factor), layout)
 
 
+def factors_of(form: KroneckerFactors) -> tuple[jax.Array, jax.Array]:
+    """Multiplies out the two factors of a form.
+
+    Args:
+      form: the leaf's form.
+
+    Returns:
+      A, `[groups, rows, rows]`, or its diagonal `[groups, rows]`; and G, `[groups, columns, columns]`, or its diagonal.
+
+    Example:
+      >>> layout = Layout((2, 1), (2, 1), (0, 1), (1, 2, 1))
+      >>> form = from_factors(jnp.array([[[2.0, 1.0], [1.0, 2.0]]]), jnp.ones((1, 1)), layout)
+      >>> factors_of(form)[0].round(3)
+      Array([[[2., 1.],
+              [1., 2.]]], dtype=float32)
+    """
+
+    def of_side(basis: jax.Array | None, values: jax.Array) -> jax.Array:
+        return values if basis is None else _einsum("gij,gj,gkj->gik", basis, values, basis)
+
+    return of_side(form.row_basis, form.row_values), of_side(form.column_basis, form.column_values)
+
+
 def times(form: Form, change: jax.Array) -> jax.Array:
     """Multiplies a form by a change of the leaf: half the gradient of changeᵀ F change.
 
@@ -397,15 +420,10 @@ def _eigen(factor: jax.Array) -> tuple[jax.Array | None, jax.Array]:
     return basis, jnp.maximum(values, 0)
 
 
-def _factor(basis: jax.Array | None, values: jax.Array) -> jax.Array:
-    return values if basis is None else _einsum("gij,gj,gkj->gik", basis, values, basis)
-
-
 def _both_factors(form: KroneckerFactors, other: KroneckerFactors) -> tuple[jax.Array, jax.Array]:
     """Returns the row factors of two forms, `[2, groups, ...]`, and their column factors."""
-    rows = jnp.stack([_factor(f.row_basis, f.row_values) for f in (form, other)])
-    columns = jnp.stack([_factor(f.column_basis, f.column_values) for f in (form, other)])
-    return rows, columns
+    (rows, columns), (other_rows, other_columns) = factors_of(form), factors_of(other)
+    return jnp.stack([rows, other_rows]), jnp.stack([columns, other_columns])
 
 
 def _inner_products(factors: jax.Array) -> jax.Array:

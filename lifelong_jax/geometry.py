@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike
 
 from lifelong_jax import _checks
 from lifelong_jax._numerics import wide_dtype
+from lifelong_jax.forms import is_form, times
 from lifelong_jax.types import Examples, LossFn, Params
 
 
@@ -131,9 +132,9 @@ def loss_on_plane(loss_fn: LossFn, plane: Plane, first: ArrayLike, second: Array
 def penalty_on_plane(plane: Plane, importance: Params) -> np.ndarray:
     """Computes the matrix M of a quadratic penalty in a plane, for strength 1 and the anchor in the plane's origin.
 
-        penalty = ½ · cᵀ M c,   M_jk = Σ_i importance_i · axes_j,i · axes_k,i
+        penalty = ½ · cᵀ M c,   M_jk = Σ_i importance_i · axes_j,i · axes_k,i    or    axes_jᵀ F axes_k
 
-    with c the coordinates of a point.
+    with c the coordinates of a point, and F the form of an importance with Kronecker factors.
 
     Args:
       plane: from `plane_through`.
@@ -152,8 +153,8 @@ def penalty_on_plane(plane: Plane, importance: Params) -> np.ndarray:
       [[2.0, 0.0], [0.0, 3.0]]
     """
     _checks.check_same_structure("importance", importance, "plane.origin", plane.origin)
-    axes = np.stack([_flatten(axis) for axis in plane.axes])
-    return axes * _flatten(importance) @ axes.T
+    products = [jax.tree.map(times, importance, axis, is_leaf=is_form) for axis in plane.axes]
+    return np.stack([_flatten(axis) for axis in plane.axes]) @ np.stack([_flatten(product) for product in products]).T
 
 
 def importance_overlap(importance: Params, other: Params) -> float:
@@ -164,7 +165,7 @@ def importance_overlap(importance: Params, other: Params) -> float:
     with F and G the two importances as diagonal matrices, each scaled to trace 1, and d their Fréchet distance.
 
     Args:
-      importance: a tree of arrays, not negative; for a single layer, say.
+      importance: a diagonal importance, a tree of arrays; of a single layer, say.
       other: a tree like `importance`.
 
     Returns:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lifelong_jax import _checks
+from lifelong_jax import _checks, forms
 from lifelong_jax._extras import needs_extra
 from lifelong_jax._numerics import pad
 from lifelong_jax.datasets.named import scale_bytes
@@ -154,7 +154,8 @@ def mean_over_stream(
 
         Σ_batches Σweights · mean_fn(state, batch, key) / Σ_batches Σweights
 
-    It is exact: an importance over a stream is the importance over the same examples in memory.
+    It is exact: an importance over a stream is the importance over the same examples in memory. Of Kronecker factors,
+    each factor's mean is computed. Their eigenvectors are computed for every batch, so let batches be large.
 
     Args:
       mean_fn: `mean_fn(state, batch, key) -> tree`, a mean over the batch's examples weighted by `batch.weights`, such
@@ -189,10 +190,11 @@ def mean_over_stream(
         batch_key = None if key is None else jax.random.fold_in(key, number)
         if total is None:
             shapes = jax.eval_shape(mean_fn, state, batch, batch_key)
-            total = (jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes), jnp.zeros(()))
+            sums = jax.eval_shape(_with_factors, shapes)
+            total = (jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), sums), jnp.zeros(()))
         total = jax.block_until_ready(_add_batch(mean_fn, total, state, batch, batch_key))
     summed, weight = total
-    return jax.tree.map(lambda leaf: leaf / weight.astype(leaf.dtype), summed)
+    return _with_forms(jax.tree.map(lambda leaf: leaf / weight.astype(leaf.dtype), summed), shapes)
 
 
 @functools.partial(jax.jit, static_argnames=("loss_fn", "optimizer"), donate_argnames=("state",))
@@ -222,10 +224,26 @@ def _add_batch(
 ) -> tuple[Any, jax.Array]:
     summed, weight = total
     batch_weight = jnp.sum(batch.weights)
-    means = mean_fn(state, batch, key)
+    means = _with_factors(mean_fn(state, batch, key))
     # If all weights of a batch are 0, its mean is not defined.
     weighted = jax.tree.map(lambda m: jnp.where(batch_weight > 0, batch_weight.astype(m.dtype) * m, 0), means)
     return jax.tree.map(jnp.add, summed, weighted), weight + batch_weight
+
+
+def _with_factors(tree: Any) -> Any:
+    """Replaces forms by their factors: sums of eigenvectors would mean nothing."""
+    return jax.tree.map(
+        lambda node: forms.factors_of(node) if forms.is_form(node) else node, tree, is_leaf=forms.is_form
+    )
+
+
+def _with_forms(tree: Any, shapes: Any) -> Any:
+    """Makes forms of factors, where `shapes` has forms."""
+
+    def of_node(shape: Any, node: Any) -> Any:
+        return forms.from_factors(*node, shape.layout) if forms.is_form(shape) else node
+
+    return jax.tree.map(of_node, shapes, tree, is_leaf=forms.is_form)
 
 
 def _check(source: Source, batch_size: int) -> None:

@@ -11,12 +11,13 @@ WITH_EXTRAS = {"datasets", "streaming", "models", "checkpoint", "plotting", "geo
 FORBIDDEN = {"experiments", "rich", "tyro", "fcntl", "SystemExit"}
 
 # What each module, or package, of the library may import of the library; those that are not named may import all.
-BASE = {"types", "_checks", "_numerics"}
+BASE = {"types", "forms", "_checks", "_numerics"}
 MAY_IMPORT = {
     "types": set(),
     "_files": set(),
     "_tables": set(),
-    "_checks": {"types"},
+    "forms": {"types"},
+    "_checks": {"types", "forms"},
     "_numerics": {"types"},
     "importance": BASE | {"_tables"},
     "consolidation": BASE,

@@ -15,6 +15,7 @@ matrix of its whole gradients, which is exact. Other leaves keep the diagonal.
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple, TypeAlias
@@ -29,6 +30,7 @@ from lifelong_jax.importance import tapping
 from lifelong_jax.importance.factors import Lookup
 from lifelong_jax.importance.linearization import (
     columns_of,
+    find_biases,
     first_example,
     linearize,
     rows_of,
@@ -39,13 +41,18 @@ from lifelong_jax.importance.microbatches import CotangentsFn, sum_microbatches
 from lifelong_jax.importance.plan import Plan, Tap, default_microbatch_size, make_plan
 from lifelong_jax.types import Example, Examples, Params
 
+_MAX_BLOCKS = 8  # more would save little, and make the products narrow
+
 WeightSharing: TypeAlias = Literal["expand", "reduce"]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FactorSums:
-    """The sums of a leaf's factors: a matrix `[groups, size, size]` for each side, or its diagonal `[groups, size]`."""
+    """The sums of a leaf's factors: a matrix `[groups, size, size]` for each side, or its diagonal `[groups, size]`.
+
+    Of a matrix, which is symmetric, only the entries on and above the diagonal count.
+    """
 
     rows: jax.Array
     columns: jax.Array
@@ -173,10 +180,13 @@ def _sum_microbatch(
     outputs, pull_back, operands = linearize(plan, taps, params, examples, over_examples)
     cotangents = jnp.moveaxis(over_examples(cotangents_fn)(outputs, indices), 1, 0)
     reduce = weight_sharing == "reduce"
+    biases = find_biases(pull_back, cotangents[0], taps)
+    biases = {number: tap for number, tap in biases.items() if blocks[number] is not None}
 
     def column_sums(cotangents: jax.Array) -> dict[int, jax.Array]:
         (pulled_back,) = pull_back(cotangents)
-        return {number: of_leaf(number, widen(array)) for number, array in pulled_back.items()}
+        others = {number: array for number, array in pulled_back.items() if number not in biases}
+        return {number: of_leaf(number, widen(array)) for number, array in others.items()}
 
     def of_leaf(number: int, array: jax.Array) -> jax.Array:
         block = blocks[number]
@@ -199,6 +209,7 @@ def _sum_microbatch(
         return _outer(rows, weights, block.full_rows) / rows.shape[2]
 
     columns = column_sums(cotangents[0]) if cotangents.shape[0] == 1 else sum_cotangents(column_sums, cotangents)
+    columns |= {number: columns[tap] for number, tap in biases.items()}
     sums, structure = jax.tree.flatten(_zeros(blocks, params), is_leaf=lambda node: isinstance(node, FactorSums))
     for number, of_columns in columns.items():
         block = blocks[number]
@@ -210,11 +221,25 @@ def _sum_microbatch(
 
 
 def _outer(vectors: jax.Array, weights: jax.Array, full: bool) -> jax.Array:
-    """Sums the outer products of vectors, `[num_examples, groups, positions, size]`, or only their diagonals."""
+    """Sums the outer products of vectors, `[num_examples, groups, positions, size]`, or only their diagonals.
+
+    Of the matrices, only the blocks on and above the diagonal are computed; the others are 0.
+    """
     weighted = weights.astype(vectors.dtype).reshape(-1, 1, 1, 1) * vectors
     if not full:
         return jnp.sum(weighted * vectors, axis=(0, 2))
-    return jnp.einsum("ngpi,ngpj->gij", weighted, vectors)
+    groups, size = vectors.shape[1], vectors.shape[3]
+    left, right = (jnp.moveaxis(array, 1, 0).reshape(groups, -1, size) for array in (weighted, vectors))
+
+    def products(start: int, end: int) -> jax.Array:
+        rows, columns = left[:, :, start:end], right[:, :, start:]
+        if groups == 1:  # a plain product: on a CPU, a batched one is slower, even with a batch of one
+            return jnp.matmul(rows[0].T, columns[0])[None]
+        return jnp.einsum("gmi,gmj->gij", rows, columns)
+
+    bounds = np.linspace(0, size, 1 + max(1, min(_MAX_BLOCKS, size // 64))).astype(int).tolist()
+    blocks = [jnp.pad(products(start, end), ((0, 0), (0, 0), (start, 0))) for start, end in itertools.pairwise(bounds)]
+    return jnp.concatenate(blocks, axis=1)
 
 
 def _count_tokens(tokens: jax.Array, weights: jax.Array, num_rows: int, reduce: bool) -> jax.Array:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 
 from lifelong_jax import _checks, forms
 from lifelong_jax.importance import cotangents, factor_sums
@@ -64,7 +65,6 @@ def kronecker_fisher(
         arrays vary over a mesh inside of `jax.shard_map`.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> logits_fn = lambda params, x: x @ params
       >>> importance = kronecker_fisher(logits_fn, jnp.zeros((1, 2)), jnp.array([[1.0], [3.0]]))
       >>> importance.row_values  # the mean of 1² and 3²
@@ -114,7 +114,6 @@ def empirical_kronecker_fisher(
       ValueError: as for `empirical_fisher_diagonal` and `kronecker_fisher`.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> loss_fn = lambda params, example: 0.5 * jnp.sum((example["x"] @ params - example["y"]) ** 2)
       >>> examples = {"x": jnp.array([[1.0], [3.0]]), "y": jnp.zeros((2, 2))}
       >>> empirical_kronecker_fisher(loss_fn, jnp.array([[1.0, 0.0]]), examples).column_values
@@ -139,6 +138,13 @@ def _sum_fn(weight_sharing: WeightSharing, max_side: int) -> Callable[..., Param
 @jax.jit
 def _forms(means: Params) -> Params:
     def of_leaf(mean: FactorSums | jax.Array) -> forms.Form:
-        return forms.from_factors(mean.rows, mean.columns, mean.layout) if isinstance(mean, FactorSums) else mean
+        if not isinstance(mean, FactorSums):
+            return mean
+        return forms.from_factors(_symmetric(mean.rows), _symmetric(mean.columns), mean.layout)
 
     return jax.tree.map(of_leaf, means, is_leaf=lambda node: isinstance(node, FactorSums))
+
+
+def _symmetric(upper: jax.Array) -> jax.Array:
+    """Mirrors matrices, `[groups, size, size]`, at their diagonals; leaves diagonals, `[groups, size]`, as they are."""
+    return upper if upper.ndim == 2 else jnp.triu(upper) + jnp.matrix_transpose(jnp.triu(upper, 1))

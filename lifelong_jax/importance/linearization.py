@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from lifelong_jax.importance import tapping
+from lifelong_jax.importance.factors import Lookup
 from lifelong_jax.importance.plan import Plan, Tap
 from lifelong_jax.types import Example, Examples, Params
 
@@ -64,6 +65,27 @@ def sum_cotangents(
 
     total, _ = jax.lax.scan(add, start, cotangents)
     return total
+
+
+def find_biases(
+    pull_back: Callable[[jax.Array], tuple[dict[int, jax.Array]]], cotangent: jax.Array, taps: dict[int, Tap]
+) -> dict[int, int]:
+    """Finds each leaf whose gradient is the cotangents at a tap: the bias of the tapped layer. Returns leaf: tap.
+
+    What is summed of both is then the same. In a loop over cotangents, XLA does not notice, and would compute it twice.
+    """
+    jaxpr, (pulled_back,) = jax.make_jaxpr(pull_back, return_shape=True)(cotangent)
+    variables = jax.tree.unflatten(jax.tree.structure(pulled_back), jaxpr.jaxpr.outvars)
+    taps_of_vectors = {
+        variables[number]: number
+        for number, tap in taps.items()
+        if not isinstance(tap.factors, Lookup) and tap.positions == tap.groups == 1 and pulled_back[number].ndim == 2
+    }
+    return {
+        number: taps_of_vectors[variable]
+        for number, variable in variables.items()
+        if number not in taps and variable in taps_of_vectors
+    }
 
 
 def _tap_zeros(use: tapping.Use, num_examples: int) -> jax.Array:

@@ -1,12 +1,14 @@
 """Importances scaled to mean 1, or to maximum 1."""
 
+import dataclasses
+import functools
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from lifelong_jax import _checks
+from lifelong_jax import _checks, forms
 from lifelong_jax._numerics import widen
 from lifelong_jax.types import Params
 
@@ -24,7 +26,7 @@ def normalize_importance(importance: Params, to: Literal["mean", "max"] = "mean"
     replace it. All tasks then count alike, and the strength is no longer that of the Laplace form of EWC.
 
     Args:
-      importance: a tree of arrays, not negative.
+      importance: a tree of arrays, not negative, and of Kronecker factors, which are scaled by their diagonals.
       to: "mean" or "max".
 
     Returns:
@@ -43,12 +45,26 @@ def normalize_importance(importance: Params, to: Literal["mean", "max"] = "mean"
     _checks.check_params("importance", importance)
     _checks.check_importance("importance", importance)
     importance = jax.tree.map(widen, importance)
-    largest = optax.tree.max(importance)
+    diagonal = _map_forms(forms.diagonal, importance)
+    largest = optax.tree.max(diagonal)
     # Divided by the maximum first, because a sum of large entries could overflow; by its root twice, because XLA may
     # multiply by a reciprocal, which could underflow.
     root = jnp.sqrt(jnp.where(largest > 0, largest, 1))
-    relative = jax.tree.map(lambda omega: omega / root.astype(omega.dtype) / root.astype(omega.dtype), importance)
+    relative = _divide(_divide(importance, root), root)
     if to == "max":
         return relative
-    mean = optax.tree.sum(relative) / max(optax.tree.size(relative), 1)
-    return jax.tree.map(lambda omega: omega / jnp.where(mean > 0, mean, 1).astype(omega.dtype), relative)
+    diagonal = _divide(_divide(diagonal, root), root)
+    mean = optax.tree.sum(diagonal) / max(optax.tree.size(diagonal), 1)
+    return _divide(relative, jnp.where(mean > 0, mean, 1))
+
+
+_map_forms = functools.partial(jax.tree.map, is_leaf=forms.is_form)
+
+
+def _divide(importance: Params, number: jax.Array) -> Params:
+    def of_leaf(form: forms.Form) -> forms.Form:
+        if forms.is_form(form):
+            return dataclasses.replace(form, row_values=form.row_values / number.astype(form.dtype))
+        return form / number.astype(form.dtype)
+
+    return _map_forms(of_leaf, importance)

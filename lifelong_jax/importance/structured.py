@@ -27,6 +27,7 @@ from lifelong_jax.importance import reference, tapping
 from lifelong_jax.importance.factors import Lookup
 from lifelong_jax.importance.linearization import (
     columns_of,
+    find_biases,
     first_example,
     linearize,
     rows_of,
@@ -119,7 +120,7 @@ def _sum_microbatch(
     outputs, pull_back, operands = linearize(plan, taps, params, examples, over_examples)
     cotangents = jnp.moveaxis(over_examples(cotangents_fn)(outputs, indices), 1, 0)
     powers = _powers(reduction, cotangents.shape[0])
-    biases = _find_biases(pull_back, cotangents[0], taps) if cotangents.shape[0] > 1 else {}
+    biases = find_biases(pull_back, cotangents[0], taps) if cotangents.shape[0] > 1 else {}
 
     def summands(cotangents: jax.Array) -> dict[int, jax.Array]:
         (pulled_back,) = pull_back(cotangents)
@@ -143,27 +144,6 @@ def _sum_microbatch(
         else:
             leaves[number] = _sum_examples_late(summed, weights, powers)
     return jax.tree.unflatten(structure, leaves)
-
-
-def _find_biases(
-    pull_back: Callable[[jax.Array], tuple[dict[int, jax.Array]]], cotangent: jax.Array, taps: dict[int, Tap]
-) -> dict[int, int]:
-    """Finds each leaf whose gradient is the cotangents at a tap: the bias of the tapped layer. Returns leaf: tap.
-
-    Both then have the same sum of squares. In a loop over cotangents, XLA does not notice, and would compute it twice.
-    """
-    jaxpr, (pulled_back,) = jax.make_jaxpr(pull_back, return_shape=True)(cotangent)
-    variables = jax.tree.unflatten(jax.tree.structure(pulled_back), jaxpr.jaxpr.outvars)
-    taps_of_vectors = {
-        variables[number]: number
-        for number, tap in taps.items()
-        if not isinstance(tap.factors, Lookup) and tap.positions == tap.groups == 1 and pulled_back[number].ndim == 2
-    }
-    return {
-        number: taps_of_vectors[variable]
-        for number, variable in variables.items()
-        if number not in taps and variable in taps_of_vectors
-    }
 
 
 def _tap_summand(tap: Tap, operand: jax.Array, cotangents: jax.Array, weights: jax.Array, powers: _Powers) -> jax.Array:
