@@ -142,7 +142,7 @@ def check_same_forms(name: str, importance: Params, reference_name: str, referen
     check_same_structure(name, importance, reference_name, reference)
     theirs = jax.tree.leaves(reference, is_leaf=is_form)
     for (path, ours), other in zip(jax.tree.leaves_with_path(importance, is_leaf=is_form), theirs, strict=True):
-        if jax.tree.structure(ours) == jax.tree.structure(other):
+        if jax.tree.structure(ours) == jax.tree.structure(other):  # type: ignore[operator]
             continue
         kinds = [f"Kronecker factors ({form.layout})" if is_form(form) else "a diagonal" for form in (ours, other)]
         raise ValueError(

@@ -13,17 +13,16 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from jax.typing import ArrayLike
 
 from lifelong_jax import _checks
+from lifelong_jax._sequences import begin_task, make_optimizer, task_keys
 from lifelong_jax.consolidation import consolidate, init_consolidation
 from lifelong_jax.evaluation import evaluate
 from lifelong_jax.methods import ImportanceFn, Method, WrapOptimizer, cross_entropy
 from lifelong_jax.scenarios import active_classes, joint_examples, with_class_mask
 from lifelong_jax.tasks import with_permutation
 from lifelong_jax.training import TrainingInfo, TrainingState, init_training, learn_task
-from lifelong_jax.types import Batch, Consolidation, OptimizerFn, OutputFn, Params, Recipe, Task
+from lifelong_jax.types import Batch, Consolidation, OptimizerFn, OutputFn, Params, Recipe, Scenario, Task
 
 
 class SequenceState(NamedTuple):
@@ -70,6 +69,13 @@ class Progress(NamedTuple):
     loss: float
     accuracies: list[float]
     learned: Consolidation | None = None
+
+
+class TrainingData(NamedTuple):
+    """What the trainer gets: one task's training examples, and the permutation of their features."""
+
+    examples: Batch
+    permutation: jax.Array | None
 
 
 Callback: TypeAlias = Callable[[SequenceState, Progress], None]
@@ -143,8 +149,7 @@ def learn_tasks(
     )
     for index in range(state.epochs // num_epochs, len(tasks)):
         train_key, importance_key = task_keys(key, index)
-        examples = with_class_mask(tasks[index].train, active_classes(tasks, scenario, index, index))
-        data = TrainingData(examples, tasks[index].permutation)
+        data = _training_data(tasks, scenario, index)
         if state.epochs == index * num_epochs:
             state = state._replace(training=begin_task(method, optimizer, state.training, train_key, index))
         for epoch in range(state.epochs - index * num_epochs, num_epochs):
@@ -260,7 +265,10 @@ def init_sequence(
     if method is not None and forward_transfer and recipe.scenario != "class":
         accuracies = evaluate(recipe.apply_fn, params, tasks, recipe.scenario)
     training = init_training(optimizer, params, key)
-    importance = None if method is None else _importance_like(method, recipe, training, tasks)
+    importance = None
+    if method is not None:  # its shapes, so that the first task's consolidation has the forms of the others
+        measure = functools.partial(_importance, recipe.apply_fn, method.importance_fn)
+        importance = jax.eval_shape(measure, training, _training_data(tasks, recipe.scenario, 0), key)
     return SequenceState(
         epochs=0,
         training=training,
@@ -315,45 +323,9 @@ def go_on_after(
     return start._replace(epochs=len(learned) * recipe.num_epochs, training=training, consolidation=consolidation)
 
 
-class TrainingData(NamedTuple):
-    """What the trainer gets: one task's training examples, and the permutation of their features."""
-
-    examples: Batch
-    permutation: jax.Array | None
-
-
-def make_optimizer(
-    optimizer_fn: OptimizerFn, wrap_optimizer: WrapOptimizer | None, strength: jax.Array
-) -> optax.GradientTransformation:
-    """Makes the optimiser for a strength, wrapped if the method gathers importance during training."""
-    optimizer = optimizer_fn(strength)
-    return optimizer if wrap_optimizer is None else wrap_optimizer(optimizer)
-
-
-@jax.jit
-def task_keys(key: jax.Array, index: ArrayLike) -> tuple[jax.Array, jax.Array]:
-    """Makes the keys of a task's training and importance from the sequence's key and the task's number."""
-    train_key, importance_key = jax.random.split(jax.random.fold_in(key, index))
-    return train_key, importance_key
-
-
-def begin_task(
-    method: Method, optimizer: optax.GradientTransformation, previous: TrainingState, key: jax.Array, index: ArrayLike
-) -> TrainingState:
-    """Makes the state before a task's first step, with what the method carries over from the previous task."""
-    training = init_training(optimizer, previous.params, key)
-    if method.carry is None:
-        return training
-    carried = method.carry(training.opt_state, previous.opt_state)
-    opt_state = jax.tree.map(functools.partial(jnp.where, index > 0), carried, training.opt_state)  # type: ignore[operator]
-    return training._replace(opt_state=opt_state)
-
-
-def _importance_like(method: Method, recipe: Recipe, training: TrainingState, tasks: Sequence[Task]) -> Params:
-    """Returns the shapes of a task's importance, so that the first task's consolidation has the forms of the others."""
-    examples = with_class_mask(tasks[0].train, active_classes(tasks, recipe.scenario, 0, 0))
-    measure = functools.partial(_importance, recipe.apply_fn, method.importance_fn)
-    return jax.eval_shape(measure, training, TrainingData(examples, tasks[0].permutation), training.key)
+def _training_data(tasks: Sequence[Task], scenario: Scenario, index: int) -> TrainingData:
+    examples = with_class_mask(tasks[index].train, active_classes(tasks, scenario, index, index))
+    return TrainingData(examples, tasks[index].permutation)
 
 
 def _train_epoch(

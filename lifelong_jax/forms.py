@@ -7,38 +7,15 @@ leaf's entries correlate, at the price of one matrix for each of its two sides.
 
 import dataclasses
 import math
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
+from lifelong_jax._layouts import Layout
 from lifelong_jax.types import Params
-
-
-class Layout(NamedTuple):
-    """How the entries of a leaf make matrices: the leaf is split into more axes, and these are reordered.
-
-    Attributes:
-      shape: the leaf's shape.
-      split: the lengths of the axes that the leaf is split into.
-      order: their order in the matrices.
-      matrices: (groups, rows, columns).
-    """
-
-    shape: tuple[int, ...]
-    split: tuple[int, ...]
-    order: tuple[int, ...]
-    matrices: tuple[int, int, int]
-
-    def to_matrices(self, leaf: jax.Array) -> jax.Array:
-        """Maps a leaf to `[groups, rows, columns]`."""
-        return leaf.reshape(self.split).transpose(self.order).reshape(self.matrices)
-
-    def from_matrices(self, matrices: jax.Array) -> jax.Array:
-        """Maps `[groups, rows, columns]` to a leaf."""
-        ordered = matrices.reshape([self.split[axis] for axis in self.order])
-        return ordered.transpose(np.argsort(self.order)).reshape(self.shape)
 
 
 @jax.tree_util.register_dataclass
@@ -165,7 +142,7 @@ def times(form: Form, change: jax.Array) -> jax.Array:
       >>> times(jnp.array([1.0, 2.0]), jnp.array([3.0, 4.0]))
       Array([3., 8.], dtype=float32)
     """
-    if not is_form(form):
+    if not isinstance(form, KroneckerFactors):
         return form * change
     return _from_eigenbasis(form, _values(form) * _to_eigenbasis(form, change))
 
@@ -186,7 +163,7 @@ def quadratic_terms(form: Form, change: jax.Array) -> jax.Array:
       >>> quadratic_terms(jnp.array([1.0, 2.0]), jnp.array([3.0, 4.0]))
       Array([ 9., 32.], dtype=float32)
     """
-    if not is_form(form):
+    if not isinstance(form, KroneckerFactors):
         return form * change * change
     return _values(form) * jnp.square(_to_eigenbasis(form, change))
 
@@ -217,7 +194,7 @@ def shrink(form: KroneckerFactors, change: jax.Array, step_size: jax.Array) -> j
     return _from_eigenbasis(form, stiffness / (1 + stiffness) * _to_eigenbasis(form, change))
 
 
-def scale(form: Form, factor: float | jax.Array) -> Form:
+def scale(form: Form, factor: ArrayLike) -> Form:
     """Multiplies a form by a number.
 
     Args:
@@ -231,7 +208,7 @@ def scale(form: Form, factor: float | jax.Array) -> Form:
       >>> scale(jnp.array([1.0, 2.0]), 3.0)
       Array([3., 6.], dtype=float32)
     """
-    if not is_form(form):
+    if not isinstance(form, KroneckerFactors):
         return jnp.asarray(factor, form.dtype) * form
     return dataclasses.replace(form, row_values=jnp.asarray(factor, form.dtype) * form.row_values)
 
@@ -256,8 +233,8 @@ def add(form: Form, other: Form) -> Form:
 
     Van Loan and Pitsianis 1993, Approximation with Kronecker products.
     """
-    if not is_form(form):
-        return form + other
+    if not (isinstance(form, KroneckerFactors) and isinstance(other, KroneckerFactors)):
+        return jnp.add(form, other)
     rows, columns = _both_factors(form, other)
     row_weights, column_weights, *_ = _nearest_product(_inner_products(rows), _inner_products(columns))
 
@@ -283,7 +260,7 @@ def sum_error(form: Form, other: Form) -> jax.Array:
       >>> sum_error(jnp.array([1.0, 2.0]), jnp.array([3.0, 4.0]))
       Array(0., dtype=float32)
     """
-    if not is_form(form):
+    if not (isinstance(form, KroneckerFactors) and isinstance(other, KroneckerFactors)):
         return jnp.zeros((), form.dtype)
     rows, columns = _both_factors(form, other)
     *_, squared_error, squared_norm = _nearest_product(_inner_products(rows), _inner_products(columns))
@@ -304,7 +281,7 @@ def diagonal(form: Form) -> jax.Array:
       >>> diagonal(jnp.array([1.0, 2.0]))
       Array([1., 2.], dtype=float32)
     """
-    if not is_form(form):
+    if not isinstance(form, KroneckerFactors):
         return form
 
     def of_side(basis: jax.Array | None, values: jax.Array) -> jax.Array:
@@ -327,7 +304,7 @@ def trace(form: Form) -> jax.Array:
       >>> trace(jnp.array([1.0, 2.0]))
       Array(3., dtype=float32)
     """
-    if not is_form(form):
+    if not isinstance(form, KroneckerFactors):
         return jnp.sum(form)
     return jnp.sum(jnp.sum(form.row_values, axis=1) * jnp.sum(form.column_values, axis=1))
 
@@ -345,7 +322,7 @@ def zeros_like(form: Form | jax.ShapeDtypeStruct) -> Form:
       >>> zeros_like(jnp.array([1.0, 2.0]))
       Array([0., 0.], dtype=float32)
     """
-    if not is_form(form):
+    if not isinstance(form, KroneckerFactors):
         return jnp.zeros(jnp.shape(form), jnp.result_type(form))
 
     def identity(basis: jax.Array | None) -> jax.Array | None:
@@ -375,41 +352,6 @@ def num_bytes(importance: Params) -> int:
       24
     """
     return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(importance))
-
-
-def find_layout(indices: np.ndarray, shape: tuple[int, ...]) -> Layout | None:
-    """Finds how a leaf is split and reordered, from the index in the leaf of each entry of its matrices.
-
-    Args:
-      indices: `[groups, rows, columns]`, each entry's index in the flattened leaf.
-      shape: the leaf's shape.
-
-    Returns:
-      The layout, or None if the entries are moved in another way (reversed, say).
-
-    Example:
-      >>> find_layout(np.array([[[0, 2], [1, 3]]]), (2, 2))  # transposed
-      Layout(shape=(2, 2), split=(2, 2), order=(1, 0), matrices=(1, 2, 2))
-    """
-    lengths_and_strides = [axis for number in range(3) for axis in _split(np.moveaxis(indices, number, 0)[:, 0, 0])]
-    by_stride = sorted(range(len(lengths_and_strides)), key=lambda axis: -lengths_and_strides[axis][1])
-    split = tuple(lengths_and_strides[axis][0] for axis in by_stride)
-    layout = Layout(shape, split, tuple(int(axis) for axis in np.argsort(by_stride)), indices.shape)
-    size = math.prod(shape)
-    if math.prod(split) != size or not np.array_equal(layout.to_matrices(np.arange(size).reshape(shape)), indices):
-        return None
-    return layout
-
-
-def _split(indices: np.ndarray) -> list[tuple[int, int]]:
-    """Splits an axis into axes along which the index grows evenly; returns their lengths and strides."""
-    axes, offsets = [], indices - indices[0]
-    while len(offsets) > 1:
-        even = offsets == np.arange(len(offsets)) * offsets[1]
-        length = len(offsets) if even.all() else int(np.argmin(even))
-        axes.append((length, int(offsets[1])))
-        offsets = offsets[::length]
-    return axes[::-1]
 
 
 def _eigen(factor: jax.Array) -> tuple[jax.Array | None, jax.Array]:

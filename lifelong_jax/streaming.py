@@ -241,7 +241,7 @@ def _with_forms(tree: Any, shapes: Any) -> Any:
     """Makes forms of factors, where `shapes` has forms."""
 
     def of_node(shape: Any, node: Any) -> Any:
-        return forms.from_factors(*node, shape.layout) if forms.is_form(shape) else node
+        return forms.from_factors(node[0], node[1], shape.layout) if forms.is_form(shape) else node
 
     return jax.tree.map(of_node, shapes, tree, is_leaf=forms.is_form)
 

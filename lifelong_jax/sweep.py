@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lifelong_jax import _checks
+from lifelong_jax._sequences import begin_task, make_optimizer, task_keys
 from lifelong_jax.consolidation import consolidate, init_consolidation
-from lifelong_jax.continual import begin_task, make_optimizer, task_keys
 from lifelong_jax.evaluation import accuracy
 from lifelong_jax.methods import Method, cross_entropy
 from lifelong_jax.scenarios import active_classes, with_class_mask
@@ -190,6 +190,11 @@ def _learn_runs(
     return jax.vmap(learn, in_axes=in_axes, axis_size=num_runs)(tasks, start)  # type: ignore[call-arg]
 
 
+def _task_at(tasks: Task, by_task: tuple[bool, ...], index: jax.Array | int) -> Task:
+    leaves, structure = jax.tree.flatten(tasks)
+    return structure.unflatten(leaf[index] if axis else leaf for leaf, axis in zip(leaves, by_task, strict=True))
+
+
 def _learn_run(
     tasks: Task,
     start: _Start,
@@ -205,10 +210,7 @@ def _learn_run(
     params, (train_masks, test_masks), key, strength = start
     optimizer = make_optimizer(recipe.optimizer_fn, method.wrap_optimizer, strength)
     ahead = forward_transfer and recipe.scenario != "class"
-
-    def task_at(index: jax.Array | int) -> Task:
-        leaves, structure = jax.tree.flatten(tasks)
-        return structure.unflatten(leaf[index] if axis else leaf for leaf, axis in zip(leaves, by_task, strict=True))
+    task_at = functools.partial(_task_at, tasks, by_task)
 
     def evaluate(params: Params, latest: jax.Array | int) -> jax.Array:
         def add(index: jax.Array, accuracies: jax.Array) -> jax.Array:
@@ -223,10 +225,6 @@ def _learn_run(
         task = task_at(index)
         examples = with_class_mask(task.train, None if train_masks is None else train_masks[index])
         return with_permutation(recipe.apply_fn, task.permutation), examples
-
-    def measure(state: TrainingState, index: jax.Array | int, key: jax.Array) -> Params:
-        output_fn, examples = data_of(index)
-        return method.importance_fn(output_fn, state, examples, key)
 
     def learn(carry: _Carry, index: jax.Array) -> tuple[_Carry, jax.Array]:
         previous, consolidation, diverged = carry
@@ -243,7 +241,7 @@ def _learn_run(
             max_steps=max_steps,
             weights=examples.weights,
         )
-        importance = measure(state, index, importance_key)
+        importance = method.importance_fn(output_fn, state, examples, importance_key)
         consolidation = consolidate(consolidation, state.params, importance, rule=method.rule, decay=method.decay)
         finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((info.loss, state.params))]
         diverged |= ~jnp.stack(finite).all()
@@ -252,7 +250,8 @@ def _learn_run(
     initial_accuracies = evaluate(params, 0) if ahead else jnp.full(num_tasks, jnp.nan)
     state = TrainingState(params, optimizer.init(params), key)
     # The importance's shapes, so that the first task's consolidation has the forms of the others.
-    like = jax.eval_shape(measure, state, 0, key)
+    output_fn, examples = data_of(0)
+    like = jax.eval_shape(functools.partial(method.importance_fn, output_fn), state, examples, key)
     carry = (state, init_consolidation(params, like), jnp.array(False))
     (*_, diverged), accuracy_matrix = jax.lax.scan(learn, carry, jnp.arange(num_tasks))
     return jax.tree.map(lambda x: jnp.where(diverged, jnp.nan, x), (accuracy_matrix, initial_accuracies))

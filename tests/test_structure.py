@@ -6,17 +6,18 @@ import pathlib
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-MAX_LINES_OF_A_FUNCTION, MAX_LINES_OF_A_FILE, MAX_LINES_OF_THE_LIBRARY = 60, 450, 5_500
+MAX_LINES_OF_A_FUNCTION, MAX_LINES_OF_A_FILE, MAX_LINES_OF_THE_LIBRARY = 60, 450, 6_800
 WITH_EXTRAS = {"datasets", "streaming", "models", "checkpoint", "plotting", "geometry", "_extras"}
 FORBIDDEN = {"experiments", "rich", "tyro", "fcntl", "SystemExit"}
 
 # What each module, or package, of the library may import of the library; those that are not named may import all.
-BASE = {"types", "forms", "_checks", "_numerics"}
+BASE = {"types", "_layouts", "forms", "_checks", "_numerics"}
 MAY_IMPORT = {
     "types": set(),
     "_files": set(),
     "_tables": set(),
-    "forms": {"types"},
+    "_layouts": set(),
+    "forms": {"types", "_layouts"},
     "_checks": {"types", "forms"},
     "_numerics": {"types"},
     "importance": BASE | {"_tables"},
@@ -28,8 +29,9 @@ MAY_IMPORT = {
     "scenarios": BASE | {"tasks"},
     "evaluation": BASE | {"tasks", "scenarios"},
     "methods": BASE | {"importance", "consolidation", "training", "scenarios"},
-    "continual": BASE | {"consolidation", "training", "tasks", "scenarios", "evaluation", "methods"},
-    "sweep": BASE | {"consolidation", "training", "tasks", "scenarios", "evaluation", "methods", "continual"},
+    "_sequences": BASE | {"training", "methods"},
+    "continual": BASE | {"consolidation", "training", "tasks", "scenarios", "evaluation", "methods", "_sequences"},
+    "sweep": BASE | {"consolidation", "training", "tasks", "scenarios", "evaluation", "methods", "_sequences"},
 }
 
 FILES = {

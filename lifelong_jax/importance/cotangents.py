@@ -56,7 +56,11 @@ def _exact_bernoulli(logits: jax.Array, key: None) -> jax.Array:
     return each_output(logits, key) * deviation.astype(logits.dtype)
 
 
-EXACT = {"categorical": _exact_categorical, "gaussian": each_output, "bernoulli": _exact_bernoulli}
+EXACT: dict[str, Callable[..., jax.Array]] = {
+    "categorical": _exact_categorical,
+    "gaussian": each_output,
+    "bernoulli": _exact_bernoulli,
+}
 """The cotangents of the exact expectation, by likelihood."""
 
 

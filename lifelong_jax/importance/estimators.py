@@ -281,7 +281,7 @@ def as_tree(function: Callable) -> Partial:
     return function if isinstance(function, Partial) else Partial(function)
 
 
-def fisher_cotangents(likelihood: str, num_samples: int | None, key: jax.Array | None) -> Callable:
+def fisher_cotangents(likelihood: str, num_samples: int | None, key: jax.Array | None) -> Callable[..., jax.Array]:
     """Returns the cotangents of a likelihood, after checking the arguments that name them."""
     _checks.check_choice("likelihood", likelihood, tuple(cotangents.EXACT))
     _checks.check_positive_integer("num_samples", num_samples, optional=True)

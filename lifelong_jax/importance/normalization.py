@@ -63,7 +63,7 @@ _map_forms = functools.partial(jax.tree.map, is_leaf=forms.is_form)
 
 def _divide(importance: Params, number: jax.Array) -> Params:
     def of_leaf(form: forms.Form) -> forms.Form:
-        if forms.is_form(form):
+        if isinstance(form, forms.KroneckerFactors):
             return dataclasses.replace(form, row_values=form.row_values / number.astype(form.dtype))
         return form / number.astype(form.dtype)
 

@@ -95,7 +95,7 @@ def proximal_quadratic_penalty(
         def of_leaf(
             update: jax.Array, anchor: jax.Array, importance: Form, theta: jax.Array, step_size: jax.Array
         ) -> jax.Array:
-            if forms.is_form(importance):
+            if isinstance(importance, forms.KroneckerFactors):
                 _check_scalar(step_size)
                 stiffness = _product(jnp.asarray(strength_now, update.dtype), step_size)
                 return update - forms.shrink(importance, update + (theta - anchor), stiffness)
@@ -109,7 +109,7 @@ def proximal_quadratic_penalty(
 
         if every is None:
             return pull(updates), advance(state)
-        due = (state.count + 1) % every == 0  # type: ignore[union-attr]
+        due = (state.count + 1) % every == 0
         return jax.lax.cond(due, pull, lambda updates: updates, updates), advance(state)
 
     return transform(lambda params: init_schedules(step_size, strength, counted=every is not None), update_fn)
@@ -184,7 +184,7 @@ def proximal_adam(
             mean: jax.Array,
             variance: jax.Array,
         ) -> jax.Array:
-            if forms.is_form(importance):
+            if isinstance(importance, forms.KroneckerFactors):
                 raise ValueError(
                     "proximal_adam needs a diagonal importance, because Adam has a step size for each parameter: with "
                     "Kronecker factors, use optax.adam and, after it in the chain, proximal_quadratic_penalty."
@@ -221,7 +221,7 @@ def _sum_of_last(every: int, hyperparameter: optax.ScalarOrSchedule | Params, st
     """Sums a hyperparameter over the last steps, up to this one."""
     if not callable(hyperparameter):
         return jax.tree.map(lambda value: every * value, hyperparameter)
-    values = jax.vmap(hyperparameter)(state.count - jnp.arange(every))  # type: ignore[union-attr]
+    values = jax.vmap(hyperparameter)(state.count - jnp.arange(every))
     return jax.tree.map(lambda of_steps: jnp.sum(of_steps, axis=0), values)
 
 
