@@ -234,7 +234,7 @@ def add(form: Form, other: Form) -> Form:
     Van Loan and Pitsianis 1993, Approximation with Kronecker products.
     """
     if not (isinstance(form, KroneckerFactors) and isinstance(other, KroneckerFactors)):
-        return jnp.add(form, other)
+        return form + other  # type: ignore[operator]  # never one of each
     rows, columns = _both_factors(form, other)
     row_weights, column_weights, *_ = _nearest_product(_inner_products(rows), _inner_products(columns))
 

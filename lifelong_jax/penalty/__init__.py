@@ -24,7 +24,14 @@ An importance may have Kronecker factors (`kronecker_fisher`) in the place of le
 the product `A · change · G` for `importance · change`, except in `proximal_adam`, which needs a diagonal.
 """
 
+from lifelong_jax.penalty._transforms import ScheduleState
 from lifelong_jax.penalty.proximal import proximal_adam, proximal_quadratic_penalty
 from lifelong_jax.penalty.quadratic import add_quadratic_penalty, quadratic_penalty
 
-__all__ = ["add_quadratic_penalty", "proximal_adam", "proximal_quadratic_penalty", "quadratic_penalty"]
+__all__ = [
+    "ScheduleState",
+    "add_quadratic_penalty",
+    "proximal_adam",
+    "proximal_quadratic_penalty",
+    "quadratic_penalty",
+]

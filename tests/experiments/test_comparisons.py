@@ -44,7 +44,7 @@ def run_permuted(output_dir, *arguments):
 
 def test_permuted(tmp_path, capsys):
     folder = run_permuted(tmp_path)
-    names = ["finetune", "l2", "ewc", "mas", "joint"]
+    names = ["finetune", "l2", "ewc", "mas", "kfac", "joint"]
 
     config = json.loads((folder / "config.json").read_text())
     assert config["num_tasks"] == 2
@@ -67,7 +67,7 @@ def test_permuted(tmp_path, capsys):
         np.testing.assert_allclose(estimate["mean"], np.mean(values))
         np.testing.assert_allclose(estimate["stderr"], np.std(values, ddof=1) / np.sqrt(2))
     assert summary["joint"]["forgetting"]["mean"] is None
-    joint_accuracy = np.array(sequences[8]["accuracy_matrix"][-1])
+    joint_accuracy = np.array(sequences[10]["accuracy_matrix"][-1])
     learned = np.diag(sequences[4]["accuracy_matrix"])
     np.testing.assert_allclose(summary["ewc"]["intransigence"]["values"][0], np.mean(joint_accuracy - learned))
     gain = sequences[4]["accuracy_matrix"][0][1] - sequences[4]["initial_accuracies"][1]

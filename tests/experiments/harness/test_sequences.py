@@ -58,7 +58,12 @@ def optimizer_fn(strength):
 
 
 RECIPE = Recipe(apply_fn, optimizer_fn, NUM_EPOCHS, batch_size=7)
-METHODS = {"ewc": methods.ewc("sampled"), "rwalk": methods.rwalk(interval=2), "joint": None}  # rwalk carries its state
+METHODS = {  # rwalk carries its state; kfac has Kronecker factors
+    "ewc": methods.ewc("sampled"),
+    "kfac": methods.kfac(),
+    "rwalk": methods.rwalk(interval=2),
+    "joint": None,
+}
 
 
 def learn(name, sequence, report=lambda progress: None, **options):
@@ -104,7 +109,7 @@ def without_times(learned):
     return learned._replace(training_seconds=0, importance_seconds=0)
 
 
-@pytest.mark.parametrize("learner", ["ewc", pytest.param("rwalk", marks=pytest.mark.slow), "joint"])
+@pytest.mark.parametrize("learner", ["ewc", "kfac", pytest.param("rwalk", marks=pytest.mark.slow), "joint"])
 def test_a_sequence_goes_on_to_the_same_numbers_from_any_epoch(tmp_path, often, learner):
     reports = []
     whole = ResumableSequence(Run(tmp_path), method="whole", seed=0)
