@@ -77,10 +77,17 @@ def kronecker_fisher(
     """
     cotangents_fn = fisher_cotangents(likelihood, num_samples, key)
     check_arguments(params, "inputs", inputs, weights, microbatch_size)
-    sum_fn = _sum_fn(weight_sharing, max_side)
-    return _forms(
-        mean_over_examples(as_tree(logits_fn), cotangents_fn, params, inputs, key, weights, sum_fn, microbatch_size)
+    means = mean_over_examples(
+        as_tree(logits_fn),
+        cotangents_fn,
+        params,
+        inputs,
+        key,
+        weights,
+        sum_fn(weight_sharing, max_side),
+        microbatch_size,
     )
+    return make_forms(means)
 
 
 def empirical_kronecker_fisher(
@@ -122,21 +129,31 @@ def empirical_kronecker_fisher(
     Martens and Grosse 2015, arXiv 1503.05671; on the two Fishers, Kunstner et al. 2019, arXiv 1905.12558.
     """
     check_arguments(params, "examples", examples, weights, microbatch_size)
-    sum_fn = _sum_fn(weight_sharing, max_side)
-    return _forms(
-        mean_over_examples(as_tree(loss_fn), cotangents.unit, params, examples, None, weights, sum_fn, microbatch_size)
+    means = mean_over_examples(
+        as_tree(loss_fn),
+        cotangents.unit,
+        params,
+        examples,
+        None,
+        weights,
+        sum_fn(weight_sharing, max_side),
+        microbatch_size,
     )
+    return make_forms(means)
 
 
 @functools.cache  # one function object per setting, so jit compiles once per setting
-def _sum_fn(weight_sharing: WeightSharing, max_side: int) -> Callable[..., Params]:
+def sum_fn(weight_sharing: WeightSharing, max_side: int) -> Callable[..., Params]:
+    """Makes the sum over examples, after checking its settings."""
     _checks.check_choice("weight_sharing", weight_sharing, ("expand", "reduce"))
     _checks.check_positive_integer("max_side", max_side)
     return functools.partial(factor_sums.sum_over_examples, weight_sharing=weight_sharing, max_side=max_side)
 
 
 @jax.jit
-def _forms(means: Params) -> Params:
+def make_forms(means: Params) -> Params:
+    """Makes forms of the means of factors."""
+
     def of_leaf(mean: FactorSums | jax.Array) -> forms.Form:
         if not isinstance(mean, FactorSums):
             return mean
