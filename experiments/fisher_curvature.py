@@ -23,6 +23,7 @@ import numpy as np
 import optax
 import rich.console
 from jax.flatten_util import ravel_pytree
+from matplotlib.axes import Axes
 
 from experiments.harness.report import estimate, format_estimate, print_table, progress_bar
 from experiments.harness.runs import Run, compute_once, open_run
@@ -37,8 +38,8 @@ from lifelong_jax.tasks import with_permutation
 from lifelong_jax.types import Params
 
 PARTS = ("training", "held-out")
-KEPT = {"diagonal": "diagonal", "kronecker": "Kronecker", "blocks": "blocks"}
-"""What is kept of F, and its names. The blocks, one for each leaf, are the most that Kronecker factors could keep."""
+KEPT = {"diagonal": "diagonal", "kronecker": "Kronecker factors", "leaves": "leaf blocks", "layers": "layer blocks"}
+"""What is kept of F, and what it is called. The Kronecker factors of a leaf approximate its block."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,11 +90,13 @@ class Measured(NamedTuple):
       empirical_size: tr E / tr F.
       error_of_diagonal: ‖F − X‖ / ‖F‖, with X the diagonal of F.
       error_of_kronecker: the same with X the Kronecker factors of each leaf.
-      error_of_blocks: the same with X the exact blocks of F, one for each leaf.
+      error_of_leaves: the same with X the blocks of F, one for each leaf: a layer's weights, or its biases.
+      error_of_layers: the same with X the blocks of F, one for each layer: its weights with its biases.
       along_step_diagonal: dᵀ X d / dᵀ F d, with d the first step of another task: the same images, their pixels
         permuted.
       along_step_kronecker: the same.
-      along_step_blocks: the same.
+      along_step_leaves: the same.
+      along_step_layers: the same.
     """
 
     accuracy: float
@@ -106,10 +109,12 @@ class Measured(NamedTuple):
     empirical_size: float
     error_of_diagonal: float
     error_of_kronecker: float
-    error_of_blocks: float
+    error_of_leaves: float
+    error_of_layers: float
     along_step_diagonal: float
     along_step_kronecker: float
-    along_step_blocks: float
+    along_step_leaves: float
+    along_step_layers: float
 
 
 class PerExample(NamedTuple):
@@ -223,7 +228,7 @@ def measure(
     for part, batch in data.items():
         found = {name: np.asarray(value, np.float64) for name, value in matrices(model, params, batch).items()}
         hessian, true, empirical = found["hessian"], found["true"], found["empirical"]
-        kept = (np.diag(np.diag(true)), found["kronecker"], blocks(true, params))
+        kept = kept_of(true, found["kronecker"], params)
         numbers = Measured(
             accuracy=float(found["correct"].mean()),
             loss=float(found["loss"]),
@@ -233,11 +238,8 @@ def measure(
             empirical_diagonal_error=relative_error(np.diag(empirical), np.diag(hessian)),
             true_size=float(np.trace(true) / np.trace(hessian)),
             empirical_size=float(np.trace(empirical) / np.trace(true)),
-            **{f"error_of_{name}": relative_error(matrix, true) for name, matrix in zip(KEPT, kept, strict=True)},
-            **{
-                f"along_step_{name}": float(step @ matrix @ step / (step @ true @ step))
-                for name, matrix in zip(KEPT, kept, strict=True)
-            },
+            **{f"error_of_{name}": relative_error(kept[name], true) for name in KEPT},
+            **{f"along_step_{name}": float(step @ kept[name] @ step / (step @ true @ step)) for name in KEPT},
         )
         measurable = found["doubt"] > 1e-6  # below this, rounding errors dominate
         ratio = found["empirical_trace"][measurable] / found["true_trace"][measurable]
@@ -259,11 +261,17 @@ def relative_error(approximation: np.ndarray, exact: np.ndarray) -> float:
     return float(np.linalg.norm(exact - approximation) / np.linalg.norm(exact))
 
 
-def blocks(matrix: np.ndarray, params: Params) -> np.ndarray:
-    """Keeps the blocks of a matrix `[num_params, num_params]` on its diagonal, one for each leaf; others become 0."""
-    sizes = [leaf.size for leaf in jax.tree.leaves(params)]
-    leaf_of = np.repeat(np.arange(len(sizes)), sizes)
-    return np.where(leaf_of[:, None] == leaf_of, matrix, 0)
+def kept_of(true: np.ndarray, kronecker: np.ndarray, params: Params) -> dict[str, np.ndarray]:
+    """Returns the matrices of `KEPT`, `[num_params, num_params]`, from the true Fisher and its Kronecker factors."""
+    leaves = jax.tree.leaves_with_path(params)
+
+    def blocks(depth: int | None) -> np.ndarray:
+        names = [jax.tree_util.keystr(path[:depth]) for path, leaf in leaves for _ in range(leaf.size)]
+        _, block_of = np.unique(names, return_inverse=True)
+        return np.where(block_of[:, None] == block_of, true, 0)
+
+    diagonal = np.diag(np.diag(true))
+    return {"diagonal": diagonal, "kronecker": kronecker, "leaves": blocks(None), "layers": blocks(-1)}
 
 
 def dense(importance: Params) -> jax.Array:
@@ -352,7 +360,7 @@ def report(
         },
         "What is kept of F: errors relative to F, Frobenius norm, and how much of F along B's first step": {
             **{f"error of {name}, %": (f"error_of_{field}", 100, 0) for field, name in KEPT.items()},
-            **{f"{name} along B, %": (f"along_step_{field}", 100, 0) for field, name in KEPT.items()},
+            **{f"{KEPT[field]} along B, %": (f"along_step_{field}", 100, 0) for field in ("diagonal", "kronecker")},
         },
     }
     in_table = sorted({0, len(config.epochs) // 2, len(config.epochs) - 1})
@@ -391,9 +399,12 @@ def draw(
         for name in ("true_error", "empirical_error")
     }
     title = f"the true Fisher is {off['true_error']} % off the Hessian, the empirical {off['empirical_error']} %"
-    figure = make_figure(8.6, 6.4, f"After {epochs[-1]} epochs {title}")
+    figure = make_figure(8.6, 6.8, f"After {epochs[-1]} epochs {title}")
     axes = figure.subplot_mosaic([["error"] * 2 + ["size"] * 2 + ["ratio"] * 2, ["kept"] * 3 + ["step"] * 3])
     error, size, ratio, kept, step = (axes[name] for name in ("error", "size", "ratio", "kept", "step"))
+    for axis in (error, size, kept, step):
+        axis.set_xscale("symlog", linthresh=1)
+        axis.set_xlabel("epochs")
     for activation, style in zip(config.activations, ("-", "--"), strict=False):
         training, held_out = (values[activation][part] for part in PARTS)
         options = {"linestyle": style, "marker": "o", "markersize": 3}
@@ -401,18 +412,13 @@ def draw(
         draw_over_seeds(error, epochs, training["true_error"], COLORS[0], f"true, {activation}", **options)
         draw_over_seeds(size, epochs, held_out["empirical_size"], COLORS[3], f"held-out data, {activation}", **options)
         draw_over_seeds(size, epochs, training["empirical_size"], COLORS[1], f"training data, {activation}", **options)
-        for (field, name), color in zip(KEPT.items(), (COLORS[1], COLORS[0], "black"), strict=True):
-            draw_over_seeds(kept, epochs, training[f"error_of_{field}"], color, f"{name}, {activation}", **options)
-            draw_over_seeds(step, epochs, training[f"along_step_{field}"], color, f"{name}, {activation}", **options)
-    for axis in (error, size, kept, step):
-        axis.set_xscale("symlog", linthresh=1)
-        axis.set_xlabel("epochs")
+    draw_kept(config, values, kept, step)
+    figure.legend(*kept.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    for axis in (error, size):
         axis.legend(frameon=False, fontsize=9)
-    error.set(yscale="log", ylabel="relative error to the Hessian", title="distance to the Hessian", ylim=(2e-3, 1.3))
+    error.set(yscale="log", ylabel="relative error to the Hessian", title="distance to the Hessian", ylim=(6e-4, 1.5))
     size.set(yscale="log", ylabel="trace, empirical / true", title="size of the empirical Fisher")
     size.axhline(1, color="0.7", linewidth=0.8, zorder=0)
-    kept.set(ylim=(0, 1.02), ylabel="‖F − X‖ / ‖F‖", title="what X leaves out of F")
-    step.set(ylim=(0, 1.02), ylabel="dᵀXd / dᵀFd", title="X along d, the first step of another task")
     drawn = np.random.default_rng(0).permutation(examples.doubt.size)[:3000]
     ratio.plot(examples.doubt[drawn], examples.ratio[drawn], ".", color=COLORS[4], markersize=2)
     doubt = 1 / (1 + np.geomspace(1e6, 1e-4))
@@ -423,6 +429,20 @@ def draw(
     for axis in axes.values():
         axis.title.set_fontsize(11)
     figure.savefig(run.folder / "fisher_curvature.png")
+
+
+def draw_kept(
+    config: Config, values: Mapping[str, Mapping[str, Mapping[str, np.ndarray]]], error: Axes, step: Axes
+) -> None:
+    """Draws how far what is kept of F is from it, and how much of F it has along another task's first step."""
+    for (field, name), color in zip(KEPT.items(), (COLORS[1], COLORS[0], COLORS[6], COLORS[2]), strict=True):
+        for activation, style in zip(config.activations, ("-", "--"), strict=False):
+            training = values[activation]["training"]
+            options = {"label": f"{name}, {activation}", "linestyle": style, "marker": "o", "markersize": 3}
+            draw_over_seeds(error, config.epochs, training[f"error_of_{field}"], color, **options)
+            draw_over_seeds(step, config.epochs, training[f"along_step_{field}"], color, **options)
+    error.set(ylim=(0, 1.02), ylabel="‖F − X‖ / ‖F‖", title="X, what is kept of F")
+    step.set(ylim=(0, 1.02), ylabel="dᵀXd / dᵀFd", title="X along d, the first step of another task")
 
 
 if __name__ == "__main__":

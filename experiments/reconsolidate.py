@@ -16,7 +16,7 @@ import rich.console
 
 from experiments.harness.compare import compare
 from experiments.harness.experiment import load_or_exit
-from experiments.harness.pipelines import momentum_with_penalty
+from experiments.harness.pipelines import interval_of, momentum_with_penalty
 from experiments.harness.report import Estimate, Outcome, estimate, format_estimate, print_table
 from experiments.harness.runs import Run, open_run
 from experiments.harness.sequences import ResumableSequence, learn_resumably
@@ -24,13 +24,12 @@ from experiments.harness.settings import RunSettings, Seeds, check_settings, par
 from lifelong_jax import Recipe, SequenceState, methods, permuted_tasks
 from lifelong_jax._tables import markdown_table
 from lifelong_jax.checkpoint import load_consolidation
+from lifelong_jax.consolidation import Rule
 from lifelong_jax.continual import go_on_after
 from lifelong_jax.datasets import hold_out_validation
 from lifelong_jax.methods import Method
 from lifelong_jax.models import MLP, init_network
 from lifelong_jax.plotting import plot_strength_sweep
-
-RULES = ("separate", "latest")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,8 +42,9 @@ class Config(RunSettings):
     data_dir: str | None = None
     """Where TFDS keeps prepared data sets; by default TFDS_DATA_DIR, else ~/tensorflow_datasets."""
 
-    method: Literal["ewc", "mas"] = "ewc"
-    """The importance: the Fisher diagonal (ewc) or the output's sensitivity (mas)."""
+    method: Literal["ewc", "mas", "kfac"] = "ewc"
+    """The importance: the Fisher diagonal (ewc), the output's sensitivity (mas), or the Fisher with Kronecker factors
+    (kfac), which has the rule "latest" only."""
 
     rule: Literal["separate", "latest"] = "separate"
     """The rule of consolidation in the first run."""
@@ -81,6 +81,8 @@ class Config(RunSettings):
             not_negative={"strength": self.strength, "strengths": self.strengths},
             distinct={"strengths": self.strengths, "seeds": self.seeds},
         )
+        if self.method == "kfac" and self.rule != "latest":
+            raise ValueError("method kfac needs --rule latest.")
         if self.num_tasks < 2:
             raise ValueError("num_tasks must be at least 2, because the last task needs earlier ones.")
 
@@ -91,15 +93,18 @@ def main(config: Config) -> None:
     dataset = load_or_exit(config.dataset, config.data_dir)
     dataset = hold_out_validation(dataset, 0.2, jax.random.key(0))  # so that no choice is made on test data
     model = MLP(config.hidden_sizes, dataset.num_classes)
-    method = {"ewc": methods.ewc, "mas": methods.mas}[config.method](rule=config.rule)
+    makers = {"ewc": methods.ewc, "mas": methods.mas, "kfac": methods.kfac}
+    method = makers[config.method]()._replace(rule=config.rule)
 
-    optimizer_fn = functools.partial(momentum_with_penalty, config.learning_rate)
+    num_steps = config.num_epochs * -(-len(dataset.train.labels) // config.batch_size)
+    every = interval_of(num_steps) if config.method == "kfac" else None
+    optimizer_fn = functools.partial(momentum_with_penalty, config.learning_rate, every=every)
     recipe = Recipe(model.apply, optimizer_fn, config.num_epochs, config.batch_size)
     again = {
         learner_name(rule, strength): functools.partial(
             learn_resumably, ruled, recipe, strength, prepare=functools.partial(start_with_last_task, ruled, recipe)
         )
-        for rule, ruled in ((rule, method._replace(rule=rule)) for rule in RULES)
+        for rule, ruled in ((rule, method._replace(rule=rule)) for rule in rules_of(config))
         for strength in config.strengths
     }
     with open_run(config, "reconsolidate", console) as run:
@@ -127,6 +132,11 @@ def start_with_last_task(
     return go_on_after(kept, method, recipe, start)
 
 
+def rules_of(config: Config) -> tuple[Rule, ...]:
+    """Returns the rules that are compared."""
+    return ("latest",) if config.method == "kfac" else ("separate", "latest")
+
+
 def learner_name(rule: str, strength: float) -> str:
     """Returns the name of a learner in the log."""
     return f"{rule} {strength:.3g}"
@@ -134,6 +144,7 @@ def learner_name(rule: str, strength: float) -> str:
 
 def report(config: Config, outcomes: dict[str, Outcome], run: Run, console: rich.console.Console) -> None:
     """Prints the table; writes `summary.json`, `table.md` and `reconsolidate.png`."""
+    rules = rules_of(config)
     views = {
         "all tasks": lambda last_row: last_row.mean(axis=-1),
         "the earlier tasks": lambda last_row: last_row[:, :-1].mean(axis=-1),
@@ -141,14 +152,14 @@ def report(config: Config, outcomes: dict[str, Outcome], run: Run, console: rich
     }
     last_rows = {
         rule: [outcomes[learner_name(rule, strength)].accuracy_matrix[:, -1] for strength in config.strengths]
-        for rule in RULES
+        for rule in rules
     }
-    values = {view: {rule: list(map(of_row, last_rows[rule])) for rule in RULES} for view, of_row in views.items()}
+    values = {view: {rule: list(map(of_row, last_rows[rule])) for rule in rules} for view, of_row in views.items()}
     accuracy = {
         view: {rule: list(map(estimate, rows)) for rule, rows in by_rule.items()} for view, by_rule in values.items()
     }
     run.write_summary({"strengths": config.strengths, "accuracy": accuracy})
-    header = ["strength", *(f"{view}, {rule}" for view in accuracy for rule in RULES)]
+    header = ["strength", *(f"{view}, {rule}" for view in accuracy for rule in rules)]
     columns = [column for by_rule in accuracy.values() for column in by_rule.values()]
     rows = [
         [f"{strength:.3g}", *(format_estimate(column[index], 100) for column in columns)]
@@ -157,9 +168,9 @@ def report(config: Config, outcomes: dict[str, Outcome], run: Run, console: rich
     setting = f"The last of {config.num_tasks} permuted tasks of {config.dataset} learned again, {config.method}"
     print_table(console, f"{setting}: validation accuracy, percent", header, rows)
     (run.folder / "table.md").write_text(markdown_table(header, rows))
-    title = f"{setting}: best {', '.join(best(rule, accuracy['all tasks'][rule], config.strengths) for rule in RULES)}"
+    title = f"{setting}: best {', '.join(best(rule, accuracy['all tasks'][rule], config.strengths) for rule in rules)}"
     plot_strength_sweep(values, config.strengths, title).savefig(run.folder / "reconsolidate.png")
-    epochs, runs = config.num_epochs, len(RULES) * len(config.strengths)
+    epochs, runs = config.num_epochs, len(rules) * len(config.strengths)
     console.print(f"{runs} runs of {epochs} epochs per seed, instead of {config.num_tasks * epochs} from the start")
     console.print(f"results in {run.folder}", highlight=False, soft_wrap=True)
 

@@ -3,13 +3,13 @@
 The first model has two parameters, so that a plane is its whole space. It is linear and tells two digits apart by two
 measurements of the image (task A: 6 and 9, task B: 2 and 7). The second is a network that learns two permuted tasks;
 its losses are drawn in planes through its solutions. Starting from task A's solution, both models learn task B without
-a penalty, with every parameter equally important ("equal rigidity"), and with the Fisher diagonal. Each penalty has the
-best strength of the same grid.
+a penalty, with every parameter equally important ("equal rigidity"), with the Fisher diagonal, and with the Fisher's
+Kronecker factors. Each penalty has the best strength of the same grid.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,33 +24,35 @@ from matplotlib.patches import Patch
 from experiments.harness.report import Estimate, estimate, format_estimate, print_table, progress_bar
 from experiments.harness.runs import Run, compute_once, open_run
 from experiments.harness.settings import RunSettings, Seeds, check_settings, parse_settings
+from experiments.solution_space_models import Case, network, two_parameters
 from lifelong_jax import (
     Batch,
     Consolidation,
     fisher_diagonal,
+    forms,
     init_consolidation,
     init_training,
+    kronecker_fisher,
     learn_task,
-    permuted_tasks,
     proximal_quadratic_penalty,
 )
 from lifelong_jax._tables import markdown_table
-from lifelong_jax.datasets import load_dataset
 from lifelong_jax.geometry import Plane, loss_on_plane, penalty_on_plane, plane_coordinates, plane_through
-from lifelong_jax.methods import cross_entropy
-from lifelong_jax.models import MLP, init_network
 from lifelong_jax.plotting import COLORS, draw_low_loss, make_figure
-from lifelong_jax.scenarios import joint_examples
-from lifelong_jax.types import LossFn, Params
+from lifelong_jax.types import Params
 
-PENALTIES = ("plain training", "equal rigidity", "importance-weighted")
-NUM_IMAGES = 140  # drawn from the 280 or so images of two digits
-ELLIPSE = "penalty's ellipse"
+PENALTIES = ("plain training", "equal rigidity", "Fisher diagonal", "Kronecker factors")
+ELLIPSES = {
+    "Fisher diagonal": {"colors": "black", "linestyles": "--"},
+    "Kronecker factors": {"colors": COLORS[2], "linestyles": "-"},
+}
+"""The penalties whose ellipses are drawn, and how."""
+ELLIPSE, ELLIPSE_PLANE = "ellipses' overlap", "Fisher diagonal"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(RunSettings):
-    """Draw the losses of two tasks around the solutions of plain training, equal rigidity and EWC."""
+    """Draw the losses of two tasks around the solutions of plain training and of three penalties."""
 
     hidden_sizes: tuple[int, ...] = (64,)
     """Widths of the network's hidden layers."""
@@ -68,7 +70,7 @@ class Config(RunSettings):
     """The step size of plain SGD for the model of two parameters."""
 
     stiffness: tuple[float, ...] = tuple(float(f"{10 ** (third / 3):.3g}") for third in range(-4, 9))
-    """The grid of total stiffness λ · Σ Ω, in units of that of the Fisher diagonal at λ = 1."""
+    """The grid of total stiffness λ · tr Ω, in units of that of the Fisher diagonal at λ = 1."""
 
     low: float = 0.1
     """A loss counts as low up to this much above the loss that training on the task alone reaches."""
@@ -89,37 +91,13 @@ class Config(RunSettings):
         )
 
 
-class Case(NamedTuple):
-    """A model and two tasks for it.
-
-    Attributes:
-      name: the model's name.
-      is_plane: whether the model has two parameters, so that its whole space is a plane.
-      axes: the names of the axes of its planes.
-      init_params: `init_params(key) -> params`.
-      make_tasks: `make_tasks(key) -> (task A, task B)`, training examples.
-      loss_fn: `loss_fn(params, example) -> scalar`.
-      fisher_fn: `fisher_fn(params, examples) -> importance`.
-      learning_rate: of plain SGD.
-    """
-
-    name: str
-    is_plane: bool
-    axes: tuple[str, str]
-    init_params: Callable[[jax.Array], Params]
-    make_tasks: Callable[[jax.Array], tuple[Batch, Batch]]
-    loss_fn: LossFn
-    fisher_fn: Callable[[Params, Batch], Params]
-    learning_rate: float
-
-
 class Learned(NamedTuple):
     """The results of one seed.
 
     Attributes:
       tasks: the training examples of A and B.
       solution: the parameters after task A.
-      fisher: A's Fisher diagonal at the solution.
+      importances: A's importances at the solution, from `importances_of`.
       paths: for each penalty, the parameters while task B is learned, `[num_stiffness, num_epochs + 1, ...]`; of paths
         that are not drawn only the end, `[num_stiffness, 1, ...]`.
       lowest: `[2]`, the losses on A and B that training on the task alone reaches.
@@ -128,7 +106,7 @@ class Learned(NamedTuple):
 
     tasks: tuple[Batch, Batch]
     solution: Params
-    fisher: Params
+    importances: dict[str, Params]
     paths: dict[str, Params]
     lowest: np.ndarray
     above: dict[str, np.ndarray]
@@ -140,19 +118,20 @@ class Outcome(NamedTuple):
     Attributes:
       chosen: for each penalty, the index of the stiffness at which the worse of the two losses is lowest.
       above: for each penalty, the losses on A and B, and the worse of them, minus the lowest.
-      overlap: of A's low-loss region in the plane with the penalty's ellipse: their intersection over their union.
+      overlap: of A's low-loss region with each penalty's ellipse, their intersection over their union: in the plane
+        through the end of training with the Fisher diagonal, and in that with the Kronecker factors.
     """
 
     chosen: dict[str, int]
     above: dict[str, dict[str, Estimate]]
-    overlap: Estimate
+    overlap: dict[str, dict[str, Estimate]]
 
 
 def main(config: Config) -> None:
     """Runs the study."""
     console = rich.console.Console()
     with open_run(config, "solution_space", console) as run:
-        cases = (two_parameters(config), network(config))
+        cases = (two_parameters(config.linear_learning_rate), network(config.hidden_sizes, config.learning_rate))
         learned: dict[str, list[Learned]] = {case.name: [] for case in cases}
         outcomes = {}
         with progress_bar(console) as bar:
@@ -165,7 +144,8 @@ def main(config: Config) -> None:
                     tasks = case.make_tasks(tasks_key)
                     drawn = case.is_plane or seed == config.seeds[0]
                     of_seed = compute_once(run, name, functools.partial(learn, config, case, tasks, keys, drawn))
-                    result = Learned(tasks, **of_seed)
+                    importances = importances_of(case, of_seed["solution"], tasks[0])
+                    result = Learned(tasks, importances=importances, **of_seed)
                     run.log_once(model=case.name, seed=seed, lowest=result.lowest, above=result.above)
                     learned[case.name].append(result)
                     bar.advance(line)
@@ -175,86 +155,48 @@ def main(config: Config) -> None:
         console.print(f"results in {run.folder}", highlight=False, soft_wrap=True)
 
 
-def two_parameters(config: Config) -> Case:
-    """Makes the linear model: two measurements of an image, two weights, and the squared error from a label of ±1."""
-    train = load_dataset("digits").train
-    images = np.asarray(train.inputs[..., 0])
-    patch = functools.partial(np.mean, axis=(1, 2))
-    slant = patch(images[:, 2:4, 4:6]) - patch(images[:, 4:6, 2:4])  # ink at the upper right minus lower left
-    bottom = patch(images[:, 6:8])  # ink in the two bottom rows
-    measured = jnp.asarray(np.stack([slant, bottom - bottom.mean()], axis=-1))
-
-    def some_of(one: int, other: int, key: jax.Array) -> Batch:
-        (both,) = np.nonzero(np.isin(train.labels, (one, other)))
-        chosen = jax.random.permutation(key, jnp.asarray(both))[:NUM_IMAGES]
-        return Batch(measured[chosen], (train.labels[chosen] == other).astype(jnp.int32), train.weights[chosen])
-
-    def output_fn(params: Params, x: jax.Array) -> jax.Array:
-        return x @ params
-
-    def loss_fn(params: Params, example: Batch) -> jax.Array:
-        return (output_fn(params, example.inputs) - jnp.where(example.labels == 1, 1.0, -1.0)) ** 2 / 2
-
-    return Case(
-        "two parameters",
-        True,
-        ("weight of the slant", "weight of the ink below"),
-        lambda key: jax.random.normal(key, (2,)),
-        lambda key: (some_of(6, 9, jax.random.fold_in(key, 0)), some_of(2, 7, jax.random.fold_in(key, 1))),
-        loss_fn,
-        lambda params, batch: fisher_diagonal(output_fn, params, batch.inputs, likelihood="gaussian"),
-        config.linear_learning_rate,
-    )
-
-
-def network(config: Config) -> Case:
-    """Makes the network that learns two permuted tasks of digits."""
-    dataset = load_dataset("digits")
-    model = MLP(config.hidden_sizes, dataset.num_classes)
-
-    def make_tasks(key: jax.Array) -> tuple[Batch, Batch]:
-        return tuple(joint_examples([task], "domain") for task in permuted_tasks(dataset.train, dataset.test, 2, key))
-
-    return Case(
-        "network",
-        False,
-        ("distance in the plane", "distance in the plane"),
-        lambda key: init_network(model, key, dataset.train.inputs[0]),
-        make_tasks,
-        cross_entropy(model.apply),
-        lambda params, batch: fisher_diagonal(model.apply, params, batch.inputs),
-        config.learning_rate,
-    )
-
-
 def learn(
     config: Config, case: Case, tasks: tuple[Batch, Batch], keys: Sequence[jax.Array], drawn: bool
 ) -> dict[str, Any]:
-    """Learns task A, then B with each penalty at each stiffness. Returns the fields of `Learned` except `tasks`."""
+    """Learns task A, then B with each penalty at each stiffness. Returns `Learned`'s other fields."""
     params_key, a_key, b_key = keys
     start = case.init_params(params_key)
     path = train(config, case, start, init_consolidation(start), 0.0, tasks[0], a_key)
     solution = take(path, -1)
-    fisher = case.fisher_fn(solution, tasks[0])
-    mean = optax.tree.sum(fisher) / optax.tree.size(fisher)
-    importances = {
-        "plain training": jax.tree.map(jnp.zeros_like, fisher),
-        "equal rigidity": jax.tree.map(lambda leaf: jnp.full_like(leaf, mean), fisher),
-        "importance-weighted": fisher,
-    }
     paths, losses = {}, {}
+    importances = importances_of(case, solution, tasks[0])
     for name, importance in importances.items():
         consolidation = Consolidation(solution, importance)
-        strengths = (0.0,) if name == "plain training" else config.stiffness
+        strengths = [0.0]
+        if name != PENALTIES[0]:
+            unit = trace(importances["Fisher diagonal"]) / trace(importance)
+            strengths = [unit * stiffness for stiffness in config.stiffness]
         with_each = [
             jax.device_get(train(config, case, solution, consolidation, strength, tasks[1], b_key))
             for strength in strengths
         ]
         losses[name] = np.array([[mean_loss(case, take(path, -1), task) for task in tasks] for path in with_each])
         paths[name] = jax.tree.map(lambda *leaves: np.stack(leaves)[:, 0 if drawn else -1 :], *with_each)
-    lowest = np.array([mean_loss(case, solution, tasks[0]), losses["plain training"][0, 1]])
+    lowest = np.array([mean_loss(case, solution, tasks[0]), losses[PENALTIES[0]][0, 1]])
     above = {name: loss - lowest for name, loss in losses.items()}
-    return {"solution": solution, "fisher": fisher, "paths": paths, "lowest": lowest, "above": above}
+    return {"solution": solution, "paths": paths, "lowest": lowest, "above": above}
+
+
+def importances_of(case: Case, params: Params, task: Batch) -> dict[str, Params]:
+    """Computes the importance of each penalty: 0, the Fisher diagonal's mean, the diagonal, the Kronecker factors."""
+    fisher, kronecker = (
+        fisher_fn(case.output_fn, params, task.inputs, likelihood=case.likelihood)
+        for fisher_fn in (fisher_diagonal, kronecker_fisher)
+    )
+    mean = optax.tree.sum(fisher) / optax.tree.size(fisher)
+    equal = jax.tree.map(lambda leaf: jnp.full_like(leaf, mean), fisher)
+    none = jax.tree.map(jnp.zeros_like, fisher)
+    return dict(zip(PENALTIES, (none, equal, fisher, kronecker), strict=True))
+
+
+def trace(importance: Params) -> float:
+    """Computes the sum of an importance's diagonal."""
+    return float(sum(map(forms.trace, jax.tree.leaves(importance, is_leaf=forms.is_form))))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "case"))
@@ -300,19 +242,26 @@ def summarize(config: Config, case: Case, learned: Sequence[Learned]) -> Outcome
         chosen[name] = int(of_seeds.max(axis=-1).mean(axis=0).argmin())
         a, b = of_seeds[:, chosen[name]].T
         above[name] = {"A": estimate(a), "B": estimate(b), "worse": estimate(np.maximum(a, b))}
-    return Outcome(chosen, above, estimate([overlap(config, case, chosen, result) for result in learned]))
+    planes = {name: [plane_of(case, result, chosen, name) for result in learned] for name in ELLIPSES}
+    overlaps = {
+        name: {
+            ellipse: estimate([overlap(config, case, *each, ellipse) for each in zip(of_seeds, learned, strict=True)])
+            for ellipse in ELLIPSES
+        }
+        for name, of_seeds in planes.items()
+    }
+    return Outcome(chosen, above, overlaps)
 
 
-def overlap(config: Config, case: Case, chosen: Mapping[str, int], result: Learned) -> float:
-    """Computes the overlap of A's low-loss region with the penalty's ellipse, on a grid that contains both."""
-    plane = plane_of(case, result, chosen, "importance-weighted")
+def overlap(config: Config, case: Case, plane: Plane, result: Learned, name: str) -> float:
+    """Computes the overlap of A's low-loss region with a penalty's ellipse, on a grid that contains both."""
     for reach in (1.0, 2.0):  # a grid twice as large, if the region touches the first one's edge
-        first, second = around(plane, result, config, [], reach)
+        first, second = around(plane, result, config, [], reach, [name])
         losses = loss_on_plane(case.loss_fn, plane, *(first, second), result.tasks[0])
         region = losses <= result.lowest[0] + config.low
         if not (region[[0, -1]].any() or region[:, [0, -1]].any()):
             break
-    ellipse = penalty_around(plane, result, first, second) <= config.low
+    ellipse = penalty_around(plane, result, first, second, name) <= config.low
     return float((region & ellipse).sum() / (region | ellipse).sum())
 
 
@@ -325,39 +274,54 @@ def plane_of(case: Case, result: Learned, chosen: Mapping[str, int], name: str) 
 
 
 def around(
-    plane: Plane, result: Learned, config: Config, paths: Sequence[np.ndarray], reach: float
+    plane: Plane,
+    result: Learned,
+    config: Config,
+    paths: Sequence[np.ndarray],
+    reach: float,
+    names: Collection[str] = ELLIPSES,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Chooses a grid's coordinates so that it contains the paths, and the penalty's ellipse enlarged `reach` times."""
+    """Chooses a grid's coordinates so that it contains the paths, and penalties' ellipses enlarged `reach` times."""
     anchor = plane_coordinates(plane, result.solution)
-    inverse = np.linalg.inv(penalty_on_plane(plane, result.fisher))
-    radii = reach * np.sqrt(2 * config.low * np.diag(inverse))
+    inverses = [np.linalg.inv(penalty_on_plane(plane, result.importances[name])) for name in names]
+    radii = reach * np.sqrt(2 * config.low * np.max([np.diag(inverse) for inverse in inverses], axis=0))
     corners = np.concatenate([*paths, [anchor - radii, anchor + radii]])
     margin = 0.1 * np.ptp(corners, axis=0)
     return tuple(np.linspace(corners.min(axis=0) - margin, corners.max(axis=0) + margin, config.grid_size).T)
 
 
-def penalty_around(plane: Plane, result: Learned, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Computes the penalty at λ = 1 on a grid in a plane."""
+def penalty_around(plane: Plane, result: Learned, first: np.ndarray, second: np.ndarray, name: str) -> np.ndarray:
+    """Computes a penalty at λ = 1 on a grid in a plane."""
     offset = np.stack(np.meshgrid(first, second), axis=-1) - plane_coordinates(plane, result.solution)
-    return np.einsum("...j,jk,...k", offset, penalty_on_plane(plane, result.fisher), offset) / 2
+    return np.einsum("...j,jk,...k", offset, penalty_on_plane(plane, result.importances[name]), offset) / 2
 
 
 def report(config: Config, outcomes: Mapping[str, Outcome], run: Run, console: rich.console.Console) -> None:
-    """Prints the table; writes `summary.json` and `table.md`."""
-    header = ["model", "penalty", "stiffness", "A above lowest", "B above lowest", "the worse", "ellipse overlap, %"]
-    rows = [
+    """Prints the tables; writes `summary.json` and `table.md`."""
+    ends = [["model", "penalty", "stiffness", "A above lowest", "B above lowest", "the worse"]]
+    ends += [
         [
             case,
             name,
             "–" if name == PENALTIES[0] else f"{config.stiffness[outcome.chosen[name]]:.3g}",
             *(format_estimate(value, digits=3) for value in outcome.above[name].values()),
-            format_estimate(outcome.overlap, 100, 0) if name == PENALTIES[-1] else "",
         ]
         for case, outcome in outcomes.items()
         for name in PENALTIES
     ]
-    print_table(console, "Mean training losses after task B, by penalty", header, rows)
-    (run.folder / "table.md").write_text(markdown_table(header, rows))
+    overlaps = [["model", "ellipse", *(f"overlap in the plane of the {name}, %" for name in ELLIPSES)]]
+    overlaps += [
+        [case, name, *(format_estimate(of_plane[name], 100, 0) for of_plane in outcome.overlap.values())]
+        for case, outcome in outcomes.items()
+        for name in ELLIPSES
+    ]
+    tables = {
+        "Mean training losses after task B, by penalty": ends,
+        "Overlap of A's low-loss region with the penalty's ellipse": overlaps,
+    }
+    for title, (header, *rows) in tables.items():
+        print_table(console, title, header, rows)
+    (run.folder / "table.md").write_text("\n".join(markdown_table(header, rows) for header, *rows in tables.values()))
     run.write_summary({"models": outcomes})
 
 
@@ -369,35 +333,37 @@ def draw(
     run: Run,
 ) -> None:
     """Draws `solution_space.png`: a row for each model, a column for each penalty, and a column for the ellipse."""
-    figure = make_figure(8.6, 5.6, title_of(outcomes))
-    for case, row in zip(cases, figure.subplots(2, 4), strict=True):
+    figure = make_figure(8.6, 5.4, title_of(outcomes))
+    for case, row in zip(cases, figure.subplots(2, 5), strict=True):
         outcome = outcomes[case.name]
         for axis, name in zip(row, (*PENALTIES, ELLIPSE), strict=True):
             draw_panel(config, case, learned[case.name], outcome, name, axis)
             numbers = (
-                f"{format_estimate(outcome.overlap, 100, 0)} % in common"
+                " and ".join(f"{100 * outcome.overlap[ELLIPSE_PLANE][each].mean:.0f} %" for each in ELLIPSES)
                 if name == ELLIPSE
                 else ", ".join(f"{task} +{outcome.above[name][task].mean:.2f}" for task in "AB")
             )
             axis.set_title(f"{name}\n{numbers}" if case is cases[0] else numbers, fontsize=10)
-            axis.set_xlabel(case.axes[0])
-        row[0].set_ylabel(f"{case.name}\n{case.axes[1]}")
-    handles = [
-        *(Patch(color=color, alpha=0.5) for color in COLORS[:2]),
-        Line2D([], [], color="black", marker="*", markersize=8, linestyle=""),
-        Line2D([], [], color="black", marker="o", markersize=4, linewidth=1),
-        Line2D([], [], color="black", linestyle="--"),
-    ]
+            axis.set_xlabel(case.axes[0], fontsize=9)
+        row[0].set_ylabel(f"{case.name}\n{case.axes[1]}", fontsize=9)
     low = f"at most {config.low:g} above the lowest"
-    labels = [f"loss on A {low}", "the same for B", "A's solution", "B's training", f"penalty {config.low:g}, λ = 1"]
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=9, columnspacing=1.2)
+    handles = {
+        f"loss on A {low}": Patch(color=COLORS[0], alpha=0.5),
+        "the same for B": Patch(color=COLORS[1], alpha=0.5),
+        "A's solution": Line2D([], [], color="black", marker="*", markersize=8, linestyle=""),
+        "B's training": Line2D([], [], color="black", marker="o", markersize=4, linewidth=1),
+    } | {
+        f"penalty {config.low:g} at λ = 1, {name}": Line2D([], [], color=style["colors"], linestyle=style["linestyles"])
+        for name, style in ELLIPSES.items()
+    }
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     figure.savefig(run.folder / "solution_space.png")
 
 
 def draw_panel(config: Config, case: Case, learned: Sequence[Learned], outcome: Outcome, name: str, axis: Axes) -> None:
-    """Draws both tasks' low-loss regions, A's solution, and a penalty's paths or its ellipse."""
+    """Draws both tasks' low-loss regions, A's solution, and a penalty's paths or the ellipses."""
     result = learned[0]
-    third = name if name == PENALTIES[1] else PENALTIES[2]
+    third = ELLIPSE_PLANE if name in (PENALTIES[0], ELLIPSE) else name
     plane = plane_of(case, result, outcome.chosen, third)
 
     def paths_of(penalty: str) -> list[np.ndarray]:
@@ -411,8 +377,9 @@ def draw_panel(config: Config, case: Case, learned: Sequence[Learned], outcome: 
         draw_low_loss(axis, *grid, losses, [lowest + config.low, lowest + 4 * config.low], color)
     axis.plot(*plane_coordinates(plane, result.solution), "*", color="black", markersize=8)
     if name == ELLIPSE:
-        penalty = penalty_around(plane, result, *grid)
-        axis.contour(*grid, penalty, levels=[config.low], colors="black", linestyles="--", linewidths=1.4)
+        for each, style in ELLIPSES.items():
+            penalty = penalty_around(plane, result, *grid, each)
+            axis.contour(*grid, penalty, levels=[config.low], linewidths=1.6, **style)
         return
     for path in paths_of(name):
         axis.plot(*path.T, color="black", linewidth=1)
@@ -433,7 +400,7 @@ def title_of(outcomes: Mapping[str, Outcome]) -> str:
     }
     if len(nearest) > 1:
         return "Losses on A and B after task B, above the lowest"
-    return f"{nearest.pop().capitalize()} training ends nearest to where both losses are low"
+    return f"Training with the {nearest.pop()} ends nearest to where both losses are low"
 
 
 if __name__ == "__main__":

@@ -46,8 +46,9 @@ class Config(RunSettings):
     data_dir: str | None = None
     """Where TFDS keeps prepared data sets; by default TFDS_DATA_DIR, else ~/tensorflow_datasets."""
 
-    method: Literal["l2", "ewc", "mas"] = "ewc"
-    """The importance: equal for all parameters (l2), the Fisher diagonal (ewc), or the output's sensitivity (mas)."""
+    method: Literal["l2", "ewc", "mas", "kfac"] = "ewc"
+    """The importance: equal for all parameters (l2), the Fisher diagonal (ewc), the output's sensitivity (mas), or the
+    Fisher with Kronecker factors (kfac), which the pipeline proximal_adam does not take."""
 
     optimizers: tuple[Literal["sgd", "adam"], ...] = ("sgd", "adam")
     """The optimisers. Each has a panel of the picture."""
@@ -92,7 +93,7 @@ def main(config: Config) -> None:
     dataset = load_or_exit(config.dataset, config.data_dir)
     dataset = hold_out_validation(dataset, 0.2, jax.random.key(0))  # so that no choice is made on test data
     model = MLP(config.hidden_sizes, dataset.num_classes)
-    method = {"l2": methods.l2(), "ewc": methods.ewc(), "mas": methods.mas()}[config.method]
+    method = {"l2": methods.l2(), "ewc": methods.ewc(), "mas": methods.mas(), "kfac": methods.kfac()}[config.method]
     pipelines = make_pipelines(config)
     learners = {
         f"{optimizer} {place}": functools.partial(
@@ -132,7 +133,8 @@ def make_pipelines(config: Config) -> dict[str, dict[str, OptimizerFn]]:
         }
 
     adam = places(optax.scale_by_adam(), config.adam_learning_rate)
-    adam["proximal_adam"] = lambda strength: proximal_adam(config.adam_learning_rate, strength)
+    if config.method != "kfac":
+        adam["proximal_adam"] = lambda strength: proximal_adam(config.adam_learning_rate, strength)
     return {"sgd": places(optax.identity(), config.sgd_learning_rate), "adam": adam}
 
 

@@ -235,8 +235,8 @@ def add(form: Form, other: Form) -> Form:
     """
     if not (isinstance(form, KroneckerFactors) and isinstance(other, KroneckerFactors)):
         return form + other  # type: ignore[operator]  # never one of each
-    rows, columns = _both_factors(form, other)
-    row_weights, column_weights, *_ = _nearest_product(_inner_products(rows), _inner_products(columns))
+    rows, columns, sizes = _unit_factors(form, other)
+    row_weights, column_weights, *_ = _nearest_product(_inner_products(rows), _inner_products(columns), sizes)
 
     def weighted(weights: jax.Array, factors: jax.Array) -> jax.Array:
         return jnp.sum(weights.reshape(*weights.shape, *[1] * (factors.ndim - 2)) * factors, axis=0)
@@ -262,10 +262,11 @@ def sum_error(form: Form, other: Form) -> jax.Array:
     """
     if not (isinstance(form, KroneckerFactors) and isinstance(other, KroneckerFactors)):
         return jnp.zeros((), form.dtype)
-    rows, columns = _both_factors(form, other)
-    *_, squared_error, squared_norm = _nearest_product(_inner_products(rows), _inner_products(columns))
-    squared_error, squared_norm = jnp.sum(squared_error), jnp.sum(squared_norm)
-    return jnp.sqrt(squared_error / jnp.where(squared_norm > 0, squared_norm, 1))
+    rows, columns, sizes = _unit_factors(form, other)
+    *_, error, norm = _nearest_product(_inner_products(rows), _inner_products(columns), sizes)
+    largest = jnp.max(norm)
+    error, norm = (jnp.sum(jnp.square(x / jnp.where(largest > 0, largest, 1))) for x in (error, norm))
+    return jnp.sqrt(error / jnp.where(norm > 0, norm, 1))
 
 
 def diagonal(form: Form) -> jax.Array:
@@ -362,10 +363,21 @@ def _eigen(factor: jax.Array) -> tuple[jax.Array | None, jax.Array]:
     return basis, jnp.maximum(values, 0)
 
 
-def _both_factors(form: KroneckerFactors, other: KroneckerFactors) -> tuple[jax.Array, jax.Array]:
-    """Returns the row factors of two forms, `[2, groups, ...]`, and their column factors."""
-    (rows, columns), (other_rows, other_columns) = factors_of(form), factors_of(other)
-    return jnp.stack([rows, other_rows]), jnp.stack([columns, other_columns])
+def _unit_factors(form: KroneckerFactors, other: KroneckerFactors) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns the row factors of two forms, `[2, groups, ...]`, their column factors, and their sizes, `[2, groups]`.
+
+    Factors are scaled to the largest eigenvalue 1, so that no square over- or underflows.
+    """
+
+    def of_form(form: KroneckerFactors) -> tuple[jax.Array, jax.Array, jax.Array]:
+        row_size, column_size = jnp.max(form.row_values, axis=1), jnp.max(form.column_values, axis=1)
+        row_values = form.row_values / jnp.where(row_size > 0, row_size, 1)[:, None]
+        column_values = form.column_values / jnp.where(column_size > 0, column_size, 1)[:, None]
+        unit = dataclasses.replace(form, row_values=row_values, column_values=column_values)
+        return *factors_of(unit), row_size * column_size
+
+    rows, columns, sizes = map(jnp.stack, zip(of_form(form), of_form(other), strict=True))
+    return rows, columns, sizes
 
 
 def _inner_products(factors: jax.Array) -> jax.Array:
@@ -374,24 +386,27 @@ def _inner_products(factors: jax.Array) -> jax.Array:
     return _einsum("igx,jgx->gij", flat, flat)
 
 
-def _nearest_product(rows: jax.Array, columns: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Finds the weights of the factors of the nearest product from their inner products, `[groups, 2, 2]`.
+def _nearest_product(
+    rows: jax.Array, columns: jax.Array, sizes: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Finds the nearest product to Σ_i sizes_i A_i ⊗ G_i from the factors' inner products, `[groups, 2, 2]`.
 
-    Returns the weights of row factors and of column factors, `[2, groups]`, the squared error and the squared norm,
+    Returns the weights of row factors and of column factors, `[2, groups]`, the error and the norm of the sum,
     `[groups]`.
     """
-    # Scaled to unit factors. A singular pair of Σ_i vec(A_i) vec(G_i)ᵀ is (Σ_i α_i A_i, Σ_i β_i G_i) with α ∝ columns β
-    # and β ∝ rows α, so α is the first eigenvector of columns · rows, whose entries are not negative.
-    row_norms, column_norms = (jnp.sqrt(jnp.einsum("gii->gi", products)) for products in (rows, columns))
-    sizes = row_norms * column_norms  # of the two products
-    largest = jnp.max(sizes, axis=1, keepdims=True)
-    relative = jnp.sqrt(sizes / jnp.where(largest > 0, largest, 1))
+    row_norms, column_norms = (jnp.sqrt(jnp.einsum("gii->ig", products)) for products in (rows, columns))
+    norms = sizes * row_norms * column_norms  # of the two products
+    largest = jnp.max(norms, axis=0)
+    # The product i is relative_i² · largest · (a unit factor) ⊗ (a unit factor).
+    relative = jnp.sqrt(norms / jnp.where(largest > 0, largest, 1))
+    row_scales, column_scales = (relative / jnp.where(norms > 0, norms, 1) for norms in (row_norms, column_norms))
 
-    def cosines(products: jax.Array, norms: jax.Array) -> jax.Array:
-        inverse = relative / jnp.where(norms > 0, norms, 1)
-        return products * inverse[:, :, None] * inverse[:, None, :]
+    def scaled(products: jax.Array, scales: jax.Array) -> jax.Array:
+        return products * scales.T[:, :, None] * scales.T[:, None, :]
 
-    rows, columns = cosines(rows, row_norms), cosines(columns, column_norms)
+    rows, columns = scaled(rows, row_scales), scaled(columns, column_scales)
+    # A singular pair of Σ_i vec(A_i) vec(G_i)ᵀ is (Σ_i α_i A_i, Σ_i β_i G_i) with α ∝ columns · β and β ∝ rows · α. So
+    # α is the first eigenvector of columns · rows, whose entries are not negative.
     products = _einsum("gij,gjk->gik", columns, rows)
 
     def square(_: int, matrix: jax.Array) -> jax.Array:  # after 12 times, the first eigenvector is all that is left
@@ -402,15 +417,16 @@ def _nearest_product(rows: jax.Array, columns: jax.Array) -> tuple[jax.Array, ja
     alpha = jnp.sum(jax.lax.fori_loop(0, 12, square, products), axis=2)
     length = jnp.sqrt(_einsum("gi,gij,gj->g", alpha, rows, alpha))[:, None]
     alpha = alpha / jnp.where(length > 0, length, 1)
-    beta = _einsum("gij,gj->gi", rows, alpha)  # of length σ, since Σ α_i A_i has length 1
-    squared_sigma = _einsum("gi,gij,gj->g", beta, columns, beta)
-    squared_norm = jnp.sum(rows * columns, axis=(1, 2))
-    # In the units of the given factors, with the size of the product shared by both sides.
-    size = jnp.sqrt(largest)
-    row_weights = alpha * relative / jnp.where(row_norms > 0, row_norms, 1) * size
-    column_weights = beta * relative / jnp.where(column_norms > 0, column_norms, 1) * size
-    squared_error = jnp.maximum(squared_norm - squared_sigma, 0)
-    return row_weights.T, column_weights.T, squared_error * largest[:, 0] ** 2, squared_norm * largest[:, 0] ** 2
+    beta = _einsum("gij,gj->gi", rows, alpha)  # of length σ, since Σ_i α_i A_i has length 1
+    squared_norm, squared_sigma = jnp.sum(rows * columns, axis=(1, 2)), _einsum("gi,gij,gj->g", beta, columns, beta)
+    error = jnp.sqrt(jnp.maximum(squared_norm - squared_sigma, 0))
+    share = jnp.sqrt(largest)  # both sides share the size of the product
+    return (
+        share * alpha.T * row_scales,
+        share * beta.T * column_scales,
+        largest * error,
+        largest * jnp.sqrt(squared_norm),
+    )
 
 
 def _values(form: KroneckerFactors) -> jax.Array:

@@ -107,6 +107,8 @@ class _Block(NamedTuple):
 
 def _block(plan: Plan, number: int, leaf: jax.Array, max_side: int) -> _Block | None:
     """Returns a leaf's block, or None if it keeps the diagonal."""
+    if leaf.size == 0:
+        return None
     leaf_plan = plan.leaf_plans[number]
     indices = np.arange(leaf.size, dtype=np.int32).reshape(leaf.shape)
     matrices = _matrices(leaf_plan, indices) if isinstance(leaf_plan, Tap) else _row_vectors(plan, number, indices)
@@ -213,10 +215,10 @@ def _sum_microbatch(
     sums, structure = jax.tree.flatten(_zeros(blocks, params), is_leaf=lambda node: isinstance(node, FactorSums))
     for number, of_columns in columns.items():
         block = blocks[number]
-        if block is None:
-            sums[number] = of_columns
-        else:
-            sums[number] = FactorSums(row_sum(number, block, of_columns.dtype), of_columns, block.layout)
+        found = of_columns
+        if block is not None:
+            found = FactorSums(row_sum(number, block, of_columns.dtype), of_columns, block.layout)
+        sums[number] = jax.tree.map(lambda zero, array: array.astype(zero.dtype), sums[number], found)
     return jax.tree.unflatten(structure, sums)
 
 

@@ -36,8 +36,8 @@ def linearize(
         return jax.tree.unflatten(plan.outputs, outputs), operands
 
     differentiated = {
-        number: _tap_zeros(leaf_plan.use, num_examples)
-        if isinstance(leaf_plan, Tap)
+        number: _tap_zeros(taps[number].use, num_examples)
+        if number in taps
         else jnp.broadcast_to(leaves[number], (num_examples, *leaves[number].shape))
         for number, leaf_plan in enumerate(plan.leaf_plans)
         if not isinstance(leaf_plan, tapping.Unused)

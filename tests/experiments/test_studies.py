@@ -1,15 +1,17 @@
 """The studies end to end on the bundled digits, small; the numbers behind their claims are read back."""
 
+import itertools
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
 from experiments import fisher_curvature, importance, sensitivity, solution_space, unlabelled
 from experiments.harness.settings import parse_settings
-from lifelong_jax import empirical_fisher_diagonal, fisher_diagonal
+from lifelong_jax import Batch, empirical_fisher_diagonal, fisher_diagonal, forms
 from lifelong_jax.datasets import Dataset
 from lifelong_jax.methods import cross_entropy
 from lifelong_jax.models import init_network
@@ -57,8 +59,8 @@ def test_solution_space(tmp_path, capsys):
         model: [outcome["above"][name]["worse"]["mean"] for name in solution_space.PENALTIES]
         for model, outcome in summary["models"].items()
     }
-    for plain, equal, weighted in worse.values():
-        assert weighted < equal < plain
+    for plain, equal, *weighted in worse.values():
+        assert max(weighted) < equal < plain
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [(row["model"], row["seed"]) for row in rows] == [(model, seed) for model in worse for seed in (0, 1)]
     for model, outcome in summary["models"].items():
@@ -66,8 +68,50 @@ def test_solution_space(tmp_path, capsys):
         chosen = above.max(axis=-1).mean(axis=0).argmin()
         assert outcome["chosen"]["equal rigidity"] == chosen
         np.testing.assert_allclose(outcome["above"]["equal rigidity"]["A"]["values"], above[:, chosen, 0])
-        assert 0 < outcome["overlap"]["mean"] < 1
+        for of_plane in outcome["overlap"].values():
+            assert 0 < of_plane["Fisher diagonal"]["mean"] < 1
+    of_plane = summary["models"]["two parameters"]["overlap"]["Kronecker factors"]
+    assert of_plane["Kronecker factors"]["mean"] > 0.8 > of_plane["Fisher diagonal"]["mean"]  # it has the slant
     assert str(folder) in capsys.readouterr().out
+
+
+def test_solution_space_has_the_whole_fisher_of_two_parameters():
+    case = solution_space.two_parameters(1.0)
+    task = case.make_tasks(jax.random.key(0))[0]
+    inputs = np.asarray(task.inputs, np.float64)
+    fisher = inputs.T @ inputs / len(inputs)
+    targets = np.where(task.labels == 1, 1, -1)
+    solution = np.linalg.lstsq(inputs, targets)[0].astype(np.float32)
+    importances = solution_space.importances_of(case, solution, task)
+    assert list(importances) == list(solution_space.PENALTIES)
+    traces = [solution_space.trace(importance) for importance in importances.values()]
+    np.testing.assert_allclose(traces, [0, *[np.trace(fisher)] * 3], rtol=1e-5)
+    np.testing.assert_allclose(importances["Fisher diagonal"], np.diag(fisher), rtol=1e-4)
+
+    lowest = float(solution_space.mean_loss(case, solution, task))
+    result = solution_space.Learned((task,), solution, importances, {}, np.array([lowest, 0.0]), {})
+    plane = solution_space.plane_of(case, result, {}, "")
+    np.testing.assert_allclose(solution_space.penalty_on_plane(plane, importances["Kronecker factors"]), fisher, 1e-4)
+    overlaps = [
+        solution_space.overlap(solution_space.Config(), case, plane, result, name) for name in solution_space.ELLIPSES
+    ]
+    assert overlaps[1] > 0.99 > 0.9 > overlaps[0]  # at the minimum, the penalty with the whole Fisher is the loss
+
+
+def test_solution_space_compares_penalties_of_one_total_stiffness(monkeypatch):
+    totals = []
+
+    def train(config, case, params, consolidation, strength, task, key):
+        diagonal = jax.tree.map(forms.diagonal, consolidation.importance, is_leaf=forms.is_form)
+        totals.append(strength * sum(jnp.sum(leaf) for leaf in jax.tree.leaves(diagonal)))
+        return jax.tree.map(lambda leaf: leaf[None], params)
+
+    monkeypatch.setattr(solution_space, "train", train)
+    case = solution_space.network((4,), 0.1)
+    keys = jax.random.split(jax.random.key(0), 3)
+    solution_space.learn(solution_space.Config(stiffness=(1.0, 3.0)), case, case.make_tasks(keys[0]), keys, True)
+    unit = totals[2]
+    np.testing.assert_allclose(totals, [0, 0, *[unit, 3 * unit] * 3], rtol=1e-5)
 
 
 def test_fisher_curvature(tmp_path):
@@ -80,6 +124,10 @@ def test_fisher_curvature(tmp_path):
     assert errors[0] > errors[1] > errors[2]
     assert errors[2] < 0.2 < measured["empirical_error"][2]
     assert max(measured["true_diagonal_error"]) < 1e-5  # a ReLU network is linear in each parameter alone
+    diagonal, kronecker, leaves, layers = (np.array(measured[f"error_of_{name}"]) for name in fisher_curvature.KEPT)
+    assert (diagonal < 1).all() and (kronecker < diagonal).all() and (leaves <= kronecker).all()
+    assert (layers < leaves).all() and (layers > 0).all()
+    assert (np.array(measured["along_step_diagonal"]) < measured["along_step_kronecker"]).all()
     assert summary["examples"]["within_bound"] == 1
 
 
@@ -97,6 +145,46 @@ def test_fisher_curvature_by_the_library():
         np.testing.assert_allclose(np.diag(found[name]), diagonal, rtol=1e-4, atol=1e-8)
         np.testing.assert_allclose(found[f"{name}_trace"].mean(), diagonal.sum(), rtol=1e-4)
     assert fisher_curvature.relative_error(np.diag(found["true"]), np.diag(found["hessian"])) > 0.01  # not for tanh
+
+
+def test_what_is_kept_of_the_fisher():
+    model = fisher_curvature.MLP((3,), 4, "tanh")
+    inputs = np.random.default_rng(0).uniform(size=(5, 2, 2)).astype(np.float32)
+    params = jax.tree.map(lambda leaf: leaf + 0.1, init_network(model, jax.random.key(0), inputs[0]))
+    batch = Batch(inputs, np.array([0, 1, 2, 3, 0]), np.ones(5, np.float32))
+    layers = [jax.tree.map(np.asarray, params["params"][name]) for name in ("Dense_0", "Dense_1")]
+    (row_0, row_1), (column_0, column_1) = ([np.zeros((n, n)) for n in sizes] for sizes in ((4, 3), (3, 4)))
+    true = np.zeros((31, 31))
+    for x in inputs.reshape(5, 4):
+        hidden = np.tanh(x @ layers[0]["kernel"] + layers[0]["bias"])
+        row_0 += np.outer(x, x) / 5
+        row_1 += np.outer(hidden, hidden) / 5
+        exponentials = np.exp(hidden @ layers[1]["kernel"] + layers[1]["bias"])
+        probabilities = exponentials / exponentials.sum()
+        for label, probability in enumerate(probabilities):
+            at_1 = np.eye(4)[label] - probabilities
+            at_0 = layers[1]["kernel"] @ at_1 * (1 - hidden**2)
+            column_0 += probability * np.outer(at_0, at_0) / 5
+            column_1 += probability * np.outer(at_1, at_1) / 5
+            gradient = np.concatenate([at_0, np.outer(x, at_0).ravel(), at_1, np.outer(hidden, at_1).ravel()])
+            true += probability * np.outer(gradient, gradient) / 5
+    found = fisher_curvature.matrices(model, params, batch)
+    np.testing.assert_allclose(found["true"], true, rtol=1e-4, atol=1e-7)
+    expected = np.zeros_like(true)
+    ends = np.cumsum([0, 3, 12, 4, 12])
+    factors = (column_0, np.kron(row_0, column_0), column_1, np.kron(row_1, column_1))
+    for (start, end), block in zip(itertools.pairwise(ends), factors, strict=True):
+        expected[start:end, start:end] = block
+    np.testing.assert_allclose(found["kronecker"], expected, rtol=1e-4, atol=1e-7)
+
+    kept = fisher_curvature.kept_of(true, expected, params)
+    assert list(kept) == list(fisher_curvature.KEPT)
+    np.testing.assert_array_equal(kept["diagonal"], np.diag(np.diag(true)))
+    for name, bounds in (("leaves", ends), ("layers", ends[::2])):
+        blocks = np.zeros_like(true)
+        for start, end in itertools.pairwise(bounds):
+            blocks[start:end, start:end] = true[start:end, start:end]
+        np.testing.assert_array_equal(kept[name], blocks)
 
 
 def test_sensitivity(tmp_path):
