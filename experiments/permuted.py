@@ -13,7 +13,7 @@ from lifelong_jax import permuted_tasks
 from lifelong_jax.models import init_network
 
 STRENGTH = Strength(
-    l2=0.00316, ewc=100.0, mas=0.0316, kfac=100.0, local_mas=0.316, si=31.6, rwalk=31.6
+    l2=0.00316, ewc=100.0, mas=0.0316, kfac=178.0, local_mas=0.316, si=31.6, rwalk=31.6
 )  # chosen by --tune
 
 

@@ -107,6 +107,44 @@ def plot_accuracy_matrices(matrices: Mapping[str, ArrayLike], task_names: Sequen
     return figure
 
 
+def plot_average_accuracy(matrices: Mapping[str, ArrayLike], title: str) -> Figure:
+    """Plots the average accuracy on the tasks learned so far against their number, one line per method.
+
+    Lines are means over seeds. Bands are one standard error wide on each side. A method of which only the last row is
+    measured, joint training on all tasks, has a dashed line.
+
+    Args:
+      matrices: for each method, accuracy matrices `[num_seeds, num_tasks, num_tasks]`, fractions; NaN where not
+        measured.
+      title: shown above the plot.
+
+    Returns:
+      The figure.
+
+    Example:
+      >>> figure = plot_average_accuracy({"ewc": [[[0.9, 0.1], [0.7, 0.9]]]}, "Two tasks")
+      >>> figure.axes[0].get_lines()[0].get_ydata().tolist()
+      [90.0, 80.0]
+    """
+    figure = make_figure(6.4, 3.6, title)
+    axis = figure.subplots()
+    for index, (name, of_method) in enumerate(matrices.items()):
+        of_seeds = 100 * np.asarray(of_method, np.float64)
+        num_tasks = of_seeds.shape[-1]
+        numbers = np.arange(1, num_tasks + 1)
+        averages = np.stack([of_seeds[:, row, : row + 1].mean(axis=-1) for row in range(num_tasks)], axis=-1)
+        color = COLORS[index % len(COLORS)]
+        if np.isnan(averages[:, :-1]).all() and num_tasks > 1:
+            draw_over_seeds(axis, [1, num_tasks], averages[:, [-1, -1]], color, name, linestyle="--")
+        else:
+            draw_over_seeds(axis, numbers, averages, color, name, marker="o", markersize=3)
+    axis.set_xlabel("tasks learned")
+    axis.set_ylabel("average accuracy on them, percent")
+    axis.set_ylim(0, 101)
+    axis.legend(frameon=False, fontsize=9)
+    return figure
+
+
 def plot_strength_sweep(
     accuracies: Mapping[str, Mapping[str, ArrayLike]], strengths: Sequence[float], title: str
 ) -> Figure:

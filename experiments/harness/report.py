@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 from experiments.harness.runs import Run
 from lifelong_jax import metrics
 from lifelong_jax._tables import markdown_table
-from lifelong_jax.plotting import plot_accuracy_curves, plot_accuracy_matrices
+from lifelong_jax.plotting import plot_accuracy_curves, plot_accuracy_matrices, plot_average_accuracy
 
 
 class Estimate(NamedTuple):
@@ -220,7 +220,9 @@ def report_comparison(
     run: Run,
     console: rich.console.Console,
 ) -> None:
-    """Prints the table; writes `summary.json`, `table.md`, `accuracy.png` and `accuracy_matrices.png`.
+    """Prints the table; writes `summary.json`, `table.md`, and three pictures.
+
+    They are `accuracy.png`, `average_accuracy.png` and `accuracy_matrices.png`.
 
     Args:
       outcomes: from `compare`.
@@ -247,6 +249,8 @@ def report_comparison(
     curves = {name: outcome.curves for name, outcome in outcomes.items()}
     curves_title = f"{title}: average accuracy at the end, percent: {finding}"
     plot_accuracy_curves(curves, task_names, num_epochs, curves_title).savefig(run.folder / "accuracy.png")
+    of_seeds = {name: outcome.accuracy_matrix for name, outcome in outcomes.items()}
+    plot_average_accuracy(of_seeds, curves_title).savefig(run.folder / "average_accuracy.png")
     matrices = {name: of_method.accuracy_matrix for name, of_method in summary.items()}
     matrices_title = f"{title}: test accuracy in percent, by the task learned last"
     plot_accuracy_matrices(matrices, task_names, matrices_title).savefig(run.folder / "accuracy_matrices.png")

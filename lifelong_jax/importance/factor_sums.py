@@ -98,9 +98,17 @@ def sum_over_examples(
 
 
 class _Block(NamedTuple):
-    """How the factors of a leaf are kept: its layout, and whether each side has a full matrix, not a diagonal."""
+    """How the factors of a leaf are kept.
+
+    Attributes:
+      layout: how the leaf makes matrices.
+      tap: how its gradients are factored; None for a vector, whose gradients are taken as a whole.
+      full_rows: whether the side of the rows has a full matrix, not a diagonal.
+      full_columns: whether the side of the columns has one.
+    """
 
     layout: Layout
+    tap: Tap | None
     full_rows: bool
     full_columns: bool
 
@@ -110,14 +118,19 @@ def _block(plan: Plan, number: int, leaf: jax.Array, max_side: int) -> _Block | 
     if leaf.size == 0:
         return None
     leaf_plan = plan.leaf_plans[number]
+    tap = leaf_plan if isinstance(leaf_plan, Tap) else None
+    is_lookup = tap is not None and isinstance(tap.factors, Lookup)
     indices = np.arange(leaf.size, dtype=np.int32).reshape(leaf.shape)
-    matrices = _matrices(leaf_plan, indices) if isinstance(leaf_plan, Tap) else _row_vectors(plan, number, indices)
+    matrices = None if is_lookup else _row_vectors(plan, number, indices)
+    if matrices is not None:
+        tap = None
+    elif tap is not None:
+        matrices = _matrices(tap, indices)
     layout = None if matrices is None else find_layout(matrices, leaf.shape)
     if layout is None:
         return None
     _, rows, columns = layout.matrices
-    is_lookup = isinstance(leaf_plan, Tap) and isinstance(leaf_plan.factors, Lookup)
-    block = _Block(layout, 1 < rows <= max_side and not is_lookup, 1 < columns <= max_side)
+    block = _Block(layout, tap, 1 < rows <= max_side and not is_lookup, 1 < columns <= max_side)
     return block if block.full_rows or block.full_columns else None
 
 
@@ -173,11 +186,7 @@ def _sum_microbatch(
     weights: jax.Array,
 ) -> Params:
     plan = make_plan(output_fn, params, first_example(examples))
-    taps = {
-        number: leaf_plan
-        for number, (leaf_plan, block) in enumerate(zip(plan.leaf_plans, blocks, strict=True))
-        if isinstance(leaf_plan, Tap) and block is not None
-    }
+    taps = {number: block.tap for number, block in enumerate(blocks) if block is not None and block.tap is not None}
     over_examples = jax.vmap if indices.shape[0] > 1 else unbatched
     outputs, pull_back, operands = linearize(plan, taps, params, examples, over_examples)
     cotangents = jnp.moveaxis(over_examples(cotangents_fn)(outputs, indices), 1, 0)
@@ -215,7 +224,7 @@ def _sum_microbatch(
     sums, structure = jax.tree.flatten(_zeros(blocks, params), is_leaf=lambda node: isinstance(node, FactorSums))
     for number, of_columns in columns.items():
         block = blocks[number]
-        found = of_columns
+        found: FactorSums | jax.Array = of_columns
         if block is not None:
             found = FactorSums(row_sum(number, block, of_columns.dtype), of_columns, block.layout)
         sums[number] = jax.tree.map(lambda zero, array: array.astype(zero.dtype), sums[number], found)

@@ -76,7 +76,7 @@ def test_permuted(tmp_path, capsys):
     ewc, finetune = (summary[name]["average_accuracy"]["values"] for name in ("ewc", "finetune"))
     np.testing.assert_allclose(margin, np.subtract(ewc, finetune))
 
-    for picture in ("accuracy.png", "accuracy_matrices.png"):
+    for picture in ("accuracy.png", "average_accuracy.png", "accuracy_matrices.png"):
         with Image.open(folder / picture) as image:
             assert image.width > 800
             assert len(image.convert("RGB").getcolors(image.width * image.height)) > 10

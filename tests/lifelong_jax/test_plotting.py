@@ -49,6 +49,18 @@ def test_accuracy_curves_are_means_with_standard_errors():
     assert_is_a_picture(figure)
 
 
+def test_average_accuracy_is_that_of_the_tasks_so_far():
+    matrix = np.array([[0.8, 0.0, 0.0], [0.6, 1.0, 0.0], [0.3, 0.6, 0.9]])
+    joint = np.full((3, 3), np.nan)
+    joint[-1] = [0.7, 0.8, 0.9]
+    figure = plotting.plot_average_accuracy({"ewc": [matrix, matrix], "joint": [joint, joint]}, "Title")
+    ewc, of_joint = figure.axes[0].get_lines()
+    np.testing.assert_allclose(ewc.get_ydata(), [80, 80, 60])
+    np.testing.assert_allclose(of_joint.get_ydata(), [80, 80])
+    assert of_joint.get_linestyle() == "--"
+    np.testing.assert_allclose(of_joint.get_xdata(), [1, 3])
+
+
 def test_accuracy_matrices_have_numbers_where_there_is_room():
     matrix = [[0.5, np.nan], [0.254, 1]]
     figure = plotting.plot_accuracy_matrices({"EWC": matrix}, ["task 1", "task 2"], "Title")
