@@ -94,6 +94,9 @@ class Settings(RunSettings):
     learning_rate: float = 0.01
     """The optimiser's step size."""
 
+    schedule: Literal["constant", "cosine"] = "constant"
+    """The step size during a task: always the same (constant), or falling to 0 by a cosine."""
+
     penalty: Literal["proximal", "coupled"] = "proximal"
     """The penalty's place: a closed-form step after the optimiser's own, which is stable at any strength (proximal), or
     a term of the loss (coupled)."""
@@ -239,17 +242,20 @@ def make_network(settings: Settings, num_outputs: int) -> nn.Module:
     return CNN(settings.features, num_outputs) if settings.network == "cnn" else MLP(settings.hidden_sizes, num_outputs)
 
 
-def make_optimizer_fn(settings: Settings, every: int | None = None) -> OptimizerFn:
+def make_optimizer_fn(settings: Settings, num_steps: int, every: int | None = None) -> OptimizerFn:
     """Makes the pipeline of optimiser and penalty.
 
     Args:
       settings: the optimiser, its step size, and the penalty's place.
+      num_steps: the number of a task's steps, for the schedule.
       every: for Kronecker factors, the number of steps after which the proximal penalty pulls.
 
     Returns:
       `optimizer_fn(strength) -> optimizer`. Learners share it, because compiled functions are cached by it.
     """
-    rate = settings.learning_rate
+    rate: optax.ScalarOrSchedule = settings.learning_rate
+    if settings.schedule == "cosine":
+        rate = optax.cosine_decay_schedule(settings.learning_rate, num_steps)
     base = {
         "adam": optax.adam(rate),
         "sgd": optax.sgd(rate),
@@ -274,19 +280,31 @@ def make_recipes(settings: Settings, experiment: Experiment) -> dict[str, Recipe
     Returns:
       The recipe of each method, by its name.
     """
-    every = settings.interval
-    if every is None and "kfac" in settings.methods:
-        first, *_ = experiment.make_tasks(experiment.datasets, jax.random.key(0))
-        every = interval_of(settings.num_epochs * -(-len(first.train.labels) // settings.batch_size))
+    num_steps = settings.num_epochs * steps_per_epoch(settings, experiment)
     shared = Recipe(
         experiment.apply_fn,
-        make_optimizer_fn(settings),
+        make_optimizer_fn(settings, num_steps),
         settings.num_epochs,
         settings.batch_size,
         scenario=experiment.scenario,
     )
-    with_factors = shared._replace(optimizer_fn=make_optimizer_fn(settings, every))
+    every = settings.interval or interval_of(num_steps)
+    with_factors = shared._replace(optimizer_fn=make_optimizer_fn(settings, num_steps, every))
     return {name: with_factors if name == "kfac" else shared for name in settings.methods}
+
+
+def steps_per_epoch(settings: Settings, experiment: Experiment) -> int:
+    """Computes how many steps an epoch of the first task has.
+
+    Args:
+      settings: the batch size.
+      experiment: the tasks.
+
+    Returns:
+      The number of steps; that of other tasks may be smaller.
+    """
+    first, *_ = experiment.make_tasks(experiment.datasets, jax.random.key(0))
+    return -(-len(first.train.labels) // settings.batch_size)
 
 
 def make_method(settings: Settings, name: str) -> Method | None:

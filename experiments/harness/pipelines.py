@@ -1,5 +1,6 @@
 """The optimisers that several scripts share."""
 
+import jax
 import optax
 
 from lifelong_jax.penalty import proximal_quadratic_penalty
@@ -28,12 +29,12 @@ def interval_of(num_steps: int) -> int:
 
 
 def momentum_with_penalty(
-    learning_rate: float, strength: float, every: int | None = None
+    learning_rate: optax.ScalarOrSchedule, strength: float, every: int | None = None
 ) -> optax.GradientTransformation:
     """Makes SGD with momentum 0.9, followed by the penalty's proximal step.
 
     Args:
-      learning_rate: the step size.
+      learning_rate: the step size, or its schedule.
       strength: λ.
       every: as for `proximal_quadratic_penalty`.
 
@@ -41,5 +42,10 @@ def momentum_with_penalty(
       The optimiser. The proximal step has the step size learning_rate / (1 − 0.9), so that its fixed point is that of
       loss + penalty.
     """
-    penalty = proximal_quadratic_penalty(learning_rate / (1 - MOMENTUM), strength, every)
+
+    def step_size(count: jax.Array) -> jax.Array:
+        return learning_rate(count) / (1 - MOMENTUM)
+
+    sizes = step_size if callable(learning_rate) else learning_rate / (1 - MOMENTUM)
+    penalty = proximal_quadratic_penalty(sizes, strength, every)
     return optax.chain(optax.sgd(learning_rate, momentum=MOMENTUM), penalty)
