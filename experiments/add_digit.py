@@ -19,7 +19,7 @@ from lifelong_jax.models import init_network
 
 STRENGTH = Strength(
     l2=0.1, ewc=3.16e4, mas=3.16, kfac=100.0, local_mas=316.0, si=3.16e5, rwalk=100.0
-)  # chosen by --tune
+)  # by --tune, but kfac
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

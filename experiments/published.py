@@ -290,7 +290,9 @@ ROWS = {
         title="Permuted MNIST, 10 tasks",
         source="van de Ven and Tolias 2018, arXiv 1809.10635; settings from its code, GMvandeVen/continual-learning",
         remark="Images of 32×32; 5,000 steps per task; Adam keeps its state; the Fisher at the predicted label; online "
-        "EWC with γ = 0.9. The source multiplies the importance by γ once more in the penalty; our λ includes that.",
+        "EWC with γ = 0.9. The source multiplies the importance by γ once more in the penalty; our λ includes that. "
+        "kfac is not the source's: EWC with Kronecker factors, exact over all 60,000 examples, with a proximal step "
+        "after every 50 steps; we chose its λ on validation data, from one seed.",
         deviation="standard error",
         published_runs=20,
         num_seeds=3,
@@ -314,7 +316,7 @@ ROWS = {
             ),
             Entry("none", FINETUNE, (0.0,), Published(78.51, 0.24)),
             Entry("kfac", keeping_optimizer(methods.kfac()), (3e4, 1e5, 3e5), None, every=50, num_choosing_seeds=1),
-            Entry("joint", None, (0.0,), Published(97.59, 0.02)),
+            Entry("joint", None, (0.0,), None),
         ),
     ),
     5: Protocol(

@@ -16,7 +16,7 @@ from lifelong_jax.models import init_network
 
 STRENGTH = Strength(
     l2=0.0316, ewc=100.0, mas=0.1, kfac=100.0, local_mas=0.316, si=100.0, rwalk=31.6
-)  # chosen by --tune
+)  # by --tune, but kfac
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
