@@ -182,13 +182,15 @@ def test_rows_are_run_and_written_down(tmp_path, monkeypatch, capsys, learn):
     digits = load_dataset("digits")
     monkeypatch.setattr(reproduce, "load_or_exit", lambda name, data_dir: digits)
     monkeypatch.setattr(reproduce, "learn_sweep", learn)
-    monkeypatch.setattr(reproduce, "NUM_CHOOSING_SEEDS", 2)
     small = {"transform": lambda images: images, "hidden_sizes": (8,), "num_epochs": 1, "max_steps": None}
     if learn is pretend:  # which looks at neither
         tasks = [Task(digits.train, digits.test)] * 3
         small |= {"make_tasks": lambda dataset, key: tasks, "init_params": lambda hidden_sizes, key, x: jnp.zeros(1)}
     of_two = published.ROWS[3]._replace(
-        entries=(published.ROWS[3].entries[3]._replace(strengths=(1.0, 100.0)), published.ROWS[3].entries[-1]),
+        entries=(
+            published.ROWS[3].entries[3]._replace(strengths=(1.0, 100.0), num_choosing_seeds=2),
+            published.ROWS[3].entries[-1],
+        ),
         num_seeds=3,
         **small,
     )

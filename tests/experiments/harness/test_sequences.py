@@ -219,9 +219,9 @@ def test_a_script_goes_on_to_the_same_numbers(tmp_path, monkeypatch, capsys):
     # The same objects in every call, so that what is compiled is used again.
     network = MLP((8,), 10)
     monkeypatch.setattr(permuted, "make_network", lambda settings, num_outputs: network)
-    monkeypatch.setattr(experiment, "make_optimizer_fn", lambda settings: optimizer_fn)
+    monkeypatch.setattr(experiment, "make_optimizer_fn", lambda *arguments: optimizer_fn)
     picture = unittest.mock.Mock()
-    for plot in ("plot_accuracy_curves", "plot_accuracy_matrices"):
+    for plot in ("plot_accuracy_curves", "plot_average_accuracy", "plot_accuracy_matrices"):
         monkeypatch.setattr(report, plot, lambda *arguments: picture)
     monkeypatch.setattr(tune, "plot_strength_sweep", lambda *arguments: picture)
     log = Run.log
