@@ -37,8 +37,8 @@ def kronecker_fisher(
     - The weight of a dense layer or a convolution gets both matrices, for each group or stacked layer.
     - A vector, such as a bias, gets the full matrix of its gradients, which is exact.
     - A table of embeddings gets the diagonal of A, and the matrix G.
-    - Any other leaf (a matrix that is used twice, a table of single numbers, a scan's scalars) gets its diagonal, as from
-      `fisher_diagonal`.
+    - Any other leaf (a matrix that is used twice, a table of single numbers, a scan's scalars) gets its diagonal, as
+      from `fisher_diagonal`.
 
     Args:
       logits_fn: as for `fisher_diagonal`.
