@@ -16,7 +16,7 @@ import rich.console
 
 from experiments.harness.compare import compare
 from experiments.harness.experiment import load_or_exit
-from experiments.harness.pipelines import interval_of, momentum_with_penalty
+from experiments.harness.pipelines import interval_of, momentum_with_penalty, steps_of_task
 from experiments.harness.report import Estimate, Outcome, estimate, format_estimate, print_table
 from experiments.harness.runs import Run, open_run
 from experiments.harness.sequences import ResumableSequence, learn_resumably
@@ -96,7 +96,7 @@ def main(config: Config) -> None:
     makers = {"ewc": methods.ewc, "mas": methods.mas, "kfac": methods.kfac}
     method = makers[config.method]()._replace(rule=config.rule)
 
-    num_steps = config.num_epochs * -(-len(dataset.train.labels) // config.batch_size)
+    num_steps = steps_of_task(len(dataset.train.labels), config.num_epochs, config.batch_size)
     every = interval_of(num_steps) if config.method == "kfac" else None
     optimizer_fn = functools.partial(momentum_with_penalty, config.learning_rate, every=every)
     recipe = Recipe(model.apply, optimizer_fn, config.num_epochs, config.batch_size)

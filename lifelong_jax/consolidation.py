@@ -43,7 +43,7 @@ def init_consolidation(params: Params, like: Params | None = None) -> Consolidat
         importance = jax.tree.map(jnp.zeros_like, anchor)
     else:
         _checks.check_same_structure("like", like, "params", params)
-        importance = _widen(jax.tree.map(forms.zeros_like, like, is_leaf=forms.is_form))
+        importance = _widen(forms.tree_map(forms.zeros_like, like))
     return Consolidation(jax.device_put(anchor, may_alias=False), importance)
 
 
@@ -175,9 +175,9 @@ def _add(
     consolidation: Consolidation, params: Params, importance: Params, rule: Rule, decay: ArrayLike, weight: ArrayLike
 ) -> Consolidation:
     consolidation = Consolidation(*map(_widen, consolidation))
-    earlier = _map_forms(lambda form: forms.scale(form, decay), consolidation.importance)
-    incoming = _map_forms(lambda form: forms.scale(form, weight), _widen(importance))
-    total = _map_forms(forms.add, earlier, incoming)
+    earlier = forms.tree_map(lambda form: forms.scale(form, decay), consolidation.importance)
+    incoming = forms.tree_map(lambda form: forms.scale(form, weight), _widen(importance))
+    total = forms.tree_map(forms.add, earlier, incoming)
     if rule == "latest":
         return Consolidation(_widen(params), total)
 
@@ -187,9 +187,6 @@ def _add(
         return anchor + share * (theta - anchor)
 
     return Consolidation(jax.tree.map(weighted_mean, consolidation.anchor, _widen(params), incoming, total), total)
-
-
-_map_forms = functools.partial(jax.tree.map, is_leaf=forms.is_form)
 
 
 def _widen(tree: Params) -> Params:

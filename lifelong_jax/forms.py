@@ -7,6 +7,7 @@ leaf's entries correlate, at the price of one matrix for each of its two sides.
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
@@ -15,6 +16,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from lifelong_jax._layouts import Layout
+from lifelong_jax._nearest_product import inner_products, nearest_product, precise_einsum
 from lifelong_jax.types import Params
 
 
@@ -84,6 +86,24 @@ def is_form(node: Any) -> bool:
     return isinstance(node, KroneckerFactors)
 
 
+def tree_map(function: Callable[..., Any], importance: Params, *others: Params) -> Params:
+    """Maps a function over the forms of an importance: `jax.tree.map` with Kronecker factors as leaves.
+
+    Args:
+      function: `function(form, *others)`, with one argument for each tree.
+      importance: a tree of forms.
+      *others: trees of the same structure; each may have any branch in the place of a form.
+
+    Returns:
+      The tree of what `function` returns.
+
+    Example:
+      >>> tree_map(trace, {"w": jnp.ones((2, 3))})
+      {'w': Array(6., dtype=float32)}
+    """
+    return jax.tree.map(function, importance, *others, is_leaf=is_form)
+
+
 def from_factors(row_factor: jax.Array, column_factor: jax.Array, layout: Layout) -> KroneckerFactors:
     """Makes the form of two symmetric, positive semi-definite factors.
 
@@ -121,7 +141,7 @@ def factors_of(form: KroneckerFactors) -> tuple[jax.Array, jax.Array]:
     """
 
     def of_side(basis: jax.Array | None, values: jax.Array) -> jax.Array:
-        return values if basis is None else _einsum("gij,gj,gkj->gik", basis, values, basis)
+        return values if basis is None else precise_einsum("gij,gj,gkj->gik", basis, values, basis)
 
     return of_side(form.row_basis, form.row_values), of_side(form.column_basis, form.column_values)
 
@@ -236,7 +256,7 @@ def add(form: Form, other: Form) -> Form:
     if not (isinstance(form, KroneckerFactors) and isinstance(other, KroneckerFactors)):
         return form + other  # type: ignore[operator]  # never one of each
     rows, columns, sizes = _unit_factors(form, other)
-    row_weights, column_weights, *_ = _nearest_product(_inner_products(rows), _inner_products(columns), sizes)
+    row_weights, column_weights, *_ = nearest_product(inner_products(rows), inner_products(columns), sizes)
 
     def weighted(weights: jax.Array, factors: jax.Array) -> jax.Array:
         return jnp.sum(weights.reshape(*weights.shape, *[1] * (factors.ndim - 2)) * factors, axis=0)
@@ -263,7 +283,7 @@ def sum_error(form: Form, other: Form) -> jax.Array:
     if not (isinstance(form, KroneckerFactors) and isinstance(other, KroneckerFactors)):
         return jnp.zeros((), form.dtype)
     rows, columns, sizes = _unit_factors(form, other)
-    *_, error, norm = _nearest_product(_inner_products(rows), _inner_products(columns), sizes)
+    *_, error, norm = nearest_product(inner_products(rows), inner_products(columns), sizes)
     largest = jnp.max(norm)
     error, norm = (jnp.sum(jnp.square(x / jnp.where(largest > 0, largest, 1))) for x in (error, norm))
     return jnp.sqrt(error / jnp.where(norm > 0, norm, 1))
@@ -286,7 +306,7 @@ def diagonal(form: Form) -> jax.Array:
         return form
 
     def of_side(basis: jax.Array | None, values: jax.Array) -> jax.Array:
-        return values if basis is None else _einsum("gij,gj->gi", jnp.square(basis), values)
+        return values if basis is None else precise_einsum("gij,gj->gi", jnp.square(basis), values)
 
     rows, columns = of_side(form.row_basis, form.row_values), of_side(form.column_basis, form.column_values)
     return form.layout.from_matrices(rows[:, :, None] * columns[:, None, :])
@@ -380,55 +400,6 @@ def _unit_factors(form: KroneckerFactors, other: KroneckerFactors) -> tuple[jax.
     return rows, columns, sizes
 
 
-def _inner_products(factors: jax.Array) -> jax.Array:
-    """Maps `[2, groups, ...]` to `[groups, 2, 2]`."""
-    flat = factors.reshape(*factors.shape[:2], -1)
-    return _einsum("igx,jgx->gij", flat, flat)
-
-
-def _nearest_product(
-    rows: jax.Array, columns: jax.Array, sizes: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Finds the nearest product to Σ_i sizes_i A_i ⊗ G_i from the factors' inner products, `[groups, 2, 2]`.
-
-    Returns the weights of row factors and of column factors, `[2, groups]`, the error and the norm of the sum,
-    `[groups]`.
-    """
-    row_norms, column_norms = (jnp.sqrt(jnp.einsum("gii->ig", products)) for products in (rows, columns))
-    norms = sizes * row_norms * column_norms  # of the two products
-    largest = jnp.max(norms, axis=0)
-    # The product i is relative_i² · largest · (a unit factor) ⊗ (a unit factor).
-    relative = jnp.sqrt(norms / jnp.where(largest > 0, largest, 1))
-    row_scales, column_scales = (relative / jnp.where(norms > 0, norms, 1) for norms in (row_norms, column_norms))
-
-    def scaled(products: jax.Array, scales: jax.Array) -> jax.Array:
-        return products * scales.T[:, :, None] * scales.T[:, None, :]
-
-    rows, columns = scaled(rows, row_scales), scaled(columns, column_scales)
-    # A singular pair of Σ_i vec(A_i) vec(G_i)ᵀ is (Σ_i α_i A_i, Σ_i β_i G_i) with α ∝ columns · β and β ∝ rows · α. So
-    # α is the first eigenvector of columns · rows, whose entries are not negative.
-    products = _einsum("gij,gjk->gik", columns, rows)
-
-    def square(_: int, matrix: jax.Array) -> jax.Array:  # after 12 times, the first eigenvector is all that is left
-        matrix = _einsum("gij,gjk->gik", matrix, matrix)
-        size = jnp.sum(matrix, axis=(1, 2), keepdims=True)
-        return matrix / jnp.where(size > 0, size, 1)
-
-    alpha = jnp.sum(jax.lax.fori_loop(0, 12, square, products), axis=2)
-    length = jnp.sqrt(_einsum("gi,gij,gj->g", alpha, rows, alpha))[:, None]
-    alpha = alpha / jnp.where(length > 0, length, 1)
-    beta = _einsum("gij,gj->gi", rows, alpha)  # of length σ, since Σ_i α_i A_i has length 1
-    squared_norm, squared_sigma = jnp.sum(rows * columns, axis=(1, 2)), _einsum("gi,gij,gj->g", beta, columns, beta)
-    error = jnp.sqrt(jnp.maximum(squared_norm - squared_sigma, 0))
-    share = jnp.sqrt(largest)  # both sides share the size of the product
-    return (
-        share * alpha.T * row_scales,
-        share * beta.T * column_scales,
-        largest * error,
-        largest * jnp.sqrt(squared_norm),
-    )
-
-
 def _values(form: KroneckerFactors) -> jax.Array:
     """Returns the eigenvalues of A ⊗ G, `[groups, rows, columns]`."""
     return form.row_values[:, :, None] * form.column_values[:, None, :]
@@ -436,15 +407,11 @@ def _values(form: KroneckerFactors) -> jax.Array:
 
 def _to_eigenbasis(form: KroneckerFactors, change: jax.Array) -> jax.Array:
     x = form.layout.to_matrices(change)
-    x = x if form.row_basis is None else _einsum("gki,gkj->gij", form.row_basis, x)
-    return x if form.column_basis is None else _einsum("gik,gkj->gij", x, form.column_basis)
+    x = x if form.row_basis is None else precise_einsum("gki,gkj->gij", form.row_basis, x)
+    return x if form.column_basis is None else precise_einsum("gik,gkj->gij", x, form.column_basis)
 
 
 def _from_eigenbasis(form: KroneckerFactors, x: jax.Array) -> jax.Array:
-    x = x if form.column_basis is None else _einsum("gik,gjk->gij", x, form.column_basis)
-    x = x if form.row_basis is None else _einsum("gik,gkj->gij", form.row_basis, x)
+    x = x if form.column_basis is None else precise_einsum("gik,gjk->gij", x, form.column_basis)
+    x = x if form.row_basis is None else precise_einsum("gik,gkj->gij", form.row_basis, x)
     return form.layout.from_matrices(x)
-
-
-def _einsum(subscripts: str, *operands: jax.Array) -> jax.Array:
-    return jnp.einsum(subscripts, *operands, precision=jax.lax.Precision.HIGHEST)

@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lifelong_jax import _checks
+from lifelong_jax import _checks, forms
 from lifelong_jax._numerics import wide_dtype
-from lifelong_jax.forms import is_form, times
 from lifelong_jax.types import Examples, LossFn, Params
 
 
@@ -153,7 +152,7 @@ def penalty_on_plane(plane: Plane, importance: Params) -> np.ndarray:
       [[2.0, 0.0], [0.0, 3.0]]
     """
     _checks.check_same_structure("importance", importance, "plane.origin", plane.origin)
-    products = [jax.tree.map(times, importance, axis, is_leaf=is_form) for axis in plane.axes]
+    products = [forms.tree_map(forms.times, importance, axis) for axis in plane.axes]
     return np.stack([_flatten(axis) for axis in plane.axes]) @ np.stack([_flatten(product) for product in products]).T
 
 

@@ -232,9 +232,7 @@ def _add_batch(
 
 def _with_factors(tree: Any) -> Any:
     """Replaces forms by their factors: sums of eigenvectors would mean nothing."""
-    return jax.tree.map(
-        lambda node: forms.factors_of(node) if forms.is_form(node) else node, tree, is_leaf=forms.is_form
-    )
+    return forms.tree_map(lambda node: forms.factors_of(node) if forms.is_form(node) else node, tree)
 
 
 def _with_forms(tree: Any, shapes: Any) -> Any:
@@ -243,7 +241,7 @@ def _with_forms(tree: Any, shapes: Any) -> Any:
     def of_node(shape: Any, node: Any) -> Any:
         return forms.from_factors(node[0], node[1], shape.layout) if forms.is_form(shape) else node
 
-    return jax.tree.map(of_node, shapes, tree, is_leaf=forms.is_form)
+    return forms.tree_map(of_node, shapes, tree)
 
 
 def _check(source: Source, batch_size: int) -> None:

@@ -12,7 +12,7 @@ import rich.console
 import tyro
 
 from experiments.harness.compare import compare
-from experiments.harness.pipelines import MOMENTUM, interval_of, momentum_with_penalty
+from experiments.harness.pipelines import MOMENTUM, interval_of, momentum_with_penalty, steps_of_task
 from experiments.harness.report import report_comparison
 from experiments.harness.runs import Run, open_run
 from experiments.harness.sequences import learn_resumably
@@ -280,7 +280,10 @@ def make_recipes(settings: Settings, experiment: Experiment) -> dict[str, Recipe
     Returns:
       The recipe of each method, by its name.
     """
-    num_steps = settings.num_epochs * steps_per_epoch(settings, experiment)
+    num_steps = 0
+    if "kfac" in settings.methods or settings.schedule != "constant":  # others need no tasks yet
+        first, *_ = experiment.make_tasks(experiment.datasets, jax.random.key(0))
+        num_steps = steps_of_task(len(first.train.labels), settings.num_epochs, settings.batch_size)
     shared = Recipe(
         experiment.apply_fn,
         make_optimizer_fn(settings, num_steps),
@@ -291,20 +294,6 @@ def make_recipes(settings: Settings, experiment: Experiment) -> dict[str, Recipe
     every = settings.interval or interval_of(num_steps)
     with_factors = shared._replace(optimizer_fn=make_optimizer_fn(settings, num_steps, every))
     return {name: with_factors if name == "kfac" else shared for name in settings.methods}
-
-
-def steps_per_epoch(settings: Settings, experiment: Experiment) -> int:
-    """Computes how many steps an epoch of the first task has.
-
-    Args:
-      settings: the batch size.
-      experiment: the tasks.
-
-    Returns:
-      The number of steps; that of other tasks may be smaller.
-    """
-    first, *_ = experiment.make_tasks(experiment.datasets, jax.random.key(0))
-    return -(-len(first.train.labels) // settings.batch_size)
 
 
 def make_method(settings: Settings, name: str) -> Method | None:

@@ -7,9 +7,26 @@ from lifelong_jax.penalty import proximal_quadratic_penalty
 
 MOMENTUM = 0.9
 
-
 PULLS_PER_TASK = 100
 """How often the penalty with Kronecker factors pulls during a task, unless told otherwise: more gained nothing."""
+
+
+def steps_of_task(num_examples: int, num_epochs: int, batch_size: int) -> int:
+    """Computes how many steps a task is learned in.
+
+    Args:
+      num_examples: the number of its training examples.
+      num_epochs: passes over them.
+      batch_size: examples per step.
+
+    Returns:
+      The number of steps.
+
+    Example:
+      >>> steps_of_task(num_examples=1437, num_epochs=20, batch_size=32)
+      900
+    """
+    return num_epochs * -(-num_examples // batch_size)
 
 
 def interval_of(num_steps: int) -> int:

@@ -1,7 +1,6 @@
 """Importances scaled to mean 1, or to maximum 1."""
 
 import dataclasses
-import functools
 from typing import Literal
 
 import jax
@@ -45,20 +44,16 @@ def normalize_importance(importance: Params, to: Literal["mean", "max"] = "mean"
     _checks.check_params("importance", importance)
     _checks.check_importance("importance", importance)
     importance = jax.tree.map(widen, importance)
-    diagonal = _map_forms(forms.diagonal, importance)
-    largest = optax.tree.max(diagonal)
+    largest = optax.tree.max(forms.tree_map(forms.diagonal, importance))
     # Divided by the maximum first, because a sum of large entries could overflow; by its root twice, because XLA may
     # multiply by a reciprocal, which could underflow.
     root = jnp.sqrt(jnp.where(largest > 0, largest, 1))
     relative = _divide(_divide(importance, root), root)
     if to == "max":
         return relative
-    diagonal = _divide(_divide(diagonal, root), root)
+    diagonal = forms.tree_map(forms.diagonal, relative)
     mean = optax.tree.sum(diagonal) / max(optax.tree.size(diagonal), 1)
     return _divide(relative, jnp.where(mean > 0, mean, 1))
-
-
-_map_forms = functools.partial(jax.tree.map, is_leaf=forms.is_form)
 
 
 def _divide(importance: Params, number: jax.Array) -> Params:
@@ -67,4 +62,4 @@ def _divide(importance: Params, number: jax.Array) -> Params:
             return dataclasses.replace(form, row_values=form.row_values / number.astype(form.dtype))
         return form / number.astype(form.dtype)
 
-    return _map_forms(of_leaf, importance)
+    return forms.tree_map(of_leaf, importance)
