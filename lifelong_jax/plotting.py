@@ -138,6 +138,7 @@ def plot_average_accuracy(matrices: Mapping[str, ArrayLike], title: str) -> Figu
             draw_over_seeds(axis, [1, num_tasks], averages[:, [-1, -1]], color, name, linestyle="--")
         else:
             draw_over_seeds(axis, numbers, averages, color, name, marker="o", markersize=3)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_xlabel("tasks learned")
     axis.set_ylabel("average accuracy on them, percent")
     axis.set_ylim(0, 101)

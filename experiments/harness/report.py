@@ -250,7 +250,7 @@ def report_comparison(
     curves_title = f"{title}: average accuracy at the end, percent: {finding}"
     plot_accuracy_curves(curves, task_names, num_epochs, curves_title).savefig(run.folder / "accuracy.png")
     of_seeds = {name: outcome.accuracy_matrix for name, outcome in outcomes.items()}
-    plot_average_accuracy(of_seeds, curves_title).savefig(run.folder / "average_accuracy.png")
+    plot_average_accuracy(of_seeds, title).savefig(run.folder / "average_accuracy.png")
     matrices = {name: of_method.accuracy_matrix for name, of_method in summary.items()}
     matrices_title = f"{title}: test accuracy in percent, by the task learned last"
     plot_accuracy_matrices(matrices, task_names, matrices_title).savefig(run.folder / "accuracy_matrices.png")
