@@ -16,6 +16,7 @@ from lifelong_jax._extras import needs_extra
 with needs_extra("plotting"):
     import matplotlib.figure
     from matplotlib.axes import Axes
+    from matplotlib.ticker import MaxNLocator
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's palette, whose colours can be told apart with any colour vision."""
