@@ -1,7 +1,8 @@
 """Checks of arguments: shapes and dtypes always, values where they are known, which is outside of jit."""
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -9,12 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from lifelong_jax.forms import is_form
-from lifelong_jax.types import Batch, Examples, Params, Recipe, Scenario, Task
+from lifelong_jax.types import Batch, Example, Examples, Params, Recipe, Scenario, Task
 
 
 def check_params(name: str, params: Params) -> None:
     """Raises TypeError, naming the leaf, unless every leaf of `params` is a floating-point array."""
     for path, leaf in jax.tree.leaves_with_path(params):
+        if not hasattr(leaf, "dtype") and not isinstance(leaf, (int, float, complex)):
+            raise TypeError(
+                f"{name}{jax.tree_util.keystr(path)} is a {type(leaf).__name__}, not an array: pass the trainable "
+                f"arrays alone. Of an equinox module, take params, static = eqx.partition(model, eqx.is_inexact_array) "
+                f"and the function lambda params, x: eqx.combine(params, static)(x)."
+            )
         dtype = jnp.result_type(leaf)
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(
@@ -28,6 +35,12 @@ def check_examples(name: str, examples: Examples, weights: jax.Array | None, wei
     leaves = jax.tree.leaves_with_path(examples)
     if not leaves:
         raise ValueError(f"{name} has no arrays: pass a tree of arrays of shape [num_examples, ...].")
+    for path, leaf in leaves:
+        if not hasattr(leaf, "dtype"):
+            raise TypeError(
+                f"{name}{jax.tree_util.keystr(path)} is a {type(leaf).__name__}, not an array: make an array "
+                f"[num_examples, ...] of each list, by np.asarray."
+            )
     sizes = {name + jax.tree_util.keystr(path): np.shape(leaf)[:1] for path, leaf in leaves}
     if weights is not None:
         if not hasattr(weights, "dtype"):
@@ -51,11 +64,21 @@ def check_examples(name: str, examples: Examples, weights: jax.Array | None, wei
             )
 
 
-def check_batch(name: str, batch: Batch, num_classes: int) -> None:
-    """Raises ValueError or TypeError, naming the field, unless labels are classes and inputs and weights are finite."""
-    check_examples(name, batch._replace(weights=None), batch.weights, f"{name}.weights")  # type: ignore[arg-type]
+def check_labelled(name: str, batch: Batch) -> None:
+    """Raises ValueError or TypeError, naming the field, unless a batch's sizes agree and its labels are integers."""
+    check_examples(name, batch._replace(weights=None), batch.weights, f"{name}.weights")
+    if np.ndim(batch.labels) != 1:
+        raise ValueError(
+            f"{name}.labels has shape {np.shape(batch.labels)}, but must be [num_examples], one class per example: use "
+            f"labels[:, 0] for a column, or labels.argmax(axis=1) for one-hot rows."
+        )
     if not jnp.issubdtype(batch.labels.dtype, jnp.integer):
         raise TypeError(f"{name}.labels has dtype {batch.labels.dtype}, but labels must be integers.")
+
+
+def check_batch(name: str, batch: Batch, num_classes: int) -> None:
+    """Raises ValueError or TypeError, naming the field, unless labels are classes and inputs and weights are finite."""
+    check_labelled(name, batch)
     if is_concrete(batch.labels):
         labels = np.asarray(batch.labels)
         if not 0 <= labels.min() <= labels.max() < num_classes:
@@ -67,11 +90,24 @@ def check_batch(name: str, batch: Batch, num_classes: int) -> None:
 
 def check_logits(logits: Any) -> None:
     """Raises ValueError unless a network's output for one example, or its shape, is a single array with one axis."""
-    if not isinstance(logits, (jax.Array, jax.ShapeDtypeStruct)) or logits.ndim != 1:
+    if not isinstance(logits, (jax.Array, jax.ShapeDtypeStruct)) or logits.ndim != 1 or logits.size == 0:
         raise ValueError(
-            f"apply_fn must return [num_classes] for one example, which comes without batch axis, not arrays of shape "
-            f"{jax.tree.map(jnp.shape, logits)}."
+            f"apply_fn must return [num_classes] for one example, which comes without batch axis, with one class or "
+            f"more, not arrays of shape {jax.tree.map(jnp.shape, logits)}."
         )
+
+
+@contextlib.contextmanager
+def for_one_example(name: str, example: Example) -> Iterator[None]:
+    """Adds to an error of the function `name` what it was called with: many networks are written for batches."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(
+            f"{name} was called for one example, without batch axis, of shape {jax.tree.map(jnp.shape, example)}. If "
+            f"its network is written for batches, call network(params, x[None])[0] in it."
+        )
+        raise
 
 
 def check_positive_integer(name: str, value: int | None, *, optional: bool = False) -> None:
@@ -220,26 +256,43 @@ def check_sequence(recipe: Recipe, params: Params, tasks: Sequence[Task]) -> Non
     check_choice("recipe.scenario", recipe.scenario, ("task", "domain", "class"))
     check_positive_integer("recipe.num_epochs", recipe.num_epochs)
     check_positive_integer("recipe.batch_size", recipe.batch_size)
-    x = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), tasks[0].train.inputs)
-    logits = jax.eval_shape(recipe.apply_fn, params, x)
+    check_params("params", params)
+    for index, task in enumerate(tasks):
+        parts = (task, task.train, task.test) if isinstance(task, Task) else (task,)
+        if any(not isinstance(part, kind) for part, kind in zip(parts, (Task, Batch, Batch), strict=False)):
+            kinds = ", ".join(type(part).__name__ for part in parts)
+            raise TypeError(f"tasks[{index}] must be a Task(train, test) of two Batch(inputs, labels), not: {kinds}.")
+    check_labelled("tasks[0].train", tasks[0].train)
+    x = _one_example(tasks[0].train)
+    with for_one_example("recipe.apply_fn", x):
+        logits = jax.eval_shape(recipe.apply_fn, params, x)
     check_logits(logits)
     (num_classes,) = logits.shape
     checked: dict[tuple[int, ...], Batch] = {}  # by the ids of its arrays, which stay valid while it holds the batch
     for index, task in enumerate(tasks):
-        check_same_structure(f"tasks[{index}]", task, "tasks[0]", tasks[0])
-        _check_task(f"tasks[{index}]", task, recipe.scenario, math.prod(x.shape), num_classes, checked)
+        try:
+            check_same_structure(f"tasks[{index}]", task, "tasks[0]", tasks[0])
+        except ValueError as error:
+            raise ValueError(
+                f"{error} One compilation serves all tasks: tasks.pad_tasks pads them to equal numbers of examples."
+            ) from None
+        _check_task(f"tasks[{index}]", task, recipe.scenario, x, num_classes, checked)
+
+
+def _one_example(batch: Batch) -> Example:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), batch.inputs)
 
 
 def _check_task(
     name: str,
     task: Task,
     scenario: Scenario,
-    num_features: int,
+    x: Example,
     num_classes: int,
     checked: dict[tuple[int, ...], Batch],
 ) -> None:
     if task.permutation is not None:
-        _check_permutation(f"{name}.permutation", task.permutation, num_features)
+        _check_permutation(f"{name}.permutation", task.permutation, x)
     if (task.class_mask is None) != (scenario == "domain"):
         has, takes = ("no", "needs one") if task.class_mask is None else ("a", "takes none")
         raise ValueError(
@@ -257,6 +310,7 @@ def _check_task(
         arrays = tuple(map(id, jax.tree.leaves(batch)))
         if arrays not in checked:  # permuted tasks share their examples
             check_batch(f"{name}.{part}", batch, num_classes)
+            check_same_structure(f"an input of {name}.{part}", _one_example(batch), "one of tasks[0].train", x)
             checked[arrays] = batch
         if task.class_mask is None or not is_concrete(batch.labels):
             continue
@@ -264,7 +318,10 @@ def _check_task(
             raise ValueError(f"{name} has labels that are not among the classes of its class_mask.")
 
 
-def _check_permutation(name: str, permutation: jax.Array, num_features: int) -> None:
+def _check_permutation(name: str, permutation: jax.Array, x: Example) -> None:
+    if not isinstance(x, jax.ShapeDtypeStruct):
+        raise TypeError(f"{name} is for inputs that are one array, not a {type(x).__name__}: leave it None.")
+    num_features = math.prod(x.shape)
     if permutation.shape != (num_features,):
         raise ValueError(f"{name} has shape {permutation.shape}, but an input has {num_features} features.")
     if not jnp.issubdtype(permutation.dtype, jnp.integer):

@@ -66,7 +66,8 @@ def scale_weights(weights: jax.Array) -> jax.Array:
 def pad(batch: Batch, size: int) -> Batch:
     """Pads a batch with its own examples at weight 0: where all inputs are 0, a network may have no finite gradient."""
     positions = np.arange(size)
-    padded = jax.tree.map(lambda leaf: leaf[positions % len(batch.labels)], batch)
+    weights: Any = np.ones(len(batch.labels), np.float32) if batch.weights is None else batch.weights
+    padded = jax.tree.map(lambda leaf: leaf[positions % len(batch.labels)], batch._replace(weights=weights))
     return padded._replace(weights=jnp.where(positions < len(batch.labels), padded.weights, 0))
 
 

@@ -34,8 +34,9 @@ def accuracy(
       A fraction. An example with an output that is NaN counts as wrong.
 
     Raises:
-      ValueError: if there are no examples, if inputs, labels and weights differ in their number, or if `apply_fn` does
-        not return one example's logits.
+      TypeError: if labels are not integers.
+      ValueError: if there are no examples, if inputs, labels and weights differ in their number, if labels are not
+        `[num_examples]`, or if `apply_fn` does not return one example's logits.
 
     Example:
       >>> from lifelong_jax import Batch
@@ -43,14 +44,17 @@ def accuracy(
       >>> accuracy(lambda params, x: params * x, jnp.array(1.0), test, None, None)
       Array(0.5, dtype=float32)
     """
-    _checks.check_examples("test", test._replace(weights=None), test.weights, "test.weights")  # type: ignore[arg-type]
+    _checks.check_labelled("test", test)
     output_fn = with_permutation(apply_fn, permutation)
-    test = test._replace(weights=test.weights.astype(float))  # a sum of narrow floats would be rounded
     num_examples = len(test.labels)
+    weights = jnp.ones(num_examples) if test.weights is None else test.weights
+    weights = weights.astype(float)  # a sum of narrow floats would be rounded
+    test = test._replace(weights=weights)
     size = equal_size(num_examples, _MAX_EVALUATED)
 
     def logits_fn(x: jax.Array) -> jax.Array:
-        logits = output_fn(params, x)
+        with _checks.for_one_example("apply_fn", x):
+            logits = output_fn(params, x)
         _checks.check_logits(logits)
         return logits
 
@@ -68,7 +72,7 @@ def accuracy(
         return jnp.where(correct, part.weights, 0)
 
     # Summed like the weights below: a sum of the parts' rounded sums could exceed theirs.
-    return jnp.sum(jax.lax.map(correct_weights, jnp.arange(0, num_examples, size))) / jnp.sum(test.weights)
+    return jnp.sum(jax.lax.map(correct_weights, jnp.arange(0, num_examples, size))) / jnp.sum(weights)
 
 
 def evaluate(apply_fn: OutputFn, params: Params, tasks: Sequence[Task], scenario: Scenario = "domain") -> list[float]:
@@ -84,6 +88,7 @@ def evaluate(apply_fn: OutputFn, params: Params, tasks: Sequence[Task], scenario
       A fraction for each task.
 
     Raises:
+      TypeError: as for `accuracy`.
       ValueError: as for `accuracy`, or if weights are negative, all 0, or too large or too small for float32.
 
     Example:
@@ -93,8 +98,7 @@ def evaluate(apply_fn: OutputFn, params: Params, tasks: Sequence[Task], scenario
       [0.5]
     """
     for index, task in enumerate(tasks):
-        name = f"tasks[{index}].test"
-        _checks.check_examples(name, task.test.inputs, task.test.weights, f"{name}.weights")
+        _checks.check_labelled(f"tasks[{index}].test", task.test)
     class_masks = [active_classes(tasks, scenario, index, len(tasks) - 1) for index in range(len(tasks))]
     accuracies = [
         accuracy(apply_fn, params, task.test, task.permutation, class_mask)

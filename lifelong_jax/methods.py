@@ -248,7 +248,8 @@ def cross_entropy(apply_fn: OutputFn) -> LossFn:
       apply_fn: `apply_fn(params, x) -> [num_classes]`, one example's outputs, without batch axis.
 
     Returns:
-      `loss_fn(params, example) -> scalar`, for an example that is a `Batch` without example axis.
+      `loss_fn(params, example) -> scalar`, for an example that is a `Batch` without example axis. It raises
+      ValueError where the example has not one label.
 
     Example:
       >>> from lifelong_jax import Batch, methods
@@ -258,6 +259,11 @@ def cross_entropy(apply_fn: OutputFn) -> LossFn:
     """
 
     def loss_fn(params: Params, example: Batch) -> jax.Array:
+        if jnp.ndim(example.labels) != 0:
+            raise ValueError(
+                f"labels has shape {jnp.shape(example.labels)} for one example, but must be one class: use "
+                f"labels[:, 0] for a column, or labels.argmax(axis=1) for one-hot rows."
+            )
         logits = mask_logits(apply_fn(params, example.inputs), example.class_mask)
         return optax.losses.softmax_cross_entropy_with_integer_labels(logits, example.labels)
 

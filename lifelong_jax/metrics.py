@@ -115,7 +115,7 @@ def forgetting_ratio(accuracy_matrix: ArrayLike, chance: ArrayLike, joint_accura
       About 0 for no forgetting; -1 if all accuracies have fallen to chance.
 
     Raises:
-      ValueError: if the matrix is not square, or another size does not match.
+      ValueError: if the matrix is not square, another size does not match, or a joint accuracy is not above chance.
 
     Example:
       >>> forgetting_ratio([[1.0, 0.0], [0.5, 1.0]], chance=0.5, joint_accuracy=[1.0, 1.0])
@@ -126,6 +126,11 @@ def forgetting_ratio(accuracy_matrix: ArrayLike, chance: ArrayLike, joint_accura
     accuracy = _square(accuracy_matrix)
     chance = _of_each_task("chance", chance if np.ndim(chance) else np.full(len(accuracy), chance), accuracy)
     joint_accuracy = _of_each_task("joint_accuracy", joint_accuracy, accuracy)
+    for task in np.flatnonzero(joint_accuracy <= chance):
+        raise ValueError(
+            f"joint_accuracy[{task}] is {joint_accuracy[task]:g}, but must be above chance, {chance[task]:g}: there is "
+            f"no ratio to what joint training did not learn. Train jointly for longer, or leave the task out."
+        )
     return _mean((accuracy[-1] - chance) / (joint_accuracy - chance) - 1)
 
 

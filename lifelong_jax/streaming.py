@@ -223,7 +223,7 @@ def _add_batch(
     mean_fn: Callable, total: tuple[Any, jax.Array], state: Any, batch: Batch, key: jax.Array | None
 ) -> tuple[Any, jax.Array]:
     summed, weight = total
-    batch_weight = jnp.sum(batch.weights)
+    batch_weight = jnp.sum(batch.weights)  # type: ignore[arg-type]  # `stream_batches` fills them in
     means = _with_factors(mean_fn(state, batch, key))
     # If all weights of a batch are 0, its mean is not defined.
     weighted = jax.tree.map(lambda m: jnp.where(batch_weight > 0, batch_weight.astype(m.dtype) * m, 0), means)

@@ -42,6 +42,10 @@ def permuted_tasks(train: Batch, test: Batch, num_tasks: int, key: jax.Array) ->
     """
     _checks.check_positive_integer("num_tasks", num_tasks)
     _check_loaded(train, test)
+    if not hasattr(train.inputs, "shape"):
+        raise TypeError(
+            f"train.inputs is a {type(train.inputs).__name__}, but must be one array, whose features can be permuted."
+        )
     shape = train.inputs.shape[1:]
     if test.inputs.shape[1:] != shape:
         raise ValueError(f"test inputs have shape {test.inputs.shape[1:]} per example, but train inputs have {shape}.")
@@ -80,10 +84,10 @@ def rotated_tasks(train: Batch, test: Batch, angles: Sequence[float]) -> list[Ta
     _checks.check_finite("angles", list(angles), hint="Pass degrees.")
     _check_loaded(train, test)
     for name, batch in (("train", train), ("test", test)):
-        if batch.inputs.ndim != 4:
+        if getattr(batch.inputs, "ndim", None) != 4:
             raise ValueError(
-                f"{name}.inputs has shape {batch.inputs.shape}, but must be images: [num_examples, height, width, "
-                f"channels]."
+                f"{name}.inputs has shape {jax.tree.map(jnp.shape, batch.inputs)}, but must be images: [num_examples, "
+                f"height, width, channels]."
             )
         if not jnp.issubdtype(batch.inputs.dtype, jnp.floating):
             raise TypeError(
@@ -139,7 +143,8 @@ def split_tasks(
         parts: list[Batch] = []
         for name, batch in (("train", train), ("test", test)):
             labels = np.asarray(batch.labels)
-            missing = sorted(set(group) - set(labels[np.asarray(batch.weights) > 0].tolist()))
+            counted = labels if batch.weights is None else labels[np.asarray(batch.weights) > 0]
+            missing = sorted(set(group) - set(counted.tolist()))
             if missing:
                 raise ValueError(f"{name} has no examples of the classes {missing}.")
             part = jax.tree.map(operator.itemgetter(np.flatnonzero(np.isin(labels, group))), batch)
@@ -149,7 +154,7 @@ def split_tasks(
             parts.append(part)
         class_mask = None if shared_outputs else jnp.isin(jnp.arange(num_classes), jnp.asarray(group))
         tasks.append(Task(parts[0], parts[1], class_mask=class_mask))
-    return _pad_tasks(tasks)
+    return pad_tasks(tasks)
 
 
 def dataset_tasks(datasets: Sequence[tuple[Batch, Batch, int]]) -> list[Task]:
@@ -181,9 +186,12 @@ def dataset_tasks(datasets: Sequence[tuple[Batch, Batch, int]]) -> list[Task]:
         raise ValueError("datasets is empty: pass one for each task.")
     for index, (train, test, _) in enumerate(datasets):
         _check_loaded(train, test, f"datasets[{index}].")
-    shapes = [batch.inputs.shape[1:] for train, test, _ in datasets for batch in (train, test)]
-    if len(set(shapes)) > 1:
-        raise ValueError(f"inputs must have the same shape per example, but have {sorted(set(shapes))}: resize them.")
+    batches = [batch for train, test, _ in datasets for batch in (train, test)]
+    shapes = {str(jax.tree.map(lambda leaf: leaf.shape[1:], batch.inputs)) for batch in batches}
+    if len(shapes) > 1:
+        raise ValueError(
+            f"inputs must have the same shape per example, but have {', '.join(sorted(shapes))}: resize them."
+        )
     for index, (train, test, num_classes) in enumerate(datasets):
         _checks.check_batch(f"datasets[{index}].train", train, num_classes)
         _checks.check_batch(f"datasets[{index}].test", test, num_classes)
@@ -194,7 +202,28 @@ def dataset_tasks(datasets: Sequence[tuple[Batch, Batch, int]]) -> list[Task]:
         outputs = jnp.arange(total)
         tasks.append(Task(train, test, class_mask=(outputs >= first) & (outputs < first + num_classes)))
         first += num_classes
-    return _pad_tasks(tasks)
+    return pad_tasks(tasks)
+
+
+def pad_tasks(tasks: Sequence[Task]) -> list[Task]:
+    """Pads smaller tasks to the largest one's numbers of examples, because tasks of a sequence have equal shapes.
+
+    Padding has weight 0: it takes no training steps, and counts in no importance and no accuracy.
+
+    Args:
+      tasks: tasks whose inputs have the same shape per example.
+
+    Returns:
+      The tasks, with weights.
+
+    Example:
+      >>> small, large = (Batch(np.zeros((size, 3)), np.arange(size)) for size in (2, 4))
+      >>> pad_tasks([Task(small, large), Task(large, large)])[0].train.weights
+      Array([1., 1., 0., 0.], dtype=float32)
+    """
+    train_size = max(len(task.train.labels) for task in tasks)
+    test_size = max(len(task.test.labels) for task in tasks)
+    return [task._replace(train=pad(task.train, train_size), test=pad(task.test, test_size)) for task in tasks]
 
 
 def permute_features(x: jax.Array, permutation: jax.Array | None) -> jax.Array:
@@ -247,6 +276,7 @@ def _check_loaded(train: Batch, test: Batch, of: str = "") -> None:
                 f"{of}{name} is a {type(batch).__name__}, but must be a Batch: load the data by load_dataset, because "
                 f"open_dataset reads no images."
             )
+        _checks.check_labelled(f"{of}{name}", batch)
 
 
 @jax.jit
@@ -266,9 +296,3 @@ def _rotate(images: jax.Array, angle: jax.Array) -> jax.Array:
 
     rotated = jax.vmap(jax.vmap(rotate_channel, in_axes=-1, out_axes=-1))(images.astype(dtype))
     return rotated.astype(images.dtype)
-
-
-def _pad_tasks(tasks: list[Task]) -> list[Task]:
-    train_size = max(len(task.train.labels) for task in tasks)
-    test_size = max(len(task.test.labels) for task in tasks)
-    return [task._replace(train=pad(task.train, train_size), test=pad(task.test, test_size)) for task in tasks]

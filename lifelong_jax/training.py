@@ -53,11 +53,15 @@ def init_training(optimizer: optax.GradientTransformation, params: Params, key: 
       The state. All of it is a copy, so that a loop may donate it: `params` may also be an anchor, and some optimisers
       keep them in their state.
 
+    Raises:
+      TypeError: if a leaf of `params` is not a floating-point array.
+
     Example:
       >>> import optax
       >>> init_training(optax.sgd(0.1), jnp.zeros(2), jax.random.key(0)).params
       Array([0., 0.], dtype=float32)
     """
+    _checks.check_params("params", params)
     state = TrainingState(params, optimizer.init(params), key)
     return jax.device_put(state, may_alias=False)  # unlike jnp.copy, it has nothing to compile
 
@@ -127,9 +131,11 @@ def learn_task(
     num_batches = -(-num_examples // batch_size)
     num_steps = num_batches if weights is None else -(-jnp.sum(weights > 0) // batch_size)
     step = _make_step(loss_fn, optimizer, consolidation, examples, weights)
+    one_example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), examples)
     one_batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype), examples)
     one_weight = jax.ShapeDtypeStruct((batch_size,), jnp.result_type(float) if weights is None else weights.dtype)
-    loss_dtype = jax.eval_shape(functools.partial(_mean_loss, loss_fn), state.params, one_batch, one_weight).dtype
+    with _checks.for_one_example("loss_fn", one_example):
+        loss_dtype = jax.eval_shape(functools.partial(_mean_loss, loss_fn), state.params, one_batch, one_weight).dtype
 
     def epoch(state: TrainingState, index: jax.Array) -> tuple[TrainingState, tuple[jax.Array, jax.Array]]:
         key, shuffle_key = jax.random.split(state.key)

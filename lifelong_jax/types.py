@@ -35,15 +35,15 @@ class Batch(NamedTuple):
     """Labelled examples.
 
     Attributes:
-      inputs: `[num_examples, ...]`, floating.
+      inputs: `[num_examples, ...]`, an array of floats or integers, or a tree of such arrays.
       labels: `[num_examples]`, integers in `[0, num_classes)`.
-      weights: `[num_examples]`, floating; 0 for padding, 1 for an example that counts once.
+      weights: `[num_examples]`, floating; 0 for padding, 1 for an example that counts once. None for ones.
       class_mask: `[num_examples, num_classes]`, bool: the outputs that are active for each example, or None if all are.
     """
 
-    inputs: jax.Array
+    inputs: Any
     labels: jax.Array
-    weights: jax.Array
+    weights: jax.Array | None = None
     class_mask: jax.Array | None = None
 
 

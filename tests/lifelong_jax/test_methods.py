@@ -63,3 +63,9 @@ def test_what_is_compiled_by_is_one_object_per_setting():
 def test_unknown_fisher():
     with pytest.raises(ValueError, match="fisher must be one of exact, sampled, empirical"):
         methods.ewc("diagonal")
+
+
+def test_the_loss_is_of_one_label():
+    column = jax.tree.map(lambda leaf: leaf[0], BATCH)._replace(labels=jnp.zeros(1, int))
+    with pytest.raises(ValueError, match=r"labels has shape \(1,\) for one example, .*labels\[:, 0\]"):
+        methods.cross_entropy(logits_fn)(jnp.ones((3, 2)), column)

@@ -105,3 +105,10 @@ def test_sizes_must_match(metric):
 def test_chance_is_a_number_or_one_for_each_task(chance):
     with pytest.raises(ValueError, match=r"chance must be \[num_tasks\] = \(3,\), not of shape"):
         forgetting_ratio(MATRIX, chance, [1.0, 0.8, 0.9])
+
+
+@pytest.mark.parametrize("joint", [0.1, 0.05])
+def test_there_is_no_ratio_where_joint_training_learned_nothing(joint):
+    with pytest.raises(ValueError, match=rf"joint_accuracy\[1\] is {joint}, but must be above chance, 0\.1"):
+        forgetting_ratio(MATRIX, 0.1, [1.0, joint, 0.9])
+    assert math.isnan(forgetting_ratio(MATRIX, 0.1, [1.0, np.nan, 0.9]))  # not measured

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lifelong_jax import dataset_tasks, permuted_tasks, rotated_tasks, split_tasks
+from lifelong_jax import Batch, Task, dataset_tasks, permuted_tasks, rotated_tasks, split_tasks
 from lifelong_jax.datasets import open_dataset
 from lifelong_jax.scenarios import joint_examples
-from lifelong_jax.tasks import permute_features
+from lifelong_jax.tasks import pad_tasks, permute_features
 from tests.problems import as_batch
 
 
@@ -174,3 +174,53 @@ def test_padding_repeats_real_examples(make):
         num_real = int((part.weights > 0).sum())
         assert all(row in rows[:num_real] for row in rows[num_real:])
     assert any((task.train.weights == 0).any() for task in tasks)
+
+
+def test_tasks_are_padded_to_the_size_of_the_largest_one():
+    large, small = make_batch(5), make_batch(3)
+    tasks = pad_tasks(
+        [Task(small, large), Task(large._replace(weights=None), small._replace(weights=2 * small.weights))]
+    )
+    np.testing.assert_array_equal(tasks[0].train.weights, [1, 1, 1, 0, 0])
+    np.testing.assert_array_equal(tasks[1].train.weights, np.ones(5))
+    np.testing.assert_array_equal(tasks[1].test.weights, [2, 2, 2, 0, 0])
+    np.testing.assert_array_equal(tasks[0].train.inputs[:3], small.inputs)
+    np.testing.assert_array_equal(tasks[0].train.labels, [0, 1, 0, 0, 1])  # the first ones again
+
+
+def test_weights_may_be_left_out():
+    batch = make_batch(5, (2, 2, 1))
+    bare = Batch(batch.inputs, batch.labels)
+    for make_tasks in (
+        lambda batch: split_tasks(batch, batch, [[0], [1]], num_classes=2),
+        lambda batch: dataset_tasks([(batch, batch, 2)]),
+    ):
+        for task, expected in zip(make_tasks(bare), make_tasks(batch), strict=True):
+            np.testing.assert_array_equal(task.train.weights, expected.train.weights)
+    assert rotated_tasks(bare, bare, [90])[0].train.weights is None
+
+
+def test_inputs_of_several_arrays():
+    batch = make_batch(5)
+    pair = batch._replace(inputs=(batch.inputs, batch.labels))
+    np.testing.assert_array_equal(split_tasks(pair, pair, [[0], [1]], 2)[1].train.inputs[1], [1, 1, 1])
+    assert dataset_tasks([(pair, pair, 2)])[0].train.inputs[0].shape == (5, 2, 3)
+    with pytest.raises(TypeError, match=r"train\.inputs is a tuple, but must be one array"):
+        permuted_tasks(pair, pair, 2, jax.random.key(0))
+    with pytest.raises(ValueError, match=r"train\.inputs has shape \(\(5, 2, 3\), \(5,\)\), but must be images"):
+        rotated_tasks(pair, pair, [90])
+    with pytest.raises(ValueError, match=r"the same shape per example, but have \(\(2, 3\), \(\)\), \(2, 3\)"):
+        dataset_tasks([(batch, pair, 2)])
+
+
+def test_labels_of_another_shape():
+    batch = make_batch(5)
+    column = batch._replace(labels=batch.labels[:, None])
+    for make_tasks in (
+        lambda: split_tasks(batch, column, [[0], [1]], num_classes=2),
+        lambda: dataset_tasks([(batch, column, 2)]),
+        lambda: permuted_tasks(batch, column, 2, jax.random.key(0)),
+        lambda: rotated_tasks(batch, column, [90]),
+    ):
+        with pytest.raises(ValueError, match=r"test\.labels has shape \(5, 1\), but must be \[num_examples\]"):
+            make_tasks()

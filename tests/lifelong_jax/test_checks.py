@@ -1,0 +1,163 @@
+"""What is refused before anything is computed, and in which words."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lifelong_jax import (
+    Task,
+    evaluate,
+    fisher_diagonal,
+    init_consolidation,
+    init_sequence,
+    init_training,
+    learn_jointly,
+    learn_task,
+    learn_tasks,
+    methods,
+)
+from lifelong_jax.tasks import pad_tasks
+from tests.problems import RECIPE, apply_fn, make_batch, make_params
+
+BATCH = make_batch(9)
+KEY = jax.random.key(0)
+
+
+def start(tasks, *, network=apply_fn, params=None):
+    """The state before the first task: everything is checked, and nothing is learned."""
+    params = make_params() if params is None else params
+    return init_sequence(methods.ewc(), RECIPE._replace(apply_fn=network), params, tasks, KEY, strength=0.0)
+
+
+def one_task(**fields):
+    batch = BATCH._replace(**fields)
+    return [Task(batch, batch)]
+
+
+@pytest.mark.parametrize(
+    ("labels", "error", "message"),
+    [
+        (np.zeros((9, 1), int), ValueError, r"labels has shape \(9, 1\).* use labels\[:, 0\] for a column"),
+        (np.eye(9, 3), ValueError, r"labels has shape \(9, 3\).* labels\.argmax\(axis=1\) for one-hot"),
+        ([0] * 9, TypeError, r"labels\[0\] is a int, not an array: .* by np\.asarray"),
+        (np.zeros(9), TypeError, "labels has dtype float64, but labels must be integers"),
+    ],
+)
+def test_labels_are_one_integer_per_example(labels, error, message):
+    with pytest.raises(error, match=rf"tasks\[0\]\.train\.{message}"):
+        start(one_task(labels=labels))
+    good = Task(BATCH, BATCH)
+    for tasks in (
+        [Task(BATCH, BATCH._replace(labels=labels))],
+        [good, good._replace(test=BATCH._replace(labels=labels))],
+    ):
+        with pytest.raises(error, match=rf"tasks\[{len(tasks) - 1}\]\.test\.{message}"):
+            evaluate(apply_fn, make_params(), tasks)
+
+
+def test_inputs_that_are_lists():
+    with pytest.raises(TypeError, match=r"tasks\[0\]\.train\.inputs\[0\]\[0\] is a float, not an array"):
+        start(one_task(inputs=np.asarray(BATCH.inputs).tolist()))
+
+
+@pytest.mark.parametrize(
+    ("tasks", "kinds"),
+    [
+        (Task(BATCH, BATCH), "Batch"),
+        ([(BATCH, BATCH)], "tuple"),
+        ([Task(tuple(BATCH), BATCH)], "Task, tuple, Batch"),
+    ],
+)
+def test_tasks_are_a_list_of_tasks_of_batches(tasks, kinds):
+    with pytest.raises(TypeError, match=rf"tasks\[0\] must be a Task\(train, test\) of two Batch.*, not: {kinds}\."):
+        start(tasks)
+
+
+def test_a_task_of_another_size_is_told_how_to_be_padded():
+    tasks = [Task(BATCH, BATCH), Task(make_batch(7), BATCH)]
+    with pytest.raises(ValueError, match=r"tasks\[1\]\.train\.inputs has shape \(7, 6\), .*tasks\.pad_tasks"):
+        start(tasks)
+    start(pad_tasks(tasks))
+
+
+def test_test_inputs_are_like_training_inputs():
+    other = BATCH._replace(inputs=BATCH.inputs[:, :5])
+    with pytest.raises(ValueError, match=r"an input of tasks\[0\]\.test has shape \(5,\), but .* has \(6,\)"):
+        start([Task(BATCH, other)])
+
+
+def test_a_network_without_classes():
+    with pytest.raises(ValueError, match=r"with one class or more, not arrays of shape \(0,\)"):
+        start(one_task(), params=make_params(0))
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_a_network_for_batches_is_told_that_there_is_one_example():
+    network = nn.Sequential([lambda x: x.reshape(x.shape[0], -1), nn.Dense(3)])
+    params = network.init(KEY, BATCH.inputs)
+    losses = methods.cross_entropy(network.apply)
+    state, none = init_training(optax.sgd(0.1), params, KEY), init_consolidation(params)
+    for run in (
+        lambda: start(one_task(), network=network.apply, params=params),
+        lambda: evaluate(network.apply, params, one_task()),
+        lambda: learn_task(losses, optax.sgd(0.1), state, none, BATCH, num_epochs=1, batch_size=9),
+    ):
+        with pytest.raises(Exception, match=r"one example, without batch axis, of shape .*\(6,\).*x\[None\]\)\[0\]"):
+            run()
+    start(one_task(), network=lambda params, x: network.apply(params, x[None])[0], params=params)
+
+
+class Module:
+    """Parameters and a function in one tree, as in equinox."""
+
+    def __init__(self, weight, activation):
+        self.weight, self.activation = weight, activation
+
+
+jax.tree_util.register_dataclass(Module, data_fields=["weight", "activation"], meta_fields=[])
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda module: start(one_task(), network=lambda params, x: params.activation(x @ params.weight), params=module),
+        lambda module: init_training(optax.sgd(0.1), module, KEY),
+        lambda module: init_consolidation(module),
+        lambda module: fisher_diagonal(lambda params, x: x @ params.weight, module, BATCH.inputs),
+    ],
+)
+def test_a_whole_module_is_told_how_to_be_split(run):
+    with pytest.raises(TypeError, match=r"params\.activation is a .*, not an array: .*eqx\.partition\(model"):
+        run(Module(jnp.ones((6, 3)), jnp.tanh))
+
+
+def test_weights_are_ones_where_there_are_none():
+    params, tasks = make_params(), [Task(BATCH, BATCH), Task(make_batch(9, seed=1), BATCH)]
+    bare = [Task(*(batch._replace(weights=None) for batch in task[:2])) for task in tasks]
+    for learn in (
+        lambda tasks: learn_tasks(methods.ewc(), RECIPE, params, tasks, KEY, strength=1.0),
+        lambda tasks: learn_jointly(RECIPE, params, tasks, KEY),
+    ):
+        expected, learned = learn(tasks), learn(bare)
+        np.testing.assert_allclose(learned.params["w1"], expected.params["w1"], rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(learned.accuracy_matrix, expected.accuracy_matrix)
+
+
+def test_inputs_may_be_a_tree_of_arrays():
+    params = make_params()
+
+    def network(params, x):
+        return apply_fn(params, jnp.concatenate([x["left"], x["right"]]))
+
+    parts = BATCH._replace(inputs={"left": BATCH.inputs[:, :2], "right": BATCH.inputs[:, 2:]})
+    recipe = RECIPE._replace(apply_fn=network)
+    learned = learn_tasks(methods.ewc(), recipe, params, [Task(parts, parts)] * 2, KEY, strength=1.0)
+    whole = learn_tasks(methods.ewc(), RECIPE, params, one_task() * 2, KEY, strength=1.0)
+    np.testing.assert_allclose(learned.params["w1"], whole.params["w1"], rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(learned.accuracy_matrix, whole.accuracy_matrix)
+    permuted = [Task(parts, parts, permutation=jnp.arange(6))]
+    with pytest.raises(TypeError, match=r"tasks\[0\]\.permutation is for inputs that are one array, not a dict"):
+        start(permuted, network=network)
