@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from lifelong_jax.types import Batch, Params
 
@@ -117,6 +118,13 @@ def compute_once(value: jax.Array, update: jax.Array) -> jax.Array:
     `update`.
     """
     return value / (1 + jnp.minimum(jnp.abs(jax.lax.stop_gradient(update)), 0))
+
+
+def with_extra_args(optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Lets an optimiser be called with an anchor and an importance, which `optax.MultiSteps` passes on."""
+    if isinstance(optimizer, optax.MultiSteps):  # optax's function would drop them on the way in
+        return optax.GradientTransformationExtraArgs(optimizer.init, optimizer.update)
+    return optax.with_extra_args_support(optimizer)
 
 
 def indices_per_example(indices: jax.Array, x: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lifelong_jax import _checks
-from lifelong_jax._sequences import begin_task, make_optimizer, task_keys
+from lifelong_jax._sequences import begin_task, check_penalty, make_optimizer, task_keys
 from lifelong_jax.consolidation import consolidate, init_consolidation
 from lifelong_jax.evaluation import evaluate
 from lifelong_jax.methods import ImportanceFn, Method, WrapOptimizer, cross_entropy
@@ -421,6 +421,7 @@ def _check_arguments(
     _checks.check_not_negative("strength", strength)
     if method is not None:
         _checks.check_method(method)
+        check_penalty(method, recipe.optimizer_fn, params, strength)
     if start is not None:
         _checks.check_same_structure("start.params", start.params, "params", params)
         num_tasks = len(start.initial_accuracies)

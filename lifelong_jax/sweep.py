@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lifelong_jax import _checks
-from lifelong_jax._sequences import begin_task, make_optimizer, task_keys
+from lifelong_jax._sequences import begin_task, check_penalty, make_optimizer, task_keys
 from lifelong_jax.consolidation import consolidate, init_consolidation
 from lifelong_jax.evaluation import accuracy
 from lifelong_jax.methods import Method, cross_entropy
@@ -124,6 +124,7 @@ def _check_runs(method: Method, recipe: Recipe, runs: Sequence[SweepRun], max_st
         if id(run.tasks) not in checked:  # runs of one seed share their tasks
             _checks.check_sequence(recipe, run.params, run.tasks)
             checked.add(id(run.tasks))
+        check_penalty(method, recipe.optimizer_fn, run.params, run.strength)
 
 
 class _Start(NamedTuple):

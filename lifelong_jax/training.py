@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from lifelong_jax import _checks
-from lifelong_jax._numerics import is_sharded, scale_weights, update_after_reads, widen
+from lifelong_jax._numerics import is_sharded, scale_weights, update_after_reads, widen, with_extra_args
 from lifelong_jax.types import Consolidation, Examples, LossFn, Params
 
 
@@ -165,7 +165,7 @@ def _make_step(
     examples: Examples,
     weights: jax.Array | None,
 ) -> Callable[[jax.Array, _Carry, jax.Array], _Carry]:
-    optimizer = optax.with_extra_args_support(optimizer)
+    optimizer = with_extra_args(optimizer)
     num_examples = jax.tree.leaves(examples)[0].shape[0]
     weights = jnp.ones(num_examples) if weights is None else weights
     loss_and_grads = jax.value_and_grad(functools.partial(_mean_loss, loss_fn))
