@@ -123,7 +123,8 @@ def learn_tasks(
       TypeError: if `recipe` is not a Recipe, or a dtype is wrong.
       ValueError: if there are no tasks, epochs or examples per step; if tasks differ in shape, or a task's labels,
         permutation or class mask is invalid or does not fit the scenario; if `apply_fn` does not return one example's
-        logits; if the strength, rule or decay is invalid; or if `start` is the state of another sequence.
+        logits; if the strength, rule or decay is invalid; if the optimiser has no penalty, or one in the wrong place
+        of its chain; or if `start` is the state of another sequence.
       FloatingPointError: if training diverged.
 
     Example:
