@@ -169,7 +169,8 @@ def report(config: Config, outcomes: dict[str, Outcome], run: Run, console: rich
     print_table(console, f"{setting}: validation accuracy, percent", header, rows)
     (run.folder / "table.md").write_text(markdown_table(header, rows))
     title = f"{setting}: best {', '.join(best(rule, accuracy['all tasks'][rule], config.strengths) for rule in rules)}"
-    plot_strength_sweep(values, config.strengths, title).savefig(run.folder / "reconsolidate.png")
+    figure = plot_strength_sweep(values, config.strengths, title, "validation accuracy")
+    figure.savefig(run.folder / "reconsolidate.png")
     epochs, runs = config.num_epochs, len(rules) * len(config.strengths)
     console.print(f"{runs} runs of {epochs} epochs per seed, instead of {config.num_tasks * epochs} from the start")
     console.print(f"results in {run.folder}", highlight=False, soft_wrap=True)

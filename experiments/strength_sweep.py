@@ -161,8 +161,8 @@ def report(
         [f"{strength:.0e}", *(format_estimate(column[index], 100) for column in columns)]
         for index, strength in enumerate(config.strengths)
     ]
-    setting = f"{config.num_tasks} permuted tasks of {config.dataset}, {config.method}"
-    print_table(console, f"Average accuracy on validation data, {setting}: percent (–: diverged)", header, rows)
+    setting = f"{config.num_tasks} permuted tasks of {config.dataset}, {config.method}: accuracy on validation data"
+    print_table(console, f"{setting}, percent (–: diverged)", header, rows)
     (run.folder / "table.md").write_text(markdown_table(header, rows))
     title = f"{setting}\n{finding(accuracy, config.strengths)}"
     console.print(title, highlight=False)
@@ -170,7 +170,8 @@ def report(
         optimizer: {place: [of_strength.values for of_strength in column] for place, column in by_place.items()}
         for optimizer, by_place in accuracy.items()
     }
-    plot_strength_sweep(values, config.strengths, title).savefig(run.folder / "strength_sweep.png")
+    figure = plot_strength_sweep(values, config.strengths, title, "average validation accuracy")
+    figure.savefig(run.folder / "strength_sweep.png")
     console.print(f"results in {run.folder}", highlight=False, soft_wrap=True)
 
 

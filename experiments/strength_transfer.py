@@ -133,7 +133,8 @@ def report(
         ]
         for index, hidden_sizes in enumerate(config.networks)
     ]
-    print_table(console, "Best strength, and points of accuracy lost at the others' best", header, rows)
+    title = "Best strength on validation data, and points of accuracy lost at the others' best"
+    print_table(console, title, header, rows)
     (run.folder / "table.md").write_text(markdown_table(header, rows))
     run.write_summary({"best": best, "cost": cost})
     console.print(f"results in {run.folder}", highlight=False, soft_wrap=True)

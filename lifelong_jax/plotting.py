@@ -22,6 +22,9 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 """Okabe and Ito's palette, whose colours can be told apart with any colour vision."""
 
 
+_ONE_LINE = 0.22  # inches, of a title or a legend
+
+
 class Figure(matplotlib.figure.Figure):
     """A matplotlib figure that a notebook shows if it is the last expression of a cell."""
 
@@ -55,19 +58,20 @@ def plot_accuracy_curves(
     """
     num_epochs = np.shape(next(iter(curves.values())))[1]
     epochs = np.arange(1, num_epochs + 1)
-    figure = make_figure(2.0 * len(curves) + 0.6, 2.7, title)
+    figure = make_figure(2.0 * max(len(curves), 2) + 0.6, 2.7, title)
     axes = figure.subplots(1, len(curves), sharex=True, sharey=True, squeeze=False)[0]
     for axis, (method, accuracy) in zip(axes, curves.items(), strict=True):
         for task, name in enumerate(task_names):
-            draw_over_seeds(axis, epochs, np.asarray(accuracy)[:, :, task], COLORS[task % len(COLORS)], name)
+            draw_over_seeds(axis, epochs, 100 * np.asarray(accuracy)[:, :, task], COLORS[task % len(COLORS)], name)
         for boundary in range(1, len(task_names)):
             axis.axvline(boundary * epochs_per_task, color="0.85", linewidth=0.8, zorder=0)
         axis.set_title(method)
         axis.set_xlabel("epochs, all tasks")
-        axis.set_ylim(0, 1.02)
-    axes[0].set_ylabel("test accuracy")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.set_ylim(0, 102)
+    axes[0].set_ylabel("test accuracy, %")
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(task_names), 7), frameon=False)
+    _draw_legend_below(figure, dict(zip(labels, handles, strict=True)))
     return figure
 
 
@@ -91,20 +95,23 @@ def plot_accuracy_matrices(matrices: Mapping[str, ArrayLike], task_names: Sequen
     num_tasks = len(task_names)
     names = [name.removeprefix("task ") for name in task_names]
     longest = max(map(len, names))
-    figure = make_figure(2.0 * len(matrices) + 0.9 + 0.07 * longest, 2.7 + 0.05 * longest, title)
+    figure = make_figure(2.0 * max(len(matrices), 2) + 0.9 + 0.07 * longest, 2.7 + 0.05 * longest, title)
+    figure.set_layout_engine("compressed")  # panels are squares, whatever the figure's shape
     axes = figure.subplots(1, len(matrices), sharex=True, sharey=True, squeeze=False)[0]
     ticks = range(0, num_tasks, 1 + num_tasks // 11)
     for axis, (method, matrix) in zip(axes, matrices.items(), strict=True):
-        image = axis.imshow(matrix, vmin=0, vmax=1, cmap="cividis", extent=(0.5, num_tasks + 0.5, num_tasks + 0.5, 0.5))
+        percent, extent = 100 * np.asarray(matrix), (0.5, num_tasks + 0.5, num_tasks + 0.5, 0.5)
+        image = axis.imshow(percent, vmin=0, vmax=100, cmap="cividis", extent=extent)
         if num_tasks <= 6:
-            _write_percentages(axis, np.asarray(matrix))
+            _write_numbers(axis, percent)
         axis.set_title(method)
         axis.set_xlabel("tested on task")
         rotation = {"rotation": 30, "ha": "right"} if longest > 4 else {}
         axis.set_xticks([tick + 1 for tick in ticks], [names[tick] for tick in ticks], **rotation)
         axis.set_yticks([tick + 1 for tick in ticks], [names[tick] for tick in ticks])
     axes[0].set_ylabel("after learning task")
-    figure.colorbar(image, ax=list(axes), label="test accuracy", shrink=0.8)
+    fraction = 0.15 / len(matrices)  # of the width of all panels
+    figure.colorbar(image, ax=list(axes), label="test accuracy, %", fraction=fraction, pad=fraction, shrink=0.8)
     return figure
 
 
@@ -141,16 +148,19 @@ def plot_average_accuracy(matrices: Mapping[str, ArrayLike], title: str) -> Figu
             draw_over_seeds(axis, numbers, averages, color, name, marker="o", markersize=3)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_xlabel("tasks learned")
-    axis.set_ylabel("average accuracy on them, percent")
-    axis.set_ylim(0, 101)
+    axis.set_ylabel("average accuracy on them, %")
+    axis.set_ylim(0, 102)
     axis.legend(frameon=False, fontsize=9)
     return figure
 
 
 def plot_strength_sweep(
-    accuracies: Mapping[str, Mapping[str, ArrayLike]], strengths: Sequence[float], title: str
+    accuracies: Mapping[str, Mapping[str, ArrayLike]],
+    strengths: Sequence[float],
+    title: str,
+    measured: str = "average accuracy",
 ) -> Figure:
-    """Plots the average accuracy against the penalty's strength: one panel per optimiser, one line per place.
+    """Plots an accuracy against the penalty's strength: one panel per optimiser, one line per place of the penalty.
 
     Lines are means over seeds. Bands are one standard error wide on each side. A cross near the horizontal axis marks
     a strength at which training diverged for some seed.
@@ -160,6 +170,7 @@ def plot_strength_sweep(
         `[num_strengths, num_seeds]`; NaN where training diverged.
       strengths: `[num_strengths]`, λ in ascending order.
       title: shown above the panels.
+      measured: what the accuracies are, such as "validation accuracy", for the vertical axis.
 
     Returns:
       The figure.
@@ -170,28 +181,28 @@ def plot_strength_sweep(
       >>> [text.get_text() for text in figure.legends[0].get_texts()]
       ['coupled', 'proximal']
     """
-    figure = make_figure(3.6 * len(accuracies) + 0.6, 3.2, title)
+    figure = make_figure(max(3.6 * len(accuracies), 5.4) + 0.6, 3.2, title)
     axes = figure.subplots(1, len(accuracies), sharex=True, sharey=True, squeeze=False)[0]
     places = list(dict.fromkeys(place for by_place in accuracies.values() for place in by_place))
     for axis, (optimizer, by_place) in zip(axes, accuracies.items(), strict=True):
         for place, accuracy in by_place.items():
             index = places.index(place)
-            mean, error = _over_seeds(np.transpose(accuracy))
+            mean, error = _over_seeds(100 * np.transpose(accuracy))
             style = {"color": COLORS[index], "linestyle": ("-", "--", "-.", ":")[index % 4]}
-            axis.plot(strengths, mean, linewidth=1.6, label=place, **style)
+            axis.plot(strengths, mean, linewidth=1.6, marker="o", markersize=3, label=place, **style)
             axis.fill_between(strengths, mean - error, mean + error, color=COLORS[index], alpha=0.2, linewidth=0)
             diverged = np.isnan(mean)
-            heights = np.full(diverged.sum(), 0.02 + 0.035 * index)
+            heights = np.full(diverged.sum(), 2 + 3.5 * index)
             axis.plot(np.array(strengths)[diverged], heights, "x", markersize=5, color=COLORS[index])
         axis.set_title(optimizer)
         axis.set_xscale("log")
         axis.set_xlabel("strength λ (crosses: diverged)")
-        axis.set_ylim(0, 1.02)
-    axes[0].set_ylabel("average accuracy, all tasks")
+        axis.set_ylim(0, 102)
+    axes[0].set_ylabel(f"{measured}, %")
     handles: dict[str, Any] = {}
     for axis in axes:
         handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=len(handles), frameon=False)
+    _draw_legend_below(figure, handles)
     return figure
 
 
@@ -200,8 +211,8 @@ def make_figure(width: float, height: float, title: str = "") -> Figure:
 
     Args:
       width: in inches; at 8.6 the figure fills the width of a page and its text stays readable.
-      height: in inches.
-      title: shown above the panels.
+      height: in inches, with a title of one line; further lines are added to it.
+      title: shown above the panels, on as many lines as it needs.
 
     Returns:
       The figure, with a layout in which its `subplots` do not overlap.
@@ -212,12 +223,15 @@ def make_figure(width: float, height: float, title: str = "") -> Figure:
     # pyplot would choose a backend, and keep every figure in memory.
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     if title:
-        figure.suptitle(title, fontsize=11)
+        inches = figure.suptitle(title, fontsize=11, wrap=True).get_window_extent().height / figure.dpi
+        figure.set_figheight(height + max(0.0, inches - _ONE_LINE))
     return figure
 
 
 def draw_over_seeds(axis: Axes, x: ArrayLike, values: ArrayLike, color: str, label: str, **style: Any) -> None:
     """Draws the mean over seeds as a line, with a band of one standard error on each side.
+
+    A single point has a marker, and a bar in place of the band.
 
     Args:
       axis: where to draw.
@@ -230,8 +244,12 @@ def draw_over_seeds(axis: Axes, x: ArrayLike, values: ArrayLike, color: str, lab
     x, values = np.asarray(x), np.asarray(values, np.float64)
     measured = np.isfinite(values).all(axis=0)
     mean, error = _over_seeds(values[:, measured])
-    axis.plot(x[measured], mean, color=color, label=label, **{"linewidth": 1.4, **style})
-    if len(values) > 1:
+    single = measured.sum() == 1
+    marked = {"marker": "o", "markersize": 4} if single else {}
+    axis.plot(x[measured], mean, color=color, label=label, **{"linewidth": 1.4, **marked, **style})
+    if len(values) > 1 and single:
+        axis.vlines(x[measured], mean - error, mean + error, color=color, alpha=0.5)
+    elif len(values) > 1:
         axis.fill_between(x[measured], mean - error, mean + error, color=color, alpha=0.25, linewidth=0)
 
 
@@ -276,8 +294,16 @@ def _over_seeds(values: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     return mean, values.std(axis=0, ddof=1) / np.sqrt(len(values))
 
 
-def _write_percentages(axis: Axes, matrix: np.ndarray) -> None:
-    for (row, column), accuracy in np.ndenumerate(matrix):
+def _draw_legend_below(figure: Figure, handles: Mapping[str, Any]) -> None:
+    inches = 0.7 + 0.09 * max(map(len, handles))  # of the widest entry
+    ncols = max(1, min(len(handles), int(figure.get_figwidth() / inches)))
+    num_rows = -(-len(handles) // ncols)
+    figure.set_figheight(figure.get_figheight() + _ONE_LINE * (num_rows - 1))
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=ncols, frameon=False)
+
+
+def _write_numbers(axis: Axes, percent: np.ndarray) -> None:
+    for (row, column), accuracy in np.ndenumerate(percent):
         if np.isfinite(accuracy):
-            shade = "black" if accuracy > 0.5 else "white"
-            axis.text(column + 1, row + 1, f"{100 * accuracy:.0f}", ha="center", va="center", color=shade, fontsize=8)
+            shade = "black" if accuracy > 50 else "white"
+            axis.text(column + 1, row + 1, f"{accuracy:.0f}", ha="center", va="center", color=shade, fontsize=8)

@@ -3,6 +3,7 @@
 import io
 
 import numpy as np
+import pytest
 
 from lifelong_jax import plotting
 
@@ -33,20 +34,58 @@ def test_accuracy_curves_are_means_with_standard_errors():
     accuracy = RNG.uniform(size=(3, 4, 2))
     accuracy[:, :2, 1] = np.nan  # before the second task
     accuracy[1, 3, 0] = np.nan  # of one seed only
+    percent = 100 * accuracy
     figure = plotting.plot_accuracy_curves({"EWC": accuracy, "MAS": accuracy[:1]}, ["a", "b"], 2, "Title")
     several, single = figure.axes
     assert figure.get_suptitle() == "Title"
     assert (several.get_title(), single.get_title()) == ("EWC", "MAS")
     (first,), (second,) = lines(several, "a"), lines(several, "b")
-    np.testing.assert_allclose(first, np.stack([[1, 2, 3], accuracy[:, :3, 0].mean(axis=0)], axis=1))
-    np.testing.assert_allclose(second, np.stack([[3, 4], accuracy[:, 2:, 1].mean(axis=0)], axis=1))
-    error = accuracy[:, 2:, 1].std(axis=0, ddof=1) / np.sqrt(3)
+    np.testing.assert_allclose(first, np.stack([[1, 2, 3], percent[:, :3, 0].mean(axis=0)], axis=1))
+    np.testing.assert_allclose(second, np.stack([[3, 4], percent[:, 2:, 1].mean(axis=0)], axis=1))
+    error = percent[:, 2:, 1].std(axis=0, ddof=1) / np.sqrt(3)
     assert_band(several.collections[1], second[:, 0], second[:, 1] - error, second[:, 1] + error)
     assert len(several.collections) == 2
     assert not single.collections  # one seed has no standard error
-    np.testing.assert_allclose(lines(single, "a")[0][:, 1], accuracy[0, :, 0])
+    np.testing.assert_allclose(lines(single, "a")[0][:, 1], percent[0, :, 0])
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
+    assert several.get_ylabel() == "test accuracy, %"
     assert_is_a_picture(figure)
+
+
+@pytest.mark.parametrize("num_methods", [1, 2, 3])
+def test_titles_legends_and_labels_are_inside_of_the_figure(num_methods):
+    methods = ["finetune", "ewc", "mas"][:num_methods]
+    names = [f"task {task + 1}" for task in range(20)]
+    title = f"20 permuted tasks of digits: average accuracy at the end, percent: {', '.join(methods)}"
+    of_seeds = np.full((1, 20, 20), 0.5)
+    sweep = {"": {method: np.full((4, 1), 0.5) for method in [*methods, "local_mas", "coupled", "decoupled"]}}
+    for figure in (
+        plotting.plot_accuracy_curves(dict.fromkeys(methods, of_seeds), names, 1, title),
+        plotting.plot_accuracy_matrices(dict.fromkeys(methods, of_seeds[0]), names, title),
+        plotting.plot_average_accuracy(dict.fromkeys(methods, of_seeds), title),
+        plotting.plot_strength_sweep(sweep, STRENGTHS, title),
+    ):
+        figure.draw_without_rendering()
+        boxes = [box.get_window_extent() for box in (*figure.texts, *figure.legends)]
+        boxes += [axis.get_tightbbox() for axis in figure.axes]
+        assert figure.get_suptitle() == title
+        for box in boxes:
+            assert box.x0 > -1 and box.y0 > -1
+            assert box.x1 < figure.bbox.width + 1 and box.y1 < figure.bbox.height + 1
+        title_box = figure.texts[0].get_window_extent()
+        assert all(title_box.y0 >= axis.get_tightbbox().y1 - 1 for axis in figure.axes)
+
+
+def test_one_epoch_is_a_point_with_a_marker_and_ticks_are_whole_numbers():
+    accuracy = RNG.uniform(size=(3, 2, 2))
+    accuracy[:, :1, 1] = np.nan
+    (axis,) = plotting.plot_accuracy_curves({"EWC": accuracy}, ["a", "b"], 1, "").axes
+    markers = {line.get_label(): line.get_marker() for line in axis.get_lines()}
+    assert (markers["a"], markers["b"]) == ("None", "o")
+    (bar,) = axis.collections[1].get_segments()
+    mean, error = accuracy[:, 1, 1].mean(), accuracy[:, 1, 1].std(ddof=1) / np.sqrt(3)
+    np.testing.assert_allclose(bar, [[2, 100 * (mean - error)], [2, 100 * (mean + error)]])
+    assert all(float(tick).is_integer() for tick in axis.get_xticks())
 
 
 def test_average_accuracy_is_that_of_the_tasks_so_far():
@@ -68,6 +107,8 @@ def test_accuracy_matrices_have_numbers_where_there_is_room():
     texts = {text.get_position(): text.get_text() for text in axis.texts}
     assert texts == {(1, 1): "50", (1, 2): "25", (2, 2): "100"}
     assert [label.get_text() for label in axis.get_xticklabels()] == ["1", "2"]
+    assert axis.images[0].get_clim() == (0, 100)
+    assert figure.axes[1].get_ylabel() == "test accuracy, %"
     assert_is_a_picture(figure)
     names = [f"task {number}" for number in range(1, 23)]
     figure = plotting.plot_accuracy_matrices({"EWC": np.eye(22), "MAS": np.eye(22)}, names, "Title")
@@ -92,11 +133,12 @@ def test_a_strength_sweep_marks_where_training_diverged():
     sgd, adam = figure.axes
     assert (sgd.get_title(), sgd.get_xscale()) == ("sgd", "log")
     (mean,) = lines(sgd, "coupled")
-    np.testing.assert_allclose(mean, np.stack([STRENGTHS, accuracy.mean(axis=1)], axis=1))
-    assert np.isnan(mean[2, 1])
+    np.testing.assert_allclose(mean, np.stack([STRENGTHS, 100 * accuracy.mean(axis=1)], axis=1))
+    assert np.isnan(mean[2, 1])  # so that the last point has no neighbour
+    assert all(line.get_marker() != "None" for line in sgd.get_lines())
     crosses = [line.get_xydata() for line in sgd.get_lines() if line.get_marker() == "x"]
-    np.testing.assert_allclose(np.concatenate(crosses), [[10, 0.02], [10, 0.055]])
-    np.testing.assert_allclose(lines(adam, "proximal")[0][:, 1], accuracy[:, 0])  # this seed did not diverge
+    np.testing.assert_allclose(np.concatenate(crosses), [[10, 2], [10, 5.5]])
+    np.testing.assert_allclose(lines(adam, "proximal")[0][:, 1], 100 * accuracy[:, 0])  # this seed did not diverge
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["coupled", "proximal"]
     colours = [line.get_color() for axis in figure.axes for line in axis.get_lines() if line.get_label() == "proximal"]
     assert len(set(colours)) == 1
@@ -105,8 +147,10 @@ def test_a_strength_sweep_marks_where_training_diverged():
 
 def test_a_strength_sweep_has_bands_of_one_standard_error():
     accuracy = RNG.uniform(size=(4, 5))
-    (axis,) = plotting.plot_strength_sweep({"": {"EWC": accuracy}}, STRENGTHS, "").axes
-    mean, error = accuracy.mean(axis=1), accuracy.std(axis=1, ddof=1) / np.sqrt(5)
+    (axis,) = plotting.plot_strength_sweep({"": {"EWC": accuracy}}, STRENGTHS, "", "validation accuracy").axes
+    assert axis.get_ylabel() == "validation accuracy, %"
+    percent = 100 * accuracy
+    mean, error = percent.mean(axis=1), percent.std(axis=1, ddof=1) / np.sqrt(5)
     assert_band(axis.collections[0], STRENGTHS, mean - error, mean + error)
 
 
