@@ -20,7 +20,7 @@ def nearest_product(
     """
     row_norms, column_norms = (jnp.sqrt(jnp.einsum("gii->ig", products)) for products in (rows, columns))
     norms = sizes * row_norms * column_norms  # of the two products
-    largest = jnp.max(norms, axis=0)
+    largest = jnp.max(norms, axis=0, keepdims=True)
     # The product i is relative_i² · largest · (a unit factor) ⊗ (a unit factor).
     relative = jnp.sqrt(norms / jnp.where(largest > 0, largest, 1))
     row_scales, column_scales = (relative / jnp.where(norms > 0, norms, 1) for norms in (row_norms, column_norms))
@@ -51,8 +51,8 @@ def nearest_product(
     return (
         share * alpha.T * row_scales,
         share * beta.T * column_scales,
-        largest * error,
-        largest * jnp.sqrt(squared_norm),
+        largest[0] * error,
+        largest[0] * jnp.sqrt(squared_norm),
     )
 
 

@@ -7,7 +7,7 @@ so that one can be removed when XLA no longer needs it.
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,23 @@ def widen(array: jax.Array) -> jax.Array:
     """Casts an array to float32, unless its dtype is at least as wide."""
     array = jnp.asarray(array)
     return array.astype(wide_dtype(array))
+
+
+def safe_sqrt(x: jax.Array) -> jax.Array:
+    """Returns sqrt(x), whose derivative at 0 is taken to be 0, not infinite."""
+    positive = x > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1)), 0)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def refuse_to_differentiate(message: str, tree: Any) -> Any:
+    """Returns the tree, whose derivative is an error with this message."""
+    return tree
+
+
+@refuse_to_differentiate.defjvp
+def _refuse(message: str, primals: tuple, tangents: tuple) -> NoReturn:
+    raise ValueError(message)
 
 
 def widened_zeros(params: Params) -> Params:

@@ -105,7 +105,11 @@ def learn_sweep(
         num_tasks=len(runs[0].tasks),
         max_steps=max_steps,
     )
-    return SweepAccuracies(*(np.asarray(array, np.float64) for array in accuracies))
+    arrays = [np.asarray(array, np.float64) for array in accuracies]
+    return SweepAccuracies(*(np.where(array == _UNKNOWN, np.nan, array) for array in arrays))
+
+
+_UNKNOWN = -1.0  # in compiled programs, where jax_debug_nans would take NaN for a fault
 
 
 def _check_runs(method: Method, recipe: Recipe, runs: Sequence[SweepRun], max_steps: int | None) -> None:
@@ -220,7 +224,7 @@ def _learn_run(
             on_task = accuracy(recipe.apply_fn, params, task.test, task.permutation, class_mask)
             return accuracies.at[index].set(on_task.astype(accuracies.dtype))
 
-        return jax.lax.fori_loop(0, num_tasks if ahead else latest + 1, add, jnp.full(num_tasks, jnp.nan))
+        return jax.lax.fori_loop(0, num_tasks if ahead else latest + 1, add, jnp.full(num_tasks, _UNKNOWN))
 
     def data_of(index: jax.Array | int) -> tuple[OutputFn, Batch]:
         task = task_at(index)
@@ -248,11 +252,11 @@ def _learn_run(
         diverged |= ~jnp.stack(finite).all()
         return (state, consolidation, diverged), evaluate(state.params, index)
 
-    initial_accuracies = evaluate(params, 0) if ahead else jnp.full(num_tasks, jnp.nan)
+    initial_accuracies = evaluate(params, 0) if ahead else jnp.full(num_tasks, _UNKNOWN)
     state = TrainingState(params, optimizer.init(params), key)
     # The importance's shapes, so that the first task's consolidation has the forms of the others.
     output_fn, examples = data_of(0)
     like = jax.eval_shape(functools.partial(method.importance_fn, output_fn), state, examples, key)
     carry = (state, init_consolidation(params, like), jnp.array(False))
     (*_, diverged), accuracy_matrix = jax.lax.scan(learn, carry, jnp.arange(num_tasks))
-    return jax.tree.map(lambda x: jnp.where(diverged, jnp.nan, x), (accuracy_matrix, initial_accuracies))
+    return jax.tree.map(lambda x: jnp.where(diverged, _UNKNOWN, x), (accuracy_matrix, initial_accuracies))

@@ -16,13 +16,16 @@ _PassingState: TypeAlias = (
 )
 
 
+_UNKNOWN = -1.0  # not NaN, which jax_debug_nans would take for a fault
+
+
 class Fidelity(NamedTuple):
     """Whether the updates are applied as they were returned, measured when the parameters first move.
 
     Attributes:
       distance: the distance from the origin that the parameters should have after the latest update, a float32 scalar.
       step: the length that the latest step should have.
-      discrepancy: the error of that distance, divided by the length of the step; NaN until it is known.
+      discrepancy: the error of that distance, divided by the length of the step; negative until it is known.
     """
 
     distance: jax.Array
@@ -54,12 +57,12 @@ def add_contribution(path: Params, grads: optax.Updates, params: Params, moved: 
 
 def init_fidelity() -> Fidelity:
     """Initialises the fidelity, with an unknown discrepancy."""
-    return Fidelity(*(jnp.asarray(value, jnp.float32) for value in (0.0, 0.0, jnp.nan)))
+    return Fidelity(*(jnp.asarray(value, jnp.float32) for value in (0.0, 0.0, _UNKNOWN)))
 
 
 def is_unknown(fidelity: Fidelity) -> jax.Array:
     """Returns whether the discrepancy is still unknown. One step decides it: updates are changed always or never."""
-    return jnp.isnan(fidelity.discrepancy)
+    return fidelity.discrepancy < 0
 
 
 def update_fidelity(fidelity: Fidelity, params: Params, origin: Params, moved: Params) -> Fidelity:
@@ -73,8 +76,8 @@ def update_fidelity(fidelity: Fidelity, params: Params, origin: Params, moved: P
 
 def _discrepancy(fidelity: Fidelity, params: Params, origin: Params) -> jax.Array:
     error = jnp.abs(_distance(params, origin) - fidelity.distance)
-    relative_error = jnp.where(fidelity.step > 0, error / jnp.where(fidelity.step > 0, fidelity.step, 1), jnp.nan)
-    return jnp.where(jnp.isnan(fidelity.discrepancy), relative_error, fidelity.discrepancy)
+    relative_error = jnp.where(fidelity.step > 0, error / jnp.where(fidelity.step > 0, fidelity.step, 1), _UNKNOWN)
+    return jnp.where(is_unknown(fidelity), relative_error, fidelity.discrepancy)
 
 
 def _distance(params: Params, origin: Params) -> jax.Array:

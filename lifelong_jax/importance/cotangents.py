@@ -1,62 +1,110 @@
-"""The cotangents that each importance pulls back: `cotangents_fn(outputs, key) -> [num_cotangents, *outputs.shape]`.
+"""The cotangents that each importance pulls back: `cotangents_fn(outputs, key) -> Cotangents`, for one example.
 
 For a Fisher information, the sum over cotangents of the gradients' outer products is the expectation over the labels
-of the outer product of ∂ log p(label) / ∂params. Probabilities are computed in float32 at least.
+of the outer product of ∂ log p(label) / ∂params. Probabilities are computed in float32 at least. All cotangents are
+differentiable functions of the outputs, so that importances have gradients.
 """
 
+import dataclasses
 import functools
+import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lifelong_jax._numerics import widen
 
 
-def unit(outputs: jax.Array, key: None) -> jax.Array:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cotangents:
+    """The cotangents of one example's outputs. They are made one at a time: all together may not fit the memory.
+
+    Attributes:
+      values: a tree of arrays that the cotangents are made from.
+      make: `make(values, index)`, a cotangent, an array like the outputs.
+      num: the number of cotangents.
+      dtype: the dtype of the outputs.
+    """
+
+    values: Any
+    make: Callable[[Any, jax.Array | int], jax.Array] = dataclasses.field(metadata={"static": True})
+    num: int = dataclasses.field(metadata={"static": True})
+    dtype: np.dtype = dataclasses.field(metadata={"static": True})
+
+    def at(self, index: jax.Array | int) -> jax.Array:
+        """Makes one of the cotangents."""
+        return self.make(self.values, index).astype(self.dtype)
+
+
+def stacked(array: jax.Array) -> Cotangents:
+    """Returns the cotangents that are the entries of an array, `[num, *outputs.shape]`."""
+    return Cotangents(array, lambda array, index: array[index], array.shape[0], array.dtype)
+
+
+def unit(outputs: jax.Array, key: None) -> Cotangents:
     """Returns the cotangent of a loss: 1."""
     if outputs.shape != ():
         raise ValueError(f"loss_fn must return a scalar for one example, not an array of shape {outputs.shape}.")
-    return jnp.ones((1, *outputs.shape), outputs.dtype)
+    return stacked(jnp.ones((1, *outputs.shape), outputs.dtype))
 
 
-def squared_l2(outputs: jax.Array, key: None) -> jax.Array:
+def squared_l2(outputs: jax.Array, key: None) -> Cotangents:
     """Returns the cotangent of ‖outputs‖²."""
-    return 2 * outputs[None]
+    return stacked(2 * outputs[None])
 
 
-def _exact_categorical(logits: jax.Array, key: None) -> jax.Array:
+def _exact_categorical(logits: jax.Array, key: None) -> Cotangents:
     _check_has_classes(logits)
     # E_y of the squared gradient of log p_y is Σ_k (∂logitsᵀ v_k)², for any v_k with Σ_k v_k v_kᵀ = diag(p) − p pᵀ, the
     # covariance of the one-hot label. Here the v_k are the columns of its Cholesky factor, which asks one class after
     # the other: is y class k, given that it is none before k? The last column is 0, so there are num_classes − 1
     # cotangents. With several labels, each has its own cotangents: the gradients of independent labels have mean 0 and
     # are uncorrelated, so the expected square of their sum is the sum of their expected squares.
-    p = jax.nn.softmax(widen(logits))
-    num_classes, smallest = p.shape[-1], jnp.finfo(p.dtype).tiny  # a sum below this is 0 here, and so is p
-    from_here = jax.lax.cumsum(p, axis=p.ndim - 1, reverse=True)
-    later = jnp.concatenate([from_here[..., 1:], jnp.zeros_like(p[..., :1])], axis=-1)
-    spread = jnp.sqrt(p / jnp.maximum(from_here, smallest) * later)
-    p_if_later = jnp.triu(p[..., None, :] / jnp.maximum(later, smallest)[..., None], 1)
-    factor = spread[..., None] * (jnp.eye(num_classes, dtype=p.dtype) - p_if_later)  # [..., k, num_classes]
-    factor = factor[..., : max(1, num_classes - 1), :]
-    num_labels = p[..., 0].size
-    one_label = jnp.eye(num_labels, dtype=p.dtype).reshape(num_labels, 1, *logits.shape[:-1], 1)
-    return (one_label * jnp.moveaxis(factor, -2, 0)).reshape(-1, *logits.shape).astype(logits.dtype)
+    # All quotients of probabilities are differences of logarithms, which neither they nor their derivatives overflow.
+    log_p = jnp.maximum(jax.nn.log_softmax(widen(logits)), _LOG_OF_ZERO)
+    from_here = jax.lax.cumlogsumexp(log_p, axis=log_p.ndim - 1, reverse=True)
+    later = jnp.concatenate([from_here[..., 1:], jnp.full_like(log_p[..., :1], _LOG_OF_ZERO)], axis=-1)
+    spread = jnp.exp((log_p - from_here + later) / 2)
+    num = math.prod(logits.shape[:-1]) * max(1, logits.shape[-1] - 1)
+    return Cotangents((log_p, spread, later), _cholesky_column, num, logits.dtype)
 
 
-def each_output(outputs: jax.Array, key: None) -> jax.Array:
+_LOG_OF_ZERO = -1e30  # finite, so that differences are
+
+
+def _cholesky_column(values: tuple[jax.Array, jax.Array, jax.Array], index: jax.Array | int) -> jax.Array:
+    """Returns column k of the factor of one label's covariance, and 0 for all other labels."""
+    log_p, spread, later = (array.reshape(-1, array.shape[-1]) for array in values)
+    num_labels, num_classes = log_p.shape
+    label, k = jnp.divmod(index, max(1, num_classes - 1))
+    classes = jnp.arange(num_classes, dtype=jnp.int32)
+    p_if_later = jnp.exp(jnp.where(classes > k, log_p[label] - later[label, k], _LOG_OF_ZERO))
+    column = spread[label, k] * jnp.where(classes == k, 1, -p_if_later)
+    is_label = jnp.arange(num_labels, dtype=jnp.int32)[:, None] == label
+    return jnp.where(is_label, column[None, :], 0).reshape(values[0].shape)
+
+
+def each_output(outputs: jax.Array, key: None) -> Cotangents:
     """Returns a cotangent for each output, which also are those of a Gaussian with unit variance."""
-    return jnp.eye(outputs.size, dtype=outputs.dtype).reshape(-1, *outputs.shape)
+    return Cotangents(jnp.ones_like(outputs), _one_output, outputs.size, outputs.dtype)
 
 
-def _exact_bernoulli(logits: jax.Array, key: None) -> jax.Array:
+def _exact_bernoulli(logits: jax.Array, key: None) -> Cotangents:
     wide = widen(logits)
     deviation = jnp.exp((jax.nn.log_sigmoid(wide) + jax.nn.log_sigmoid(-wide)) / 2)  # sqrt(p (1 − p)), not rounded
-    return each_output(logits, key) * deviation.astype(logits.dtype)
+    return Cotangents(deviation, _one_output, logits.size, logits.dtype)
 
 
-EXACT: dict[str, Callable[..., jax.Array]] = {
+def _one_output(values: jax.Array, index: jax.Array | int) -> jax.Array:
+    """Returns one of the values, and 0 for all other outputs."""
+    return jnp.where(jnp.arange(values.size, dtype=jnp.int32) == index, values.ravel(), 0).reshape(values.shape)
+
+
+EXACT: dict[str, Callable[..., Cotangents]] = {
     "categorical": _exact_categorical,
     "gaussian": each_output,
     "bernoulli": _exact_bernoulli,
@@ -65,23 +113,24 @@ EXACT: dict[str, Callable[..., jax.Array]] = {
 
 
 @functools.cache  # one function object per setting, so jit compiles once per setting
-def sampled(likelihood: str, num_samples: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
+def sampled(likelihood: str, num_samples: int) -> Callable[[jax.Array, jax.Array], Cotangents]:
     """Makes the cotangents of labels that are sampled from the model."""
 
-    def cotangents_fn(outputs: jax.Array, key: jax.Array) -> jax.Array:
+    def cotangents_fn(outputs: jax.Array, key: jax.Array) -> Cotangents:
         wide = widen(outputs)
         if likelihood == "categorical":
             _check_has_classes(wide)
             labels = jax.random.categorical(key, wide, shape=(num_samples, *wide.shape[:-1]))
             is_label = jax.nn.one_hot(labels, wide.shape[-1], dtype=wide.dtype)
-            others = (1 - is_label) * jax.nn.softmax(wide)
+            others = (1 - is_label) * jax.nn.softmax(wide)[None]
             score = is_label * jnp.sum(others, axis=-1, keepdims=True) - others  # 1 − p(label) would round to 0
         elif likelihood == "gaussian":
             score = jax.random.normal(key, (num_samples, *wide.shape), wide.dtype)
         else:
-            labels = jax.random.bernoulli(key, jax.nn.sigmoid(wide), (num_samples, *wide.shape))
-            score = jnp.where(labels, jax.nn.sigmoid(-wide), -jax.nn.sigmoid(wide))
-        return (score / jnp.sqrt(jnp.asarray(num_samples, wide.dtype))).astype(outputs.dtype)
+            p = jnp.broadcast_to(jax.nn.sigmoid(wide), (num_samples, *wide.shape))
+            labels = jax.random.bernoulli(key, p, p.shape)
+            score = jnp.where(labels, jax.nn.sigmoid(-wide)[None], -p)
+        return stacked((score / jnp.sqrt(jnp.asarray(num_samples, wide.dtype))).astype(outputs.dtype))
 
     return cotangents_fn
 

@@ -18,8 +18,9 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from lifelong_jax import _checks
-from lifelong_jax._numerics import scale_weights, vary_with
+from lifelong_jax._numerics import refuse_to_differentiate, scale_weights, vary_with
 from lifelong_jax.importance import cotangents, reference, structured
+from lifelong_jax.importance.cotangents import Cotangents
 from lifelong_jax.importance.layers import layer_outputs
 from lifelong_jax.importance.microbatches import Reduction
 from lifelong_jax.types import Examples, LogitsFn, LossFn, OutputFn, Params
@@ -102,6 +103,10 @@ def fisher_diagonal(
     - "gaussian": y is a vector, normally distributed around the logits with unit variance.
     - "bernoulli": y is a vector of independent binary outputs, with p = sigmoid(logits).
 
+    Inputs that have a batch axis by mistake, `[num_batches, batch_size, ...]`, are taken for examples with `batch_size`
+    labels each, and the importance is about `batch_size` times too large. The exact expectation pulls back combinations
+    of classes, so custom derivatives inside of `logits_fn` must be linear: gradients must not be clipped there.
+
     Args:
       logits_fn: `logits_fn(params, x) -> [..., num_classes]`, for one x without batch axis. Mask classes outside of a
         head here: `jnp.where(mask, logits, jnp.finfo(logits.dtype).min)`. Pass the same function object in every call:
@@ -111,8 +116,8 @@ def fisher_diagonal(
       likelihood: "categorical", "gaussian" or "bernoulli".
       num_samples: how many labels to sample per example, or None for the exact expectation.
       key: the random key of the samples, which do not depend on the microbatch size.
-      weights: `[num_examples]`, not negative; the mean divides by their sum. 0 marks padding, whose gradients must be
-        finite too. None weighs all examples equally.
+      weights: `[num_examples]`, not negative; the mean divides by their sum. An example of weight 0 is absent, whatever
+        it is. None weighs all examples equally.
       microbatch_size: the largest number of examples computed together; the result does not depend on it.
       method: "structured" costs about one ordinary gradient per backward pass; "reference" computes each example's
         gradient in full. Both are exact.
@@ -235,13 +240,22 @@ def local_mas_importance(
     Aljundi et al. 2018, arXiv 1711.09601, §4.3.
     """
     layers_fn = Partial(layer_outputs, as_tree(output_fn))
-    return mas_importance(layers_fn, params, inputs, weights=weights, microbatch_size=microbatch_size, method=method)
+    importance = mas_importance(
+        layers_fn, params, inputs, weights=weights, microbatch_size=microbatch_size, method=method
+    )
+    return refuse_to_differentiate(_NO_LOCAL_DERIVATIVE, importance)
+
+
+_NO_LOCAL_DERIVATIVE = (
+    "local_mas_importance cannot be differentiated, because it holds each layer's input fixed. Compute it from "
+    "jax.lax.stop_gradient(params), or differentiate mas_importance."
+)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 6, 7))
 def mean_over_examples(
     output_fn: Partial,
-    cotangents_fn: Callable[[jax.Array, jax.Array | None], jax.Array],
+    cotangents_fn: Callable[[jax.Array, jax.Array | None], Cotangents],
     params: Params,
     examples: Examples,
     key: jax.Array | None,
@@ -251,12 +265,11 @@ def mean_over_examples(
 ) -> Any:
     """Computes the weighted mean of what `sum_over_examples` sums."""
 
-    def keyed_cotangents(key: jax.Array | None, outputs: jax.Array, index: jax.Array) -> jax.Array:
+    def keyed_cotangents(key: jax.Array | None, outputs: jax.Array, index: jax.Array) -> Cotangents:
         if not isinstance(outputs, jax.Array) or not jnp.issubdtype(outputs.dtype, jnp.floating):
             returned = jax.tree.map(lambda leaf: f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}", outputs)
             raise ValueError(f"the function must return one floating-point array for one example, not {returned}.")
-        cotangents = cotangents_fn(outputs, None if key is None else jax.random.fold_in(key, index))
-        return vary_with(cotangents, like=outputs)
+        return vary_with(cotangents_fn(outputs, None if key is None else jax.random.fold_in(key, index)), like=outputs)
 
     arguments = (output_fn, params, examples, key, weights)
     output_fn, params, examples, key, weights = vary_with(arguments, like=arguments)
@@ -281,7 +294,7 @@ def as_tree(function: Callable) -> Partial:
     return function if isinstance(function, Partial) else Partial(function)
 
 
-def fisher_cotangents(likelihood: str, num_samples: int | None, key: jax.Array | None) -> Callable[..., jax.Array]:
+def fisher_cotangents(likelihood: str, num_samples: int | None, key: jax.Array | None) -> Callable[..., Cotangents]:
     """Returns the cotangents of a likelihood, after checking the arguments that name them."""
     _checks.check_choice("likelihood", likelihood, tuple(cotangents.EXACT))
     _checks.check_positive_integer("num_samples", num_samples, optional=True)

@@ -30,6 +30,7 @@ from lifelong_jax.importance import tapping
 from lifelong_jax.importance.factors import Lookup
 from lifelong_jax.importance.linearization import (
     columns_of,
+    cotangents_at,
     find_biases,
     first_example,
     linearize,
@@ -189,9 +190,10 @@ def _sum_microbatch(
     taps = {number: block.tap for number, block in enumerate(blocks) if block is not None and block.tap is not None}
     over_examples = jax.vmap if indices.shape[0] > 1 else unbatched
     outputs, pull_back, operands = linearize(plan, taps, params, examples, over_examples)
-    cotangents = jnp.moveaxis(over_examples(cotangents_fn)(outputs, indices), 1, 0)
+    cotangents = over_examples(cotangents_fn)(outputs, indices)
+    cotangent_at = cotangents_at(cotangents, over_examples)
     reduce = weight_sharing == "reduce"
-    biases = find_biases(pull_back, cotangents[0], taps)
+    biases = find_biases(pull_back, cotangent_at(0), taps)
     biases = {number: tap for number, tap in biases.items() if blocks[number] is not None}
 
     def column_sums(cotangents: jax.Array) -> dict[int, jax.Array]:
@@ -219,7 +221,7 @@ def _sum_microbatch(
             return _outer(jnp.mean(rows, axis=2, keepdims=True), weights, block.full_rows)
         return _outer(rows, weights, block.full_rows) / rows.shape[2]
 
-    columns = column_sums(cotangents[0]) if cotangents.shape[0] == 1 else sum_cotangents(column_sums, cotangents)
+    columns = sum_cotangents(column_sums, cotangent_at, cotangents.num, functools.partial(jax.tree.map, jnp.add))
     columns |= {number: columns[tap] for number, tap in biases.items()}
     sums, structure = jax.tree.flatten(_zeros(blocks, params), is_leaf=lambda node: isinstance(node, FactorSums))
     for number, of_columns in columns.items():

@@ -8,10 +8,16 @@ import jax
 import jax.numpy as jnp
 
 from lifelong_jax import _checks, forms
+from lifelong_jax._numerics import refuse_to_differentiate
 from lifelong_jax.importance import cotangents, factor_sums
 from lifelong_jax.importance.estimators import as_tree, check_arguments, fisher_cotangents, mean_over_examples
 from lifelong_jax.importance.factor_sums import FactorSums, WeightSharing
 from lifelong_jax.types import Examples, LogitsFn, LossFn, Params
+
+_NO_DERIVATIVE = (
+    "Kronecker factors cannot be differentiated: eigenvectors have no derivative where eigenvalues are equal. Compute "
+    "them from jax.lax.stop_gradient(params), or differentiate fisher_diagonal."
+)
 
 
 def kronecker_fisher(
@@ -154,6 +160,7 @@ def sum_fn(weight_sharing: WeightSharing, max_side: int) -> Callable[..., Params
 @jax.jit
 def make_forms(means: Params) -> Params:
     """Makes forms of the means of factors."""
+    means = refuse_to_differentiate(_NO_DERIVATIVE, means)
 
     def of_leaf(mean: FactorSums | jax.Array) -> forms.Form:
         if not isinstance(mean, FactorSums):

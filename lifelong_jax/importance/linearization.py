@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from lifelong_jax.importance import tapping
+from lifelong_jax.importance.cotangents import Cotangents
 from lifelong_jax.importance.factors import Lookup
 from lifelong_jax.importance.plan import Plan, Tap
 from lifelong_jax.types import Example, Examples, Params
@@ -49,21 +50,29 @@ def linearize(
     )
 
 
+def cotangents_at(cotangents: Cotangents, over_examples: Callable) -> Callable[[jax.Array | int], jax.Array]:
+    """Returns the function that makes the cotangents with one index, of all examples."""
+    return lambda index: over_examples(lambda of_example: of_example.at(index))(cotangents)
+
+
 def sum_cotangents(
-    summands: Callable[[jax.Array], dict[int, jax.Array]], cotangents: jax.Array
-) -> dict[int, jax.Array]:
+    summands: Callable[[jax.Array], Any],
+    cotangent_at: Callable[[jax.Array | int], jax.Array],
+    num_cotangents: int,
+    add: Callable[[Any, Any], Any],
+) -> Any:
     """Sums over cotangents, one after the other: an array of cotangents × weights would not fit the cache."""
-    start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(summands, cotangents[0]))
+    first = cotangent_at(0)
+    if num_cotangents == 1:
+        return summands(first)
+    start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(summands, first))
 
-    def add(total: dict[int, jax.Array], cotangent: jax.Array) -> tuple[dict[int, jax.Array], None]:
+    def add_next(total: Any, index: jax.Array) -> tuple[Any, None]:
+        cotangent = cotangent_at(index)
         # Skips a cotangent that is 0 for all examples: that of a class outside of the head.
-        return jax.lax.cond(
-            jnp.any(cotangent != 0),
-            lambda: jax.tree.map(jnp.add, total, summands(cotangent)),
-            lambda: total,
-        ), None
+        return jax.lax.cond(jnp.any(cotangent != 0), lambda: add(total, summands(cotangent)), lambda: total), None
 
-    total, _ = jax.lax.scan(add, start, cotangents)
+    total, _ = jax.lax.scan(add_next, start, jnp.arange(num_cotangents, dtype=jnp.int32))
     return total
 
 

@@ -20,12 +20,13 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from jax.tree_util import Partial
 
 from lifelong_jax._numerics import equal_size
+from lifelong_jax.importance.cotangents import Cotangents
 from lifelong_jax.types import Example, Examples, Params
 
 Reduction: TypeAlias = Literal["sum_of_squares", "norm"]
 
-CotangentsFn: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]
-"""`cotangents_fn(outputs, index) -> [num_cotangents, *outputs.shape]`; `index` numbers the example, for random keys."""
+CotangentsFn: TypeAlias = Callable[[jax.Array, jax.Array], Cotangents]
+"""`cotangents_fn(outputs, index)` returns an example's cotangents; `index` numbers the example, for random keys."""
 
 
 def sum_microbatches(
@@ -70,14 +71,19 @@ def sum_microbatches(
         def add_microbatch(total: Any, start: jax.Array) -> tuple[Any, None]:
             positions = start + jnp.arange(size, dtype=jnp.int32)
             rows = jnp.minimum(positions, num_examples - 1)
-            microbatch = jax.tree.map(lambda x: x[rows], examples)
             row_weights = jnp.where(positions < num_examples, 1.0 if weights is None else weights[rows], 0)
+            if weights is not None:  # an example of weight 0 is absent, even if it is NaN: another one is in its place
+                rows = jnp.where(row_weights > 0, rows, jnp.argmax(weights > 0).astype(rows.dtype))
+            microbatch = jax.tree.map(lambda x: x[rows], examples)
             indices = shard * num_examples + rows  # among the examples of all shards, for random keys
             term = sum_microbatch(*functions, params, microbatch, indices, row_weights)
             return jax.tree.map(jnp.add, total, term), None
 
         starts = jnp.arange(0, num_examples, size, dtype=jnp.int32)
-        return jax.lax.scan(add_microbatch, zeros_fn(params), starts)[0]
+        total, _ = jax.lax.scan(add_microbatch, zeros_fn(params), starts)
+        if weights is None:
+            return total
+        return jax.tree.map(lambda leaf: jnp.where(jnp.any(weights > 0), leaf, 0), total)  # a shard may have none
 
     examples, weights = jax.tree.map(jnp.asarray, (examples, weights))
     mesh, axes = _sharded_over((examples, weights))

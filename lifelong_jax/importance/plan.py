@@ -5,13 +5,13 @@ prints the plan as a table.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxprs_in_params
 
 from lifelong_jax._tables import markdown_table
 from lifelong_jax.importance import tapping
@@ -127,29 +127,64 @@ def default_microbatch_size(
     On a CPU, products get 512 rows, which was fastest or close to it for convolutions and transformers
     (`python -m benchmarks.importance`), or 1,024 rows if no weight is used at several positions, as in a dense network
     on vectors. On other backends, the choice is a rule of thumb. There are fewer examples if their arrays would need
-    too much memory: their gradients, and their cotangents, of which an exact Fisher has almost `outputs.size`, each as
-    large as the outputs.
+    too much memory: their gradients, their activations, and what their cotangents are made from.
     """
     plan = make_plan(output_fn, params, example)
     taps = [leaf_plan for leaf_plan in plan.leaf_plans if isinstance(leaf_plan, Tap)]
     positions = max((tap.positions for tap in taps), default=1)
     positions_per_step = max((tap.factors.positions for tap in taps), default=1)
     leaves = list(zip(jax.tree.leaves(params), plan.leaf_plans, strict=True))
-    # At most these are held per example: the gradients of all leaves but those with outer products.
-    gradient_floats = sum(
-        leaf.size for leaf, leaf_plan in leaves if not isinstance(leaf_plan, Tap) or leaf_plan.positions > 1
-    )
     outputs = jax.tree.unflatten(plan.outputs, map(_shape_and_dtype, plan.jaxpr.out_avals))
-    cotangent_floats = jax.eval_shape(cotangents_fn, outputs, jax.ShapeDtypeStruct((), np.int32)).size
+    cotangents = jax.eval_shape(cotangents_fn, outputs, jax.ShapeDtypeStruct((), np.int32))
+    # At most these are held per example.
+    gradient_floats = sum(_gradient_floats(leaf, leaf_plan) for leaf, leaf_plan in leaves)
+    cotangent_floats = sum(leaf.size for leaf in jax.tree.leaves(cotangents))
+    of_params = [True] * len(leaves)
+    activation_floats = _activation_floats(
+        plan.jaxpr.jaxpr, of_params + [False] * (len(plan.jaxpr.jaxpr.invars) - len(leaves))
+    )
+    other_floats = max(1, cotangent_floats, activation_floats)
     if jax.default_backend() != "cpu":
-        return max(1, min(1024, 2**16 // positions, 2**28 // max(1, gradient_floats, cotangent_floats)))
+        return max(1, min(1024, 2**16 // positions, 2**28 // max(gradient_floats, other_floats)))
     # Matrices that are differentiated per example need batched products, which are slow on a CPU.
     matrix_floats = sum(
         leaf.size for leaf, leaf_plan in leaves if isinstance(leaf_plan, tapping.Untapped) and leaf.ndim > 1
     )
     rows = 1024 if positions == 1 else 512
-    memory_limit = min(2**24 // max(1, gradient_floats), 2**26 // max(1, cotangent_floats))
+    memory_limit = min(2**24 // max(1, gradient_floats), 2**26 // other_floats)
     return max(1, min(rows // positions_per_step, 2048 // positions, memory_limit, 2**17 // max(1, matrix_floats)))
+
+
+def _gradient_floats(leaf: jax.Array, leaf_plan: LeafPlan) -> int:
+    """Counts the numbers of a leaf's gradient of one example: none if it is an outer product."""
+    if not isinstance(leaf_plan, Tap):
+        return leaf.size
+    if isinstance(leaf_plan.factors, Lookup):
+        return leaf_plan.positions * leaf_plan.factors.columns
+    return leaf.size if leaf_plan.positions > 1 else 0
+
+
+def _activation_floats(jaxpr: Jaxpr, is_constant: Sequence[bool]) -> int:
+    """Counts the numbers that are computed from an example: at most these are held for the backward pass.
+
+    `is_constant` says of each argument whether it is the same for all examples, such as parameters.
+    """
+    constants = {v for v, constant in zip(jaxpr.invars, is_constant, strict=True) if constant} | set(jaxpr.constvars)
+    floats = 0
+    for equation in jaxpr.eqns:
+        inputs = [isinstance(v, Literal) or v in constants for v in equation.invars]
+        if all(inputs):
+            constants.update(equation.outvars)
+            continue
+        inner_jaxprs = [tapping.open_jaxpr(inner) for inner in jaxprs_in_params(equation.params)]
+        for inner in inner_jaxprs:
+            first, num_carry = (equation.params.get(name, 0) for name in ("num_consts", "num_carry"))
+            inputs[first : first + num_carry] = [False] * num_carry  # after a scan's first step, they depend on it
+            of_inner = inputs if len(inputs) == len(inner.invars) else [False] * len(inner.invars)
+            floats += equation.params.get("length", 1) * _activation_floats(inner, of_inner)
+        if not inner_jaxprs:
+            floats += sum(math.prod(getattr(v.aval, "shape", ())) for v in equation.outvars)
+    return floats
 
 
 def make_plan(output_fn: Callable[[Params, Example], jax.Array], params: Params, example: Example) -> Plan:

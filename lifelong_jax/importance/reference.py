@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from lifelong_jax._numerics import unbatched, wide_dtype, widen, widened_zeros
+from lifelong_jax._numerics import safe_sqrt, unbatched, wide_dtype, widen, widened_zeros
 from lifelong_jax.importance.microbatches import CotangentsFn, Reduction, sum_microbatches
 from lifelong_jax.types import Example, Examples, Params
 
@@ -33,9 +33,8 @@ def sum_over_examples(
 
     Args:
       output_fn: `output_fn(params, example) -> outputs`, an array of any shape, for one example without batch axis.
-      cotangents_fn: `cotangents_fn(outputs, index) -> [num_cotangents, *outputs.shape]`: the cotangents that are pulled
-        back. It is not differentiated. `index`, an int32 scalar, is the example's number among all examples, not in its
-        microbatch.
+      cotangents_fn: `cotangents_fn(outputs, index) -> Cotangents`: the cotangents that are pulled back. `index`, an
+        int32 scalar, is the example's number among all examples, not in its microbatch.
       params: a tree of floating-point arrays.
       examples: a tree of arrays `[num_examples, ...]`.
       reduction: "sum_of_squares" or "norm".
@@ -47,8 +46,9 @@ def sum_over_examples(
       A tree like `params`, in its dtypes or float32, whichever is wider.
 
     Example:
+      >>> from lifelong_jax.importance.cotangents import stacked
       >>> square = lambda params, x: params * x
-      >>> once = lambda outputs, index: jnp.ones((1,))
+      >>> once = lambda outputs, index: stacked(jnp.ones((1,)))
       >>> sum_over_examples(square, once, jnp.array(3.0), jnp.array([1.0, -2.0]), reduction="norm")
       Array(3., dtype=float32)
     """
@@ -91,17 +91,17 @@ def _sum_microbatch(
 ) -> Params:
     def contribution(example: Example, index: jax.Array) -> Params:
         outputs, pull_back = jax.vjp(lambda p: output_fn(p, example), params)
-        cotangents = cotangents_fn(jax.lax.stop_gradient(outputs), index)
-        if cotangents.shape[0] == 1:  # no accumulator is needed, and |g| does not underflow as sqrt(g²) does
+        cotangents = cotangents_fn(outputs, index)
+        if cotangents.num == 1:  # no accumulator is needed, and |g| does not underflow as sqrt(g²) does
             function = jnp.square if reduction == "sum_of_squares" else jnp.abs
-            return jax.tree.map(lambda g: function(widen(g)), *pull_back(cotangents[0]))
+            return jax.tree.map(lambda g: function(widen(g)), *pull_back(cotangents.at(0)))
 
         # One cotangent at a time: an array of cotangents × parameters would not fit the cache.
-        def add_square(total: Params, cotangent: jax.Array) -> tuple[Params, None]:
-            return jax.tree.map(lambda t, g: t + jnp.square(widen(g)), total, *pull_back(cotangent)), None
+        def add_square(total: Params, index: jax.Array) -> tuple[Params, None]:
+            return jax.tree.map(lambda t, g: t + jnp.square(widen(g)), total, *pull_back(cotangents.at(index))), None
 
-        total, _ = jax.lax.scan(add_square, widened_zeros(params), cotangents)
-        return total if reduction == "sum_of_squares" else jax.tree.map(jnp.sqrt, total)
+        total, _ = jax.lax.scan(add_square, widened_zeros(params), jnp.arange(cotangents.num, dtype=jnp.int32))
+        return total if reduction == "sum_of_squares" else jax.tree.map(safe_sqrt, total)
 
     over_examples = jax.vmap if indices.shape[0] > 1 else unbatched
     contributions = over_examples(contribution)(examples, indices)

@@ -17,16 +17,17 @@ differentiated per example. Both ways are exact; they differ in time and memory,
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from lifelong_jax._numerics import unbatched, varies, widen, widened_zeros
+from lifelong_jax._numerics import safe_sqrt, unbatched, varies, widen, widened_zeros
 from lifelong_jax.importance import reference, tapping
 from lifelong_jax.importance.factors import Lookup
 from lifelong_jax.importance.linearization import (
     columns_of,
+    cotangents_at,
     find_biases,
     first_example,
     linearize,
@@ -54,8 +55,9 @@ def sum_over_examples(
     The arguments and the result are those of `reference.sum_over_examples`.
 
     Example:
+      >>> from lifelong_jax.importance.cotangents import stacked
       >>> dense = lambda params, x: x @ params
-      >>> once = lambda outputs, index: jnp.ones((1, 1))
+      >>> once = lambda outputs, index: stacked(jnp.ones((1, 1)))
       >>> examples = jnp.array([[1.0, 2.0], [3.0, -4.0]])
       >>> sum_over_examples(dense, once, jnp.zeros((2, 1)), examples, reduction="sum_of_squares").ravel()
       Array([10., 20.], dtype=float32)
@@ -102,7 +104,42 @@ def _powers(reduction: Reduction, num_cotangents: int) -> _Powers:
         return _Powers(jnp.square, jnp.square, None)
     if num_cotangents == 1:  # |g| does not underflow as sqrt(g²) does
         return _Powers(jnp.abs, jnp.abs, None)
-    return _Powers(jnp.square, jnp.abs, jnp.sqrt)
+    return _Powers(jnp.square, jnp.abs, safe_sqrt)
+
+
+class _Scaled(NamedTuple):
+    """A sum of squares, `values · scale²`, one per example: where the square of a cotangent leaves the range of floats,
+    the square of its product with the operand need not.
+
+    Attributes:
+      values: `[num_examples, groups, columns]`.
+      scale: `[num_examples]`, powers of 2.
+    """
+
+    values: jax.Array
+    scale: jax.Array
+
+
+def _square_scaled(cotangents: jax.Array) -> _Scaled:
+    """Squares cotangents, `[num_examples, groups, columns]`, with each example's largest one scaled to about 1."""
+    largest = jnp.max(jnp.abs(jax.lax.stop_gradient(cotangents)), axis=(1, 2), initial=0)
+    _, exponent = jnp.frexp(jnp.where(jnp.isfinite(largest), largest, 1))
+    limits = jnp.finfo(cotangents.dtype)
+    scale = jnp.ldexp(jnp.ones_like(largest), jnp.clip(exponent, limits.minexp, limits.maxexp - 2))
+    return _Scaled(jnp.square(cotangents / scale[:, None, None]), scale)
+
+
+def _add(total: Any, term: Any) -> Any:
+    """Adds sums over cotangents."""
+
+    def add_leaf(total: Any, term: Any) -> Any:
+        if not isinstance(total, _Scaled):
+            return total + term
+        scale = jnp.maximum(total.scale, term.scale)
+        parts = [part.values * jnp.square(part.scale / scale)[:, None, None] for part in (total, term)]
+        return _Scaled(parts[0] + parts[1], scale)
+
+    return jax.tree.map(add_leaf, total, term, is_leaf=lambda node: isinstance(node, _Scaled))
 
 
 def _sum_microbatch(
@@ -118,11 +155,12 @@ def _sum_microbatch(
     taps = {number: leaf_plan for number, leaf_plan in enumerate(plan.leaf_plans) if isinstance(leaf_plan, Tap)}
     over_examples = jax.vmap if indices.shape[0] > 1 else unbatched
     outputs, pull_back, operands = linearize(plan, taps, params, examples, over_examples)
-    cotangents = jnp.moveaxis(over_examples(cotangents_fn)(outputs, indices), 1, 0)
-    powers = _powers(reduction, cotangents.shape[0])
-    biases = find_biases(pull_back, cotangents[0], taps) if cotangents.shape[0] > 1 else {}
+    cotangents = over_examples(cotangents_fn)(outputs, indices)
+    cotangent_at = cotangents_at(cotangents, over_examples)
+    powers = _powers(reduction, cotangents.num)
+    biases = find_biases(pull_back, cotangent_at(0), taps) if cotangents.num > 1 else {}
 
-    def summands(cotangents: jax.Array) -> dict[int, jax.Array]:
+    def summands(cotangents: jax.Array) -> dict[int, jax.Array | _Scaled]:
         (pulled_back,) = pull_back(cotangents)
         return {
             number: _tap_summand(taps[number], operands[number], array, weights, powers)
@@ -132,9 +170,10 @@ def _sum_microbatch(
             if number not in biases
         }
 
-    sums = summands(cotangents[0]) if cotangents.shape[0] == 1 else sum_cotangents(summands, cotangents)
+    sums = sum_cotangents(summands, cotangent_at, cotangents.num, _add)
     for number, tap in biases.items():
-        sums[number] = _sum_examples_early(sums[tap][:, 0], weights, powers)
+        squares, scale = sums[tap]
+        sums[number] = _sum_examples_early(squares[:, 0] * scale[:, None] * scale[:, None], weights, powers)
 
     leaves, structure = jax.tree.flatten(widened_zeros(params))
     for number, summed in sums.items():
@@ -146,13 +185,16 @@ def _sum_microbatch(
     return jax.tree.unflatten(structure, leaves)
 
 
-def _tap_summand(tap: Tap, operand: jax.Array, cotangents: jax.Array, weights: jax.Array, powers: _Powers) -> jax.Array:
+def _tap_summand(
+    tap: Tap, operand: jax.Array, cotangents: jax.Array, weights: jax.Array, powers: _Powers
+) -> jax.Array | _Scaled:
     """Computes a tap's summand: a power of the cotangents if gradients are outer products, else of the gradients."""
     if isinstance(tap.factors, Lookup):
         rows = widen(columns_of(tap, cotangents)[:, 0])
         return powers.summand(_sum_equal_tokens(tokens_of(tap, operand), rows, tap.factors.rows))
     if tap.positions == 1:
-        return powers.summand(widen(columns_of(tap, cotangents)[:, :, 0]))
+        columns = widen(columns_of(tap, cotangents)[:, :, 0])
+        return _square_scaled(columns) if powers.summand is jnp.square else powers.summand(columns)
 
     precision = tap.factors.precision
 
@@ -177,8 +219,13 @@ def _tap_summand(tap: Tap, operand: jax.Array, cotangents: jax.Array, weights: j
     return total
 
 
-def _sum_tap(tap: Tap, operand: jax.Array, summed: jax.Array, weights: jax.Array, powers: _Powers) -> jax.Array:
+def _sum_tap(
+    tap: Tap, operand: jax.Array, summed: jax.Array | _Scaled, weights: jax.Array, powers: _Powers
+) -> jax.Array:
     """Sums a tap's contributions over examples, to `[groups, rows, columns]`."""
+    scale = jnp.ones_like(weights)
+    if isinstance(summed, _Scaled):
+        summed, scale = summed
     if not isinstance(tap.factors, Lookup) and tap.positions > 1:
         return _sum_examples_late(summed, weights, powers)
     if powers.root is not None:
@@ -188,7 +235,8 @@ def _sum_tap(tap: Tap, operand: jax.Array, summed: jax.Array, weights: jax.Array
         table = jnp.zeros((tap.factors.rows, tap.factors.columns), summed.dtype)
         return table.at[tokens_of(tap, operand)].add(weights * summed, mode="drop")
     # The operand is weighted and not the cotangents, because the bias has the same sum of cotangents, unweighted.
-    weighted = weights * powers.operand(widen(rows_of(tap, operand, summed.dtype)[:, :, 0]))
+    rows = widen(rows_of(tap, operand, summed.dtype)[:, :, 0])
+    weighted = weights * powers.operand(rows * scale.astype(rows.dtype).reshape(-1, 1, 1))
     if weighted.shape[1] == 1:  # a plain product: on a CPU, a batched one is slower, even with a batch of one
         return jnp.matmul(weighted[:, 0].T, summed[:, 0], precision=tap.factors.precision)[None]
     return jnp.einsum("ngr,ngc->grc", weighted, summed, precision=tap.factors.precision)

@@ -47,8 +47,8 @@ def quadratic_penalty(params: Params, consolidation: Consolidation, strength: fl
     check_trees("params", params, consolidation)
 
     def of_leaf(theta: jax.Array, anchor: jax.Array, importance: Form) -> jax.Array:
-        change = theta - anchor  # its square could overflow where the importance is 0, and 0 · inf is NaN
-        return jnp.sum(jnp.asarray(strength, theta.dtype) * forms.quadratic_terms(importance, change)) / 2
+        weighted = forms.scale(importance, strength)  # 0 at strength 0, whatever the change is: 0 · inf is NaN
+        return jnp.sum(forms.quadratic_terms(weighted, theta - anchor)) / 2
 
     terms = jax.tree.leaves(map_protected(of_leaf, params, consolidation, otherwise=lambda branch: None))
     dtype = wide_dtype(*terms)
@@ -110,7 +110,7 @@ def add_quadratic_penalty(strength: optax.ScalarOrSchedule) -> optax.GradientTra
         strength_now = now(strength, state)
 
         def of_leaf(update: jax.Array, anchor: jax.Array, importance: Form, theta: jax.Array) -> jax.Array:
-            total = update + jnp.asarray(strength_now, update.dtype) * forms.times(importance, theta - anchor)
+            total = update + forms.times(forms.scale(importance, strength_now), theta - anchor)
             return compute_once(total, update)  # both of Adam's moments use it
 
         result = map_protected(of_leaf, updates, consolidation, params)

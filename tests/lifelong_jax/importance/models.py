@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from lifelong_jax.importance.cotangents import Cotangents, stacked
+
 NUM_EXAMPLES = 3
 
 
@@ -412,10 +414,10 @@ def in_float64(tree: Any) -> Any:
     )
 
 
-def some_cotangents(num_cotangents: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    def cotangents_fn(outputs: jax.Array, index: jax.Array) -> jax.Array:
+def some_cotangents(num_cotangents: int) -> Callable[[jax.Array, jax.Array], Cotangents]:
+    def cotangents_fn(outputs: jax.Array, index: jax.Array) -> Cotangents:
         phases = jnp.arange(num_cotangents, dtype=jnp.int32) + 2 * index
-        return jax.vmap(lambda phase: jnp.cos(outputs + phase.astype(outputs.dtype)))(phases)
+        return stacked(jax.vmap(lambda phase: jnp.cos(outputs + phase.astype(outputs.dtype)))(phases))
 
     return cotangents_fn
 

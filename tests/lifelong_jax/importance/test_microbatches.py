@@ -53,6 +53,20 @@ def test_weight_zero_is_padding_and_weights_may_be_traced() -> None:
     assert_close(actual, fisher_diagonal(output_fn, params, examples), 1e-5)
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("absent", [np.nan, np.inf, 1e20])
+def test_an_example_of_weight_zero_is_absent_whatever_it_is(method: str, absent: float) -> None:
+    output_fn, params, examples, _ = made("mlp")
+    padded = np.concatenate([np.full((1, 6), absent, np.float32), examples])
+    weights = np.array([0.0, 1.0, 1.0, 1.0], np.float32)
+    actual = fisher_diagonal(output_fn, params, padded, weights=weights, method=method, microbatch_size=2)
+    assert_close(actual, fisher_diagonal(output_fn, params, examples), 1e-5)
+    by_shard = NamedSharding(jax.make_mesh((4,), ("data",)), PartitionSpec("data"))
+    sharded = jax.device_put(padded, by_shard)  # the first shard has no other example
+    actual = fisher_diagonal(output_fn, params, sharded, weights=weights, method=method, microbatch_size=2)
+    assert_close(actual, fisher_diagonal(output_fn, params, examples), 1e-5)
+
+
 def run_all(params: Any, examples: Any, weights: Any, mask: Any) -> dict[str, Any]:
     return {
         method: sampled(

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from lifelong_jax import explain
-from lifelong_jax.importance.plan import default_microbatch_size
+from lifelong_jax.importance.cotangents import Cotangents, stacked
+from lifelong_jax.importance.plan import _activation_floats, default_microbatch_size
 from tests.lifelong_jax.importance.models import MODELS, made, some_cotangents
 
 
@@ -46,8 +47,8 @@ def test_default_microbatch_is_narrower_where_cotangents_are_many(monkeypatch, b
     dense, x = lambda params, x: x @ params, jax.ShapeDtypeStruct((8,), np.float32)
 
     def size(num_outputs: int) -> int:
-        def one_per_output(outputs: jax.Array, index: jax.Array) -> jax.Array:
-            return jnp.eye(num_outputs)
+        def one_per_output(outputs: jax.Array, index: jax.Array) -> Cotangents:
+            return stacked(jnp.eye(num_outputs))
 
         params = jax.ShapeDtypeStruct((8, num_outputs), np.float32)
         return default_microbatch_size(dense, one_per_output, params, x)
@@ -55,3 +56,24 @@ def test_default_microbatch_is_narrower_where_cotangents_are_many(monkeypatch, b
     assert size(10) == size(100) == 1024
     assert 1 <= size(1000) <= 2**28 // 1000**2
     assert size(2**15) == 1
+
+
+def test_default_microbatch_counts_activations_also_of_what_is_not_differentiated() -> None:
+    def size(num_layers: int) -> int:
+        def output_fn(head: jax.Array, x: jax.Array) -> jax.Array:
+            x, _ = jax.lax.scan(lambda x, scale: (jnp.tanh(scale * x), None), x, jnp.ones(num_layers))
+            return x.mean(0) @ head
+
+        x = jax.ShapeDtypeStruct((2048, 8), np.float32)
+        return default_microbatch_size(output_fn, some_cotangents(1), jnp.zeros((8, 2)), x)
+
+    assert size(1) > 16 * size(64) > 0
+
+
+def test_activations_are_what_depends_on_the_example() -> None:
+    def output_fn(params: jax.Array, x: jax.Array) -> jax.Array:
+        return (2 * params) @ jnp.sin(x)  # 2 * params is computed once
+
+    jaxpr = jax.make_jaxpr(output_fn)(jnp.zeros((5, 3)), jnp.zeros(3)).jaxpr
+    assert _activation_floats(jaxpr, [True, False]) == 3 + 5
+    assert _activation_floats(jaxpr, [False, False]) == 5 * 3 + 3 + 5

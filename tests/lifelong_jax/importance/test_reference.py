@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from lifelong_jax.importance import reference
+from lifelong_jax.importance.cotangents import stacked
 
 SIZE, NUM_EXAMPLES = 64, 5
 SIZES = [1, 2, 5, 8]
@@ -20,7 +21,7 @@ def output_fn(params, x):
 
 
 def cotangents_fn(outputs, index):
-    return jnp.stack([outputs, jnp.cos(outputs) + index.astype(outputs.dtype)])
+    return stacked(jnp.stack([outputs, jnp.cos(outputs) + index.astype(outputs.dtype)]))
 
 
 @functools.cache
@@ -34,7 +35,7 @@ def results():
 
     def gradients_of(params, x, index):
         outputs, pull_back = jax.vjp(lambda p: output_fn(p, x), params)
-        return [pull_back(cotangent)[0] for cotangent in cotangents_fn(outputs, index)]
+        return [pull_back(cotangent)[0] for cotangent in cotangents_fn(outputs, index).values]
 
     @jax.jit
     def run(params, inputs, weights):

@@ -11,6 +11,7 @@ import pytest
 
 from lifelong_jax import empirical_fisher_diagonal, explain, fisher_diagonal, mas_importance
 from lifelong_jax.importance import reference, structured, tapping
+from lifelong_jax.importance.cotangents import stacked
 from tests.lifelong_jax.importance.models import MODELS, assert_close, in_float64, made, normal, some_cotangents
 
 SETTINGS = [(1, "sum_of_squares"), (2, "norm")]
@@ -170,7 +171,11 @@ def test_inside_a_users_function_that_closes_over_traced_values() -> None:
     def run(params: Any, examples: Any, mask: jax.Array) -> Any:
         masked = lambda p, x: jnp.where(mask, output_fn(p, x), 0)  # noqa: E731
         return structured.sum_over_examples(
-            masked, lambda outputs, index: jnp.where(mask, 2 * outputs[None], 0), params, examples, reduction="norm"
+            masked,
+            lambda outputs, index: stacked(jnp.where(mask, 2 * outputs[None], 0)),
+            params,
+            examples,
+            reduction="norm",
         )
 
     expected = mas_importance(lambda p, x: jnp.where(mask, output_fn(p, x), 0), params, examples, method="reference")
@@ -206,7 +211,7 @@ def test_squares_for_a_bias_are_those_for_its_kernel(reduction: str) -> None:
     (over_microbatches,) = (e for e in jaxpr.eqns if e.primitive.name == "scan")
     (over_cotangents,) = (e for e in over_microbatches.params["jaxpr"].jaxpr.eqns if e.primitive.name == "scan")
     _, num_carried = tapping._count_constants_and_carry(over_cotangents)
-    assert num_carried == 2
+    assert num_carried == 4  # for each layer, squares and their scales
 
 
 @pytest.mark.parametrize("num_rows", [1, 7, 1000])
@@ -226,3 +231,21 @@ def test_many_tokens_are_not_compared_each_with_each(num_rows: int) -> None:
     np.testing.assert_allclose(run(params, examples), expected, rtol=1e-4, atol=1e-7)
     held = jax.jit(run).lower(params, examples).compile().memory_analysis().temp_size_in_bytes
     assert held < num_tokens**2
+
+
+@pytest.mark.parametrize("operand, cotangent", [(1e10, 1e-22), (1e-12, 1e21), (1e-12, 1e-10), (3e25, 1e-20)])
+@pytest.mark.parametrize("num_outputs", [1, 3])
+def test_squares_of_products_are_right_where_those_of_their_factors_leave_the_range(
+    operand: float, cotangent: float, num_outputs: int
+) -> None:
+    def output_fn(params: Any, x: jax.Array) -> jax.Array:
+        return (x @ params["kernel"] + params["bias"]) * jnp.full(num_outputs, cotangent)
+
+    params = {"kernel": jnp.zeros((2, 1)), "bias": jnp.zeros(1)}
+    x = np.float32([[operand, 0.0], [operand, operand / 8]])
+    fisher = fisher_diagonal(output_fn, params, x, likelihood="gaussian")
+    expected = num_outputs * (np.float64(x) * cotangent) ** 2
+    np.testing.assert_allclose(fisher["kernel"][:, 0], expected.mean(axis=0), rtol=1e-5, atol=1e-37)
+    with np.errstate(over="ignore"):
+        of_bias = np.float32(num_outputs * np.float64(cotangent) ** 2)  # may be infinite or 0 itself
+    np.testing.assert_allclose(fisher["bias"][0], of_bias, rtol=1e-5, atol=1e-37)
