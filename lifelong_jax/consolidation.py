@@ -108,6 +108,7 @@ def consolidate(
             "rule='separate' is for diagonal importances: Kronecker-factored penalties around several anchors make no "
             "single one. Use rule='latest'."
         )
+    _checks.check_importance("consolidation.importance", consolidation.importance)
     _checks.check_importance("importance", importance)
     _checks.check_finite("params", params)
     total = _add(consolidation, params, importance, rule, decay, weight)

@@ -247,6 +247,9 @@ def test_bad_importances_are_refused_naming_the_leaf(bad):
     importance = importance | {"b": importance["b"].at[2].set(bad)}
     with pytest.raises(ValueError, match=r"importance\['b'\] has entries that are NaN, infinite or negative"):
         consolidate(init_consolidation(params), params, importance)
+    kept = init_consolidation(params)._replace(importance=importance)
+    with pytest.raises(ValueError, match=r"consolidation\.importance\['b'\] has entries that are NaN, infinite or neg"):
+        consolidate(kept, params, make_task(0)[1])
 
 
 @pytest.mark.parametrize("rule", ["separate", "latest"])
