@@ -80,7 +80,7 @@ def save_consolidation(
     if layouts := _layouts(importance):
         metadata["layouts"] = json.dumps(layouts)
     metadata["sha256"] = _digest(tensors, metadata)
-    _files.write(pathlib.Path(file), safetensors.numpy.save(tensors, metadata), sync=sync)
+    _files.write(pathlib.Path(file), _with_sorted_metadata(safetensors.numpy.save(tensors, metadata)), sync=sync)
 
 
 def load_consolidation(file: str | os.PathLike, like: Consolidation) -> Consolidation:
@@ -143,6 +143,16 @@ def read_metadata(file: str | os.PathLike) -> dict[str, str]:
       'MAS'
     """
     return _read(file)[1]
+
+
+def _with_sorted_metadata(contents: bytes) -> bytes:
+    """Sorts the metadata, which safetensors writes in any order, so that equal consolidations make equal files."""
+    end = 8 + int.from_bytes(contents[:8], "little")
+    header = json.loads(contents[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    written = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    written += b" " * (-len(written) % 8)  # so that the tensors are aligned
+    return b"".join([len(written).to_bytes(8, "little"), written, memoryview(contents)[end:]])
 
 
 def _read(file: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, str]]:

@@ -56,6 +56,16 @@ def test_any_program_can_read_a_consolidation(tmp_path):
     assert "strength / 2 * sum(importance * (params - anchor) ** 2)" in metadata["penalty"]
 
 
+def test_equal_consolidations_make_equal_files(tmp_path):
+    contents = set()
+    estimator = 'the Ω of "MAS"\n'
+    for _ in range(5):  # safetensors orders the metadata otherwise each time
+        save_consolidation(tmp_path / "kept.safetensors", KEPT, estimator=estimator, num_examples=60)
+        contents.add((tmp_path / "kept.safetensors").read_bytes())
+    assert len(contents) == 1
+    assert read_metadata(tmp_path / "kept.safetensors")["estimator"] == estimator
+
+
 def test_another_program_goes_on_from_a_consolidation(tmp_path):
     program = """
 import sys, jax, jax.numpy as jnp
