@@ -15,7 +15,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,19 +23,19 @@ import numpy as np
 import optax
 import rich.console
 from jax.flatten_util import ravel_pytree
-from matplotlib.axes import Axes
 
-from experiments.harness.report import estimate, format_estimate, print_table, progress_bar
+from experiments.harness.report import estimate, format_estimate, progress_bar, report_tables
 from experiments.harness.runs import Run, compute_once, open_run
 from experiments.harness.settings import RunSettings, Seeds, check_settings, parse_settings
 from lifelong_jax import Batch, TrainingState, forms, init_consolidation, init_training, kronecker_fisher, learn_task
-from lifelong_jax._tables import markdown_table
 from lifelong_jax.datasets import hold_out_validation, load_dataset
 from lifelong_jax.methods import cross_entropy
 from lifelong_jax.models import MLP, init_network
-from lifelong_jax.plotting import COLORS, draw_over_seeds, make_figure
 from lifelong_jax.tasks import with_permutation
 from lifelong_jax.types import Params
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 PARTS = ("training", "held-out")
 KEPT = {"diagonal": "diagonal", "kronecker": "Kronecker factors", "leaves": "leaf blocks", "layers": "layer blocks"}
@@ -364,10 +364,10 @@ def report(
         },
     }
     in_table = sorted({0, len(config.epochs) // 2, len(config.epochs) - 1})
-    texts = []
+    written = {}
     for title, columns in tables.items():
-        header = ["data", "epoch", *columns]
-        rows = [
+        written[title] = [["data", "epoch", *columns]]
+        written[title] += [
             [
                 f"{activation}, {part}",
                 str(config.epochs[index]),
@@ -377,29 +377,23 @@ def report(
             for part in PARTS
             for index in in_table
         ]
-        print_table(console, title, header, rows)
-        texts.append(markdown_table(header, rows))
-    (run.folder / "table.md").write_text("\n".join(texts))
+    report_tables(written, run, console)
 
 
 def draw(
-    config: Config,
-    values: Mapping[str, Mapping[str, Mapping[str, np.ndarray]]],
-    examples: PerExample,
-    run: Run,
+    config: Config, values: Mapping[str, Mapping[str, Mapping[str, np.ndarray]]], examples: PerExample, run: Run
 ) -> None:
     """Draws `fisher_curvature.png`."""
+    from lifelong_jax.plotting import COLORS, draw_over_seeds, make_figure  # here, as matplotlib is slow to import
+
     epochs = np.array(config.epochs)
-    off = {
-        name: "–".join(
-            sorted(
-                {f"{100 * values[each]['training'][name][:, -1].mean():.0f}" for each in config.activations}, key=float
-            )
-        )
-        for name in ("true_error", "empirical_error")
-    }
-    title = f"the true Fisher is {off['true_error']} % off the Hessian, the empirical {off['empirical_error']} %"
-    figure = make_figure(8.6, 6.8, f"After {epochs[-1]} epochs {title}")
+
+    def off(name: str) -> str:
+        errors = {f"{100 * values[each]['training'][name][:, -1].mean():.0f}" for each in config.activations}
+        return "–".join(sorted(errors, key=float))
+
+    errors = f"the true Fisher is {off('true_error')} % off the Hessian, the empirical {off('empirical_error')} %"
+    figure = make_figure(8.6, 6.8, f"After {epochs[-1]} epochs {errors}")
     axes = figure.subplot_mosaic([["error"] * 2 + ["size"] * 2 + ["ratio"] * 2, ["kept"] * 3 + ["step"] * 3])
     error, size, ratio, kept, step = (axes[name] for name in ("error", "size", "ratio", "kept", "step"))
     for axis in (error, size, kept, step):
@@ -432,9 +426,11 @@ def draw(
 
 
 def draw_kept(
-    config: Config, values: Mapping[str, Mapping[str, Mapping[str, np.ndarray]]], error: Axes, step: Axes
+    config: Config, values: Mapping[str, Mapping[str, Mapping[str, np.ndarray]]], error: "Axes", step: "Axes"
 ) -> None:
     """Draws how far what is kept of F is from it, and how much of F it has along another task's first step."""
+    from lifelong_jax.plotting import COLORS, draw_over_seeds
+
     for (field, name), color in zip(KEPT.items(), (COLORS[1], COLORS[0], COLORS[6], COLORS[2]), strict=True):
         for activation, style in zip(config.activations, ("-", "--"), strict=False):
             training = values[activation]["training"]

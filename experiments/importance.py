@@ -9,26 +9,26 @@ layer. Both Fishers are computed at the parameters after both tasks, so that onl
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import numpy as np
 import rich.console
 from jax.flatten_util import ravel_pytree
-from matplotlib.axes import Axes
-from matplotlib.figure import SubFigure
 
-from experiments.harness.report import estimate, format_estimate, print_table
+from experiments.harness.report import estimate, format_estimate, report_tables
 from experiments.harness.runs import Run, open_run
 from experiments.harness.settings import RunSettings, Seeds, check_settings, parse_settings
 from experiments.harness.study import both_importances, is_correct, learn_permuted, measure_seeds
 from lifelong_jax import Batch, Consolidation, init_consolidation
-from lifelong_jax._tables import markdown_table
 from lifelong_jax.datasets import Dataset, load_dataset
 from lifelong_jax.geometry import importance_overlap
 from lifelong_jax.models import MLP, init_network
-from lifelong_jax.plotting import COLORS, draw_image, draw_over_seeds, make_figure
 from lifelong_jax.types import Params
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import SubFigure
 
 SIDE = 8  # pixels to a side of the bundled digits
 POWERS = np.arange(0.1, 1.55, 0.05)
@@ -202,16 +202,17 @@ def report(config: Config, values: Mapping[str, np.ndarray], run: Run, console: 
         ]
         for index, width in enumerate(config.squares)
     ]
-    print_table(console, "Overlap of the two tasks' Fishers, in the network that has learned both", header, rows)
-    markdown = markdown_table(header, rows)
+    tables = {"Overlap of the two tasks' Fishers, in the network that has learned both": [header, *rows]}
     header = ["over the parameters, after task A", "correlation or power"]
     rows = [[name, format_estimate(value, digits=2)] for name, value in relation.items()]
-    print_table(console, "The importances of EWC and MAS", header, rows)
-    (run.folder / "table.md").write_text(markdown + "\n" + markdown_table(header, rows))
+    tables["The importances of EWC and MAS"] = [header, *rows]
+    report_tables(tables, run, console)
 
 
 def draw(config: Config, values: Mapping[str, np.ndarray], run: Run) -> None:
     """Draws `importance.png`."""
+    from lifelong_jax.plotting import make_figure  # here, as matplotlib is slow to import
+
     mean = values["overlap"].mean(axis=0)
     falling = int((np.diff(mean, axis=0) < 0).all(axis=0).sum())
     where = "" if falling == mean.shape[1] else f" in {falling} of {mean.shape[1]} layers"
@@ -228,8 +229,10 @@ def draw(config: Config, values: Mapping[str, np.ndarray], run: Run) -> None:
     figure.savefig(run.folder / "importance.png")
 
 
-def draw_images(config: Config, images: np.ndarray, figure: SubFigure) -> None:
+def draw_images(config: Config, images: np.ndarray, figure: "SubFigure") -> None:
     """Draws the images of task A, and of B with a square of the middle and of the largest width."""
+    from lifelong_jax.plotting import draw_image
+
     middle_width = config.squares[len(config.squares) // 2]
     columns = [
         ("task A", 0),
@@ -244,8 +247,10 @@ def draw_images(config: Config, images: np.ndarray, figure: SubFigure) -> None:
     figure.suptitle("first layer, Ω by pixel", fontsize=10)
 
 
-def draw_relation(values: Mapping[str, np.ndarray], axis: Axes) -> None:
+def draw_relation(values: Mapping[str, np.ndarray], axis: "Axes") -> None:
     """Draws MAS's importances against the Fisher for the first seed, with lines ∝ F and ∝ √F."""
+    from lifelong_jax.plotting import COLORS
+
     fisher, mas = values["fisher"][0], values["mas"][0]
     positive = (fisher > 1e-10) & (mas > 0)
     axis.hexbin(
@@ -262,8 +267,10 @@ def draw_relation(values: Mapping[str, np.ndarray], axis: Axes) -> None:
     axis.legend(frameon=False, fontsize=9)
 
 
-def draw_overlap(config: Config, overlap: np.ndarray, axis: Axes) -> None:
+def draw_overlap(config: Config, overlap: np.ndarray, axis: "Axes") -> None:
     """Draws the overlap of the Fishers against the size of the square, a line for each layer."""
+    from lifelong_jax.plotting import COLORS, draw_over_seeds
+
     for layer in range(overlap.shape[-1]):
         style = {"marker": "o", "markersize": 4}
         color = COLORS[layer % len(COLORS)]

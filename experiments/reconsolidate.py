@@ -17,19 +17,17 @@ import rich.console
 from experiments.harness.compare import compare
 from experiments.harness.experiment import load_or_exit
 from experiments.harness.pipelines import interval_of, momentum_with_penalty, steps_of_task
-from experiments.harness.report import Estimate, Outcome, estimate, format_estimate, print_table
+from experiments.harness.report import Estimate, Outcome, estimate, format_estimate, report_tables
 from experiments.harness.runs import Run, open_run
 from experiments.harness.sequences import ResumableSequence, learn_resumably
 from experiments.harness.settings import RunSettings, Seeds, check_settings, parse_settings
 from lifelong_jax import Recipe, SequenceState, methods, permuted_tasks
-from lifelong_jax._tables import markdown_table
 from lifelong_jax.checkpoint import load_consolidation
 from lifelong_jax.consolidation import Rule
 from lifelong_jax.continual import go_on_after
 from lifelong_jax.datasets import hold_out_validation
 from lifelong_jax.methods import Method
 from lifelong_jax.models import MLP, init_network
-from lifelong_jax.plotting import plot_strength_sweep
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,7 +35,8 @@ class Config(RunSettings):
     """Learn the last of several tasks again, at other strengths and by other rules of consolidation."""
 
     dataset: str = "digits"
-    """digits (bundled), or the name of an image-classification data set that TFDS has prepared, such as mnist."""
+    """digits and letters (both bundled), folder:PATH and mit_scenes:PATH (with images of one size), or the name of an
+    image-classification data set that TFDS has prepared, such as mnist."""
 
     data_dir: str | None = None
     """Where TFDS keeps prepared data sets; by default TFDS_DATA_DIR, else ~/tensorflow_datasets."""
@@ -144,6 +143,8 @@ def learner_name(rule: str, strength: float) -> str:
 
 def report(config: Config, outcomes: dict[str, Outcome], run: Run, console: rich.console.Console) -> None:
     """Prints the table; writes `summary.json`, `table.md` and `reconsolidate.png`."""
+    from lifelong_jax.plotting import plot_strength_sweep  # here, as matplotlib is slow to import
+
     rules = rules_of(config)
     views = {
         "all tasks": lambda last_row: last_row.mean(axis=-1),
@@ -166,8 +167,7 @@ def report(config: Config, outcomes: dict[str, Outcome], run: Run, console: rich
         for index, strength in enumerate(config.strengths)
     ]
     setting = f"The last of {config.num_tasks} permuted tasks of {config.dataset} learned again, {config.method}"
-    print_table(console, f"{setting}: validation accuracy, percent", header, rows)
-    (run.folder / "table.md").write_text(markdown_table(header, rows))
+    report_tables({f"{setting}: validation accuracy, percent": [header, *rows]}, run, console)
     title = f"{setting}: best {', '.join(best(rule, accuracy['all tasks'][rule], config.strengths) for rule in rules)}"
     figure = plot_strength_sweep(values, config.strengths, title, "validation accuracy")
     figure.savefig(run.folder / "reconsolidate.png")

@@ -35,7 +35,6 @@ from lifelong_jax._tables import markdown_table
 from lifelong_jax.datasets import Dataset, hold_out_validation
 from lifelong_jax.methods import Method
 from lifelong_jax.models import MLP
-from lifelong_jax.plotting import COLORS, draw_over_seeds, make_figure
 from lifelong_jax.sweep import SweepAccuracies
 from lifelong_jax.types import OptimizerFn
 
@@ -238,15 +237,18 @@ def write_docs(folder: pathlib.Path, row: int, results: Sequence[Mapping[str, An
             plot_strengths(of_row, folder / f"results_row_{number}.png")
             text.append(f"![Accuracy against λ, by estimator](results_row_{number}.png)\n")
     plot_rows(rows, folder / "results.png")
-    (folder / "results.md").write_text("\n".join(text))
+    (folder / "results.md").write_text("\n".join(text), encoding="utf-8")
 
 
 def plot_rows(rows: Mapping[str, Sequence[Mapping[str, Any]]], file: pathlib.Path) -> None:
     """Draws the published accuracies and ours, with intervals of two standard errors, a panel for each row."""
-    height = -(-len(rows) // 2)
+    from lifelong_jax.plotting import COLORS, make_figure  # here, as matplotlib is slow to import
+
+    num_columns = min(2, len(rows))
+    num_rows = -(-len(rows) // num_columns)
     title = "Average accuracy, percent: published and ours, ± 2 standard errors"
-    figure = make_figure(9.0, 2.4 * height + 0.6, title)
-    axes = figure.subplots(height, 2, squeeze=False).ravel()
+    figure = make_figure(3.0 + 3.0 * num_columns, 2.4 * num_rows + 0.6, title)
+    axes = figure.subplots(num_rows, num_columns, squeeze=False).ravel()
     for axis, (number, results) in zip(axes, rows.items(), strict=False):
         protocol = ROWS[int(number)]
         all_published = {entry.name: entry.published for entry in protocol.entries}
@@ -271,6 +273,8 @@ def plot_rows(rows: Mapping[str, Sequence[Mapping[str, Any]]], file: pathlib.Pat
 
 def plot_strengths(results: Sequence[Mapping[str, Any]], file: pathlib.Path) -> None:
     """Draws the accuracy on validation data against λ, a line for each method that has several strengths."""
+    from lifelong_jax.plotting import COLORS, draw_over_seeds, make_figure
+
     figure = make_figure(6.4, 3.6, "Average accuracy on validation data against λ")
     axis = figure.subplots()
     for index, result in enumerate(result for result in results if result["validation"]):

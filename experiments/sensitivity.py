@@ -16,15 +16,13 @@ import numpy as np
 import rich.console
 from jax.flatten_util import ravel_pytree
 
-from experiments.harness.report import estimate, format_estimate, print_table
+from experiments.harness.report import estimate, format_estimate, report_tables
 from experiments.harness.runs import Run, open_run
 from experiments.harness.settings import RunSettings, Seeds, check_settings, parse_settings
 from experiments.harness.study import both_importances, learn_permuted, measure_seeds
 from lifelong_jax import Batch, init_consolidation
-from lifelong_jax._tables import markdown_table
 from lifelong_jax.datasets import Dataset, load_dataset
 from lifelong_jax.models import MLP, init_network
-from lifelong_jax.plotting import COLORS, draw_over_seeds, make_figure
 from lifelong_jax.types import Params
 
 ACTIVATIONS = ("tanh", "relu")
@@ -230,8 +228,7 @@ def report(
         ]
         for name, numbers in linear.items()
     ]
-    print_table(console, "Error of g · δ relative to the output's change, by the length of δ", header, rows)
-    markdown = markdown_table(header, rows)
+    tables = {"Error of g · δ relative to the output's change, by the length of δ": [header, *rows]}
     header = [
         "ranked by",
         "change, least",
@@ -249,12 +246,14 @@ def report(
         ]
         for name, numbers in ranked.items()
     ]
-    print_table(console, "Perturbing the least and the most important parameters", header, rows)
-    (run.folder / "table.md").write_text(markdown + "\n" + markdown_table(header, rows))
+    tables["Perturbing the least and the most important parameters"] = [header, *rows]
+    report_tables(tables, run, console)
 
 
 def draw(config: Config, errors: Mapping[str, np.ndarray], changes: Mapping[str, np.ndarray], run: Run) -> None:
     """Draws `sensitivity.png`."""
+    from lifelong_jax.plotting import COLORS, draw_over_seeds, make_figure  # here, as matplotlib is slow to import
+
     lost = {name: 100 * values[:, :, 1].mean(axis=0) for name, values in changes.items()}
     share = 100 // config.num_groups
     figure = make_figure(

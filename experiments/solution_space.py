@@ -10,18 +10,15 @@ Kronecker factors. Each penalty has the best strength of the same grid.
 import dataclasses
 import functools
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import rich.console
-from matplotlib.axes import Axes
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 
-from experiments.harness.report import Estimate, estimate, format_estimate, print_table, progress_bar
+from experiments.harness.report import Estimate, estimate, format_estimate, progress_bar, report_tables
 from experiments.harness.runs import Run, compute_once, open_run
 from experiments.harness.settings import RunSettings, Seeds, check_settings, parse_settings
 from experiments.solution_space_models import Case, network, two_parameters
@@ -36,15 +33,16 @@ from lifelong_jax import (
     learn_task,
     proximal_quadratic_penalty,
 )
-from lifelong_jax._tables import markdown_table
 from lifelong_jax.geometry import Plane, loss_on_plane, penalty_on_plane, plane_coordinates, plane_through
-from lifelong_jax.plotting import COLORS, draw_low_loss, make_figure
 from lifelong_jax.types import Params
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 PENALTIES = ("plain training", "equal rigidity", "Fisher diagonal", "Kronecker factors")
 ELLIPSES = {
     "Fisher diagonal": {"colors": "black", "linestyles": "--"},
-    "Kronecker factors": {"colors": COLORS[2], "linestyles": "-"},
+    "Kronecker factors": {"colors": "#009E73", "linestyles": "-"},  # green, of `plotting.COLORS`
 }
 """The penalties whose ellipses are drawn, and how."""
 ELLIPSE, ELLIPSE_PLANE = "ellipses' overlap", "Fisher diagonal"
@@ -319,9 +317,7 @@ def report(config: Config, outcomes: Mapping[str, Outcome], run: Run, console: r
         "Mean training losses after task B, by penalty": ends,
         "Overlap of A's low-loss region with the penalty's ellipse": overlaps,
     }
-    for title, (header, *rows) in tables.items():
-        print_table(console, title, header, rows)
-    (run.folder / "table.md").write_text("\n".join(markdown_table(header, rows) for header, *rows in tables.values()))
+    report_tables(tables, run, console)
     run.write_summary({"models": outcomes})
 
 
@@ -333,6 +329,11 @@ def draw(
     run: Run,
 ) -> None:
     """Draws `solution_space.png`: a row for each model, a column for each penalty, and a column for the ellipse."""
+    from matplotlib.lines import Line2D  # here, as matplotlib is slow to import
+    from matplotlib.patches import Patch
+
+    from lifelong_jax.plotting import COLORS, make_figure
+
     figure = make_figure(8.6, 5.4, title_of(outcomes))
     for case, row in zip(cases, figure.subplots(2, 5), strict=True):
         outcome = outcomes[case.name]
@@ -360,8 +361,12 @@ def draw(
     figure.savefig(run.folder / "solution_space.png")
 
 
-def draw_panel(config: Config, case: Case, learned: Sequence[Learned], outcome: Outcome, name: str, axis: Axes) -> None:
+def draw_panel(
+    config: Config, case: Case, learned: Sequence[Learned], outcome: Outcome, name: str, axis: "Axes"
+) -> None:
     """Draws both tasks' low-loss regions, A's solution, and a penalty's paths or the ellipses."""
+    from lifelong_jax.plotting import COLORS, draw_low_loss
+
     result = learned[0]
     third = ELLIPSE_PLANE if name in (PENALTIES[0], ELLIPSE) else name
     plane = plane_of(case, result, outcome.chosen, third)

@@ -16,7 +16,7 @@ import rich.console
 import tyro
 
 from experiments.harness.experiment import load_or_exit
-from experiments.harness.report import Estimate, format_estimate, print_table
+from experiments.harness.report import Estimate, format_estimate, report_tables
 from experiments.harness.runs import Run, open_run
 from experiments.harness.settings import Numbers, RunSettings, Seeds, check_settings, parse_settings
 from experiments.harness.tune import average_accuracies, sweep_strengths
@@ -29,10 +29,8 @@ from lifelong_jax import (
     proximal_adam,
     proximal_quadratic_penalty,
 )
-from lifelong_jax._tables import markdown_table
 from lifelong_jax.datasets import hold_out_validation
 from lifelong_jax.models import MLP, init_network
-from lifelong_jax.plotting import plot_strength_sweep
 from lifelong_jax.types import OptimizerFn
 
 
@@ -41,7 +39,8 @@ class Config(RunSettings):
     """Learn permuted tasks at strengths over twelve decades, with the penalty at each place in the pipeline."""
 
     dataset: str = "digits"
-    """digits (bundled), or the name of an image-classification data set that TFDS has prepared, such as mnist."""
+    """digits and letters (both bundled), folder:PATH and mit_scenes:PATH (with images of one size), or the name of an
+    image-classification data set that TFDS has prepared, such as mnist."""
 
     data_dir: str | None = None
     """Where TFDS keeps prepared data sets; by default TFDS_DATA_DIR, else ~/tensorflow_datasets."""
@@ -146,6 +145,8 @@ def report(
     console: rich.console.Console,
 ) -> None:
     """Prints the table; writes `summary.json`, `table.md` and `strength_sweep.png`."""
+    from lifelong_jax.plotting import plot_strength_sweep  # here, as matplotlib is slow to import
+
     by_strength = {
         name: dict(zip(map("{:.3g}".format, config.strengths), of_learner, strict=True))
         for name, of_learner in accuracies.items()
@@ -162,8 +163,7 @@ def report(
         for index, strength in enumerate(config.strengths)
     ]
     setting = f"{config.num_tasks} permuted tasks of {config.dataset}, {config.method}: accuracy on validation data"
-    print_table(console, f"{setting}, percent (–: diverged)", header, rows)
-    (run.folder / "table.md").write_text(markdown_table(header, rows))
+    report_tables({f"{setting}, percent (–: diverged)": [header, *rows]}, run, console)
     title = f"{setting}\n{finding(accuracy, config.strengths)}"
     console.print(title, highlight=False)
     values = {

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import rich.console
 
-from experiments.harness.report import print_table
+from experiments.harness.report import report_tables
 from experiments.harness.runs import Run, open_run
 from experiments.harness.settings import RunSettings, Seeds, check_settings, parse_settings
 from experiments.harness.tune import average_accuracies, sweep_strengths
@@ -29,7 +29,6 @@ from lifelong_jax import (
     permuted_tasks,
     proximal_quadratic_penalty,
 )
-from lifelong_jax._tables import markdown_table
 from lifelong_jax.datasets import hold_out_validation, load_dataset
 from lifelong_jax.methods import Method
 from lifelong_jax.models import MLP, init_network
@@ -134,8 +133,7 @@ def report(
         for index, hidden_sizes in enumerate(config.networks)
     ]
     title = "Best strength on validation data, and points of accuracy lost at the others' best"
-    print_table(console, title, header, rows)
-    (run.folder / "table.md").write_text(markdown_table(header, rows))
+    report_tables({title: [header, *rows]}, run, console)
     run.write_summary({"best": best, "cost": cost})
     console.print(f"results in {run.folder}", highlight=False, soft_wrap=True)
 

@@ -14,15 +14,13 @@ import numpy as np
 import rich.console
 from jax.flatten_util import ravel_pytree
 
-from experiments.harness.report import estimate, format_estimate, print_table
+from experiments.harness.report import estimate, format_estimate, report_tables
 from experiments.harness.runs import Run, open_run
 from experiments.harness.settings import RunSettings, Seeds, check_settings, parse_settings
 from experiments.harness.study import is_correct, learn_permuted, measure_seeds
 from lifelong_jax import Consolidation, init_consolidation, mas_importance, permuted_tasks
-from lifelong_jax._tables import markdown_table
 from lifelong_jax.datasets import Dataset, hold_out_validation, load_dataset
 from lifelong_jax.models import MLP, init_network
-from lifelong_jax.plotting import COLORS, draw_over_seeds, make_figure
 from lifelong_jax.tasks import with_permutation
 from lifelong_jax.types import Params
 
@@ -218,12 +216,14 @@ def report(config: Config, values: Measured, run: Run, console: rich.console.Con
         ["one class, held out", format_estimate(single, 100), "", ""],
         ["own class's advantage", format_estimate(advantage, 100), "", ""],
     ]
-    print_table(console, "Accuracy after task B, by the data that the importance is computed on", header, rows)
-    (run.folder / "table.md").write_text(markdown_table(header, rows))
+    title = "Accuracy after task B, by the data that the importance is computed on"
+    report_tables({title: [header, *rows]}, run, console)
 
 
 def draw(config: Config, values: Measured, run: Run) -> None:
     """Draws `unlabelled.png`."""
+    from lifelong_jax.plotting import COLORS, draw_over_seeds, make_figure  # here, as matplotlib is slow to import
+
     kept = {name: 100 * getattr(values, name).mean() for name in ("finetuned", "training", "held_out")}
     advantage = 100 * np.mean([own_class_advantage(seed) for seed in values.by_class])
     figure = make_figure(

@@ -19,7 +19,6 @@ from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import jax
-import orbax.checkpoint as ocp
 
 from lifelong_jax import _files
 
@@ -53,6 +52,8 @@ def save_checkpoint(folder: str | os.PathLike, step: int, state: Any) -> None:
       ...     restore_checkpoint(folder, like={"w": np.zeros(2, int)})
       (2, {'w': array([2, 2])})
     """
+    import orbax.checkpoint as ocp  # here, as it is slow to import
+
     if not isinstance(step, int) or step < 0:
         raise ValueError(f"step must be an integer of at least 0, not {step!r}.")
     leaves = _files.describe_leaves(_files.named_leaves("state", state))
@@ -96,6 +97,8 @@ def restore_checkpoint(folder: str | os.PathLike, like: State) -> tuple[int, Sta
       >>> restore_checkpoint("/nowhere", like=0.0) is None
       True
     """
+    import orbax.checkpoint as ocp
+
     for path in _checkpoints(pathlib.Path(folder).absolute()):
         try:
             manifest = _verified_manifest(path)

@@ -12,6 +12,7 @@ import rich.console
 import tyro
 
 from experiments.harness.compare import compare
+from experiments.harness.compilation import time_compilation
 from experiments.harness.pipelines import MOMENTUM, interval_of, momentum_with_penalty, steps_of_task
 from experiments.harness.report import report_comparison
 from experiments.harness.runs import Run, open_run
@@ -186,7 +187,7 @@ def run_experiment(settings: Settings, experiment: Experiment) -> None:
       experiment: the tasks and the network.
     """
     console = rich.console.Console()
-    with open_run(settings, experiment.name, console) as run:
+    with open_run(settings, experiment.name, console) as run, time_compilation() as compilation_seconds:
         recipes = make_recipes(settings, experiment)
         choose = settings.tune or settings.strength_grid
         strength = tune(settings, experiment, recipes, run, console) if choose else settings.strength
@@ -206,7 +207,15 @@ def run_experiment(settings: Settings, experiment: Experiment) -> None:
             console,
             keep_tasks=settings.keep_tasks,
         )
-        report_comparison(outcomes, experiment.title, experiment.task_names, settings.num_epochs, run, console)
+        report_comparison(
+            outcomes,
+            experiment.title,
+            experiment.task_names,
+            settings.num_epochs,
+            compilation_seconds(),
+            run,
+            console,
+        )
 
 
 def load_or_exit(name: str, data_dir: str | None, **options: object) -> Dataset:

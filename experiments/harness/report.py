@@ -1,19 +1,24 @@
 """What a script shows: progress, quantities over seeds, tables, and the report of a comparison."""
 
+import csv
+import functools
+import io
 import math
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import rich.cells
 import rich.console
 import rich.progress
 import rich.table
+import rich.text
 from numpy.typing import ArrayLike
 
 from experiments.harness.runs import Run
 from lifelong_jax import metrics
 from lifelong_jax._tables import markdown_table
-from lifelong_jax.plotting import plot_accuracy_curves, plot_accuracy_matrices, plot_average_accuracy
 
 
 class Estimate(NamedTuple):
@@ -65,14 +70,14 @@ def format_estimate(quantity: Estimate, scale: float = 1.0, digits: int = 1) -> 
     """
     if math.isnan(quantity.mean):
         return "–"
-    mean = f"{scale * quantity.mean:.{digits}f}"
+    mean = f"{scale * quantity.mean:z.{digits}f}"  # z: no minus sign before 0.0
     return mean if math.isnan(quantity.stderr) else f"{mean}±{scale * quantity.stderr:.{digits}f}"
 
 
 def print_table(
     console: rich.console.Console, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
 ) -> None:
-    """Prints a table.
+    """Prints a table. The names of its columns are broken at spaces where it would be too wide; values are never cut.
 
     Args:
       console: where it is printed.
@@ -80,14 +85,51 @@ def print_table(
       header: the names of the columns.
       rows: a text for each column.
     """
-    table = rich.table.Table(box=None, padding=(0, 1, 0, 0))
-    for index, name in enumerate(header):
-        # One word per line, so that eight columns fit a screen of 80 characters.
-        table.add_column(name.replace(" ", "\n"), justify="left" if index == 0 else "right")
+    widths = [max((rich.cells.cell_len(row[index]) for row in rows), default=0) for index in range(len(header))]
+    most_words = max(len(name.split()) for name in header)
+    for num_lines in range(1, most_words + 1):
+        broken = [_break(name, num_lines, width) for name, width in zip(header, widths, strict=True)]
+        columns = zip(widths, broken, strict=True)
+        total = sum(1 + max(width, *map(rich.cells.cell_len, lines)) for width, lines in columns)
+        if total <= console.width:
+            break
+    table = rich.table.Table(box=None, padding=(0, 1, 0, 0), width=total)
+    for index, lines in enumerate(broken):
+        table.add_column("\n".join(lines), justify="left" if index == 0 else "right", vertical="bottom")
     for row in rows:
         table.add_row(*row)
-    console.print(f"\n{title}", highlight=False)
-    console.print(table)
+    console.print(f"\n{title}", highlight=False, soft_wrap=True)
+    console.print(table, crop=False)
+
+
+def report_tables(tables: Mapping[str, Sequence[Sequence[str]]], run: Run, console: rich.console.Console) -> None:
+    """Prints tables, and writes them into `table.md`.
+
+    Args:
+      tables: for each title, the header and the rows.
+      run: where the file goes.
+      console: where the tables are printed.
+    """
+    for title, (header, *rows) in tables.items():
+        print_table(console, title, header, rows)
+    markdown = "\n".join(markdown_table(header, rows) for header, *rows in tables.values())
+    (run.folder / "table.md").write_text(markdown, encoding="utf-8")
+
+
+def _break(name: str, num_lines: int, at_least: int) -> list[str]:
+    """Breaks a name at spaces into at most so many lines, as narrow as they can be, but no narrower than `at_least`."""
+    for width in range(max(1, at_least), len(name)):
+        lines = textwrap.wrap(name, width, break_long_words=False, break_on_hyphens=False)
+        if len(lines) <= num_lines:
+            return lines
+    return [name]
+
+
+class _StatusColumn(rich.progress.ProgressColumn):
+    """The field `status`, cut off where it is too long for the screen."""
+
+    def render(self, task: rich.progress.Task) -> rich.text.Text:
+        return rich.text.Text(task.fields["status"], no_wrap=True, overflow="ellipsis")
 
 
 def progress_bar(console: rich.console.Console) -> rich.progress.Progress:
@@ -99,12 +141,13 @@ def progress_bar(console: rich.console.Console) -> rich.progress.Progress:
     Returns:
       The bar, to be used in a `with` statement.
     """
+    whole = functools.partial(rich.table.Column, no_wrap=True)
     return rich.progress.Progress(
-        rich.progress.TextColumn("{task.description}"),
-        rich.progress.BarColumn(bar_width=10),
-        rich.progress.MofNCompleteColumn(),
-        rich.progress.TimeRemainingColumn(elapsed_when_finished=True),
-        rich.progress.TextColumn("{task.fields[status]}"),
+        rich.progress.TextColumn("{task.description}", table_column=whole()),
+        rich.progress.BarColumn(bar_width=10, table_column=whole()),
+        rich.progress.MofNCompleteColumn(table_column=whole()),
+        rich.progress.TimeRemainingColumn(elapsed_when_finished=True, table_column=whole()),
+        _StatusColumn(),
         console=console,
     )
 
@@ -128,8 +171,8 @@ class Outcome(NamedTuple):
       initial_accuracies: `[num_seeds, num_tasks]`, fractions, before any task was learned; NaN where not measured.
       curves: `[num_seeds, num_epochs, num_tasks]`, the test accuracy after each epoch of the whole sequence; NaN before
         a task is learned.
-      training_seconds: `[num_seeds]`.
-      importance_seconds: `[num_seeds]`.
+      training_seconds: `[num_seeds]`, compilation left out.
+      importance_seconds: `[num_seeds]`, compilation left out.
     """
 
     accuracy_matrix: np.ndarray
@@ -151,8 +194,6 @@ class Summary(NamedTuple):
       intransigence: against the learner named "joint"; NaN where there is none.
       first_task_accuracy: after the last task.
       last_task_accuracy: after the last task.
-      training_seconds: compilation left out.
-      importance_seconds: compilation left out.
       accuracy_matrix: `[num_tasks, num_tasks]`, the mean over seeds.
       margin_over: for each baseline, the difference of the average accuracies, seed by seed.
     """
@@ -165,8 +206,6 @@ class Summary(NamedTuple):
     intransigence: Estimate
     first_task_accuracy: Estimate
     last_task_accuracy: Estimate
-    training_seconds: Estimate
-    importance_seconds: Estimate
     accuracy_matrix: np.ndarray
     margin_over: dict[str, Estimate]
 
@@ -204,8 +243,6 @@ def summarize(outcomes: Mapping[str, Outcome]) -> dict[str, Summary]:
             intransigence=over_seeds(metrics.intransigence, matrices, joint_accuracies),
             first_task_accuracy=estimate(matrices[:, -1, 0]),
             last_task_accuracy=estimate(matrices[:, -1, -1]),
-            training_seconds=estimate(outcome.training_seconds),
-            importance_seconds=estimate(outcome.importance_seconds),
             accuracy_matrix=matrices.mean(axis=0),
             margin_over={baseline: estimate(averages[name] - averages[baseline]) for baseline in baselines},
         )
@@ -217,43 +254,36 @@ def report_comparison(
     title: str,
     task_names: Sequence[str],
     num_epochs: int,
+    compilation_seconds: float,
     run: Run,
     console: rich.console.Console,
 ) -> None:
-    """Prints the table; writes `summary.json`, `table.md`, and three pictures.
+    """Prints the tables; writes `summary.json`, `table.md`, `table.csv`, `times.json`, and three pictures.
 
-    They are `accuracy.png`, `average_accuracy.png` and `accuracy_matrices.png`.
+    The pictures are `accuracy.png`, `average_accuracy.png` and `accuracy_matrices.png`. Only `times.json` has times, so
+    that the other files of equal runs are equal.
 
     Args:
       outcomes: from `compare`.
       title: what was learned.
       task_names: the tasks' names, short.
       num_epochs: passes over each task's training examples.
+      compilation_seconds: from `time_compilation`.
       run: where the files go.
-      console: where the table is printed.
+      console: where the tables are printed.
     """
     summary = summarize(outcomes)
     run.write_summary({"methods": summary})
     num_seeds = len(next(iter(outcomes.values())).training_seconds)
     spread = f", mean±standard error over {num_seeds} seeds" if num_seeds > 1 else ""
-    baselines = [baseline for baseline in _BASELINES if baseline in summary]
     tables = {f"{title}: percent{spread}": _metrics_table(summary)}
-    tables |= {f"Differences in average accuracy, and times{spread}": _margins_table(summary, baselines)}
-    for caption, (header, *rows) in tables.items():
-        print_table(console, caption, header, rows)
-    markdown = "\n".join(markdown_table(header, rows) for header, *rows in tables.values())
-    (run.folder / "table.md").write_text(markdown)
-    finding = ", ".join(
-        f"{name} {format_estimate(of_method.average_accuracy, 100, 0)}" for name, of_method in summary.items()
-    )
-    curves = {name: outcome.curves for name, outcome in outcomes.items()}
-    curves_title = f"{title}: average accuracy at the end, percent: {finding}"
-    plot_accuracy_curves(curves, task_names, num_epochs, curves_title).savefig(run.folder / "accuracy.png")
-    of_seeds = {name: outcome.accuracy_matrix for name, outcome in outcomes.items()}
-    plot_average_accuracy(of_seeds, title).savefig(run.folder / "average_accuracy.png")
-    matrices = {name: of_method.accuracy_matrix for name, of_method in summary.items()}
-    matrices_title = f"{title}: test accuracy in percent, by the task learned last"
-    plot_accuracy_matrices(matrices, task_names, matrices_title).savefig(run.folder / "accuracy_matrices.png")
+    baselines = [baseline for baseline in _BASELINES if baseline in summary]
+    if baselines:
+        tables[f"Differences in average accuracy{spread}"] = _margins_table(summary, baselines)
+    report_tables(tables, run, console)
+    (run.folder / "table.csv").write_text(_csv(summary), encoding="utf-8")
+    _report_times(outcomes, compilation_seconds, spread, run, console)
+    _draw_comparison(outcomes, summary, title, task_names, num_epochs, run)
     console.print(f"results in {run.folder}", highlight=False, soft_wrap=True)
 
 
@@ -267,12 +297,68 @@ def _metrics_table(summary: Mapping[str, Summary]) -> list[list[str]]:
 
 def _margins_table(summary: Mapping[str, Summary], baselines: Sequence[str]) -> list[list[str]]:
     none = estimate([np.nan])
-    header = ["method", *(f"above {baseline}" for baseline in baselines), "training seconds", "importance seconds"]
+    header = ["method", *(f"above {baseline}" for baseline in baselines)]
     return [header] + [
-        [
-            name,
-            *(format_estimate(of_method.margin_over.get(baseline, none), 100) for baseline in baselines),
-            *(format_estimate(seconds) for seconds in (of_method.training_seconds, of_method.importance_seconds)),
-        ]
+        [name, *(format_estimate(of_method.margin_over.get(baseline, none), 100) for baseline in baselines)]
         for name, of_method in summary.items()
     ]
+
+
+def _csv(summary: Mapping[str, Summary]) -> str:
+    """The metrics as fractions, each with its standard error; a cell is empty where a metric is not defined."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["method", *(name for key in _METRICS for name in (key, f"{key}_stderr"))])
+    for name, of_method in summary.items():
+        numbers = [number for key in _METRICS for number in getattr(of_method, key)[:2]]
+        writer.writerow([name, *("" if math.isnan(number) else number for number in numbers)])
+    return text.getvalue()
+
+
+def _report_times(
+    outcomes: Mapping[str, Outcome], compilation_seconds: float, spread: str, run: Run, console: rich.console.Console
+) -> None:
+    times = {
+        name: (estimate(outcome.training_seconds), estimate(outcome.importance_seconds))
+        for name, outcome in outcomes.items()
+    }
+    rows = [[name, *map(format_estimate, of_method)] for name, of_method in times.items()]
+    print_table(console, f"Seconds per sequence{spread}", ["method", "training", "importance"], rows)
+    added_up = f"Compilation is left out: it took {compilation_seconds:.0f} s, added up over all sequences."
+    console.print(added_up, highlight=False, soft_wrap=True)
+    methods = {name: dict(zip(("training", "importance"), of_method, strict=True)) for name, of_method in times.items()}
+    run.write_json("times.json", {"methods": methods, "compilation": compilation_seconds})
+
+
+def _draw_comparison(
+    outcomes: Mapping[str, Outcome],
+    summary: Mapping[str, Summary],
+    title: str,
+    task_names: Sequence[str],
+    num_epochs: int,
+    run: Run,
+) -> None:
+    from lifelong_jax import plotting  # here, as matplotlib is slow to import
+
+    finding = ", ".join(  # no line may end between a name and its number
+        f"{name}\N{NO-BREAK SPACE}{format_estimate(of_method.average_accuracy, 100, 0)}"
+        for name, of_method in summary.items()
+    )
+    pictures = {
+        "accuracy": plotting.plot_accuracy_curves(
+            {name: outcome.curves for name, outcome in outcomes.items()},
+            task_names,
+            num_epochs,
+            f"{title}: average accuracy at the end, percent: {finding}",
+        ),
+        "average_accuracy": plotting.plot_average_accuracy(
+            {name: outcome.accuracy_matrix for name, outcome in outcomes.items()}, title
+        ),
+        "accuracy_matrices": plotting.plot_accuracy_matrices(
+            {name: of_method.accuracy_matrix for name, of_method in summary.items()},
+            task_names,
+            f"{title}: test accuracy in percent, by the task learned last",
+        ),
+    }
+    for name, figure in pictures.items():
+        figure.savefig(run.folder / f"{name}.png")

@@ -67,16 +67,18 @@ class ResumableSequence:
         Returns:
           The progress after each of these epochs.
         """
-        rows = [row for row in self._earlier if row["event"] == "epoch"]
+        rows = [row | {"task": row["task"] and row["task"] - 1} for row in self._earlier if row["event"] == "epoch"]
         return [Progress(**{name: row[name] for name in _LOGGED}) for row in rows]
 
     def log_epoch(self, progress: Progress) -> None:
-        """Logs an epoch.
+        """Logs an epoch. In the log, as in the names of files and on the screen, tasks are counted from 1.
 
         Args:
           progress: what is known after it.
         """
-        self.run.log(event="epoch", **self._labels, **{name: getattr(progress, name) for name in _LOGGED})
+        values = {name: getattr(progress, name) for name in _LOGGED}
+        number = None if progress.task is None else progress.task + 1
+        self.run.log(event="epoch", **self._labels, **values | {"task": number})
 
     def finish(self, **measured: Any) -> None:
         """Logs what was measured of the whole sequence, and removes its checkpoints: it is finished.

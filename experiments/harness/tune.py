@@ -17,7 +17,6 @@ from experiments.harness.sequences import ResumableSequence
 from experiments.harness.settings import check_settings
 from lifelong_jax import metrics
 from lifelong_jax._tables import markdown_table
-from lifelong_jax.plotting import plot_strength_sweep
 from lifelong_jax.sweep import SweepAccuracies, SweepRun
 from lifelong_jax.types import Example, Params, Task
 
@@ -133,6 +132,8 @@ def choose_strengths(
     Raises:
       SystemExit: if a learner diverged at every strength.
     """
+    from lifelong_jax.plotting import plot_strength_sweep  # here, as matplotlib is slow to import
+
     accuracies = {name: average_accuracies(of_learner) for name, of_learner in matrices.items()}
     header = ["strength", *accuracies]
     rows = [
@@ -141,9 +142,9 @@ def choose_strengths(
     ]
     title = "Average accuracy on validation data, percent (–: diverged)"
     print_table(console, title, header, rows)
-    (run.folder / "tuning.md").write_text(markdown_table(header, rows))
+    (run.folder / "tuning.md").write_text(markdown_table(header, rows), encoding="utf-8")
     curves = {name: [accuracy.values for accuracy in of_learner] for name, of_learner in accuracies.items()}
-    figure = plot_strength_sweep({"": curves}, strengths, "Average accuracy on validation data")
+    figure = plot_strength_sweep({"": curves}, strengths, title, "average validation accuracy")
     figure.savefig(run.folder / "tuning.png")
     return {name: best_strength(of_learner, strengths, name) for name, of_learner in accuracies.items()}
 

@@ -7,7 +7,6 @@ import numpy as np
 from lifelong_jax._extras import needs_extra
 
 with needs_extra("data"):
-    import matplotlib
     from PIL import Image, ImageFont
 
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -53,6 +52,9 @@ def render_letters(
 
 
 def _render(fonts: tuple[str, ...], image_size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    with needs_extra("data"):
+        import matplotlib  # here, as it is slow to import
+
     canvas_size = max(64, 2 * image_size)
     folder = pathlib.Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     images, labels = [], []

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
-from experiments.harness import checkpoints as checkpoints_module
 from experiments.harness.checkpoints import restore_checkpoint, save_checkpoint
 from tests.obstacles import OBSTACLES
 
@@ -133,7 +133,7 @@ def test_a_write_that_orbax_fails_at_harms_nothing(copied, monkeypatch):
     def fail(*args, **kwargs):
         raise ValueError("RESOURCE_EXHAUSTED: Failed writing [os_error_code='28']")
 
-    monkeypatch.setattr(checkpoints_module.ocp.Checkpointer, "save", fail)
+    monkeypatch.setattr(ocp.Checkpointer, "save", fail)
     with pytest.raises(OSError, match="No space left on device"):
         save_checkpoint(copied, 3, STATE)
     assert sorted(path.name for path in copied.iterdir()) == ["00000001", "00000002"]

@@ -21,7 +21,7 @@ import rich.console
 import safetensors.numpy
 
 from experiments import permuted
-from experiments.harness import experiment, report, runs, sequences, tune
+from experiments.harness import experiment, runs, sequences
 from experiments.harness.runs import Run, open_run, read_rows
 from experiments.harness.sequences import ResumableSequence, learn_resumably
 from experiments.harness.settings import RunSettings, parse_settings
@@ -35,6 +35,7 @@ from lifelong_jax import (
     init_sequence,
     methods,
     permuted_tasks,
+    plotting,
 )
 from lifelong_jax.checkpoint import load_consolidation, read_metadata
 from lifelong_jax.continual import go_on_after
@@ -221,9 +222,8 @@ def test_a_script_goes_on_to_the_same_numbers(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(permuted, "make_network", lambda settings, num_outputs: network)
     monkeypatch.setattr(experiment, "make_optimizer_fn", lambda *arguments: optimizer_fn)
     picture = unittest.mock.Mock()
-    for plot in ("plot_accuracy_curves", "plot_average_accuracy", "plot_accuracy_matrices"):
-        monkeypatch.setattr(report, plot, lambda *arguments: picture)
-    monkeypatch.setattr(tune, "plot_strength_sweep", lambda *arguments: picture)
+    for plot in ("plot_accuracy_curves", "plot_average_accuracy", "plot_accuracy_matrices", "plot_strength_sweep"):
+        monkeypatch.setattr(plotting, plot, lambda *arguments: picture)
     log = Run.log
 
     def run_until(num_rows, *arguments):
@@ -246,10 +246,8 @@ def test_a_script_goes_on_to_the_same_numbers(tmp_path, monkeypatch, capsys):
         run_until(5, *sweep, "--resume")
     run_until(-1, "--resume", str(second))
     assert in_order(timeless(read_rows(first))) == in_order(timeless(read_rows(second)))
-    for name in ("config.json", "strength.json", "tuning.md"):
+    for name in ("config.json", "strength.json", "tuning.md", "summary.json", "table.md"):
         assert (first / name).read_text() == (second / name).read_text()
-    ours, theirs = (json.loads((folder / "summary.json").read_text())["methods"] for folder in (first, second))
-    assert timeless([ours["ewc"]]) == timeless([theirs["ewc"]])
     assert not list(second.rglob("checkpoints"))  # what is finished needs none
     assert len(list(second.rglob("task-*.safetensors"))) == 2
     capsys.readouterr()

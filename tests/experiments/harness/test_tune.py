@@ -17,7 +17,7 @@ from experiments.harness import runs, tune
 from experiments.harness.runs import Run, open_run, read_rows
 from experiments.harness.settings import RunSettings
 from experiments.harness.tune import average_accuracies, choose_strengths, sweep_strengths
-from lifelong_jax import Batch, SweepRun, permuted_tasks
+from lifelong_jax import Batch, SweepRun, permuted_tasks, plotting
 from lifelong_jax.sweep import SweepAccuracies
 
 STRENGTHS, SEEDS = (1.0, 10.0, 100.0), (0, 3)
@@ -217,7 +217,7 @@ def choose(matrices, folder):
 
 @pytest.fixture
 def no_picture(monkeypatch):
-    monkeypatch.setattr(tune, "plot_strength_sweep", lambda *arguments: unittest.mock.Mock())
+    monkeypatch.setattr(plotting, "plot_strength_sweep", lambda *arguments: unittest.mock.Mock())
 
 
 def constant(accuracies):
