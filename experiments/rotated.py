@@ -24,7 +24,8 @@ class Config(Settings):
     """Compare transfer and forgetting on images that are rotated a little further in every task."""
 
     dataset: str = "digits"
-    """digits (bundled), or the name of an image-classification data set that TFDS has prepared, such as mnist."""
+    """digits and letters (both bundled), folder:PATH and mit_scenes:PATH (with images of one size), or the name of an
+    image-classification data set that TFDS has prepared, such as mnist."""
 
     num_tasks: int = 5
     """How many tasks."""

@@ -35,7 +35,8 @@ class Config(Settings):
     be the answer; parameter importance alone does not solve this."""
 
     dataset: str = "digits"
-    """digits (bundled), or the name of an image-classification data set that TFDS has prepared, such as mnist."""
+    """digits and letters (both bundled), folder:PATH and mit_scenes:PATH (with images of one size), or the name of an
+    image-classification data set that TFDS has prepared, such as mnist."""
 
     classes_per_task: int = 2
     """How many classes each task has; the last task may have fewer."""
