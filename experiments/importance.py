@@ -263,7 +263,7 @@ def draw_relation(values: Mapping[str, np.ndarray], axis: "Axes") -> None:
         axis.plot(ends, line, style, color=COLORS[1], label=f"∝ F$^{{{power:g}}}$")
     axis.set(xlabel="EWC: Fisher diagonal F", ylabel="MAS")
     half, one = (values["correlations"][:, index_of_power(power)].mean() for power in (0.5, 1.0))
-    axis.set_title(f"correlation: {half:.2f} with √F, {one:.2f} with F", fontsize=10)
+    axis.set_title(f"correlation: {half:z.2f} with √F, {one:z.2f} with F", fontsize=10)
     axis.legend(frameon=False, fontsize=9)
 
 

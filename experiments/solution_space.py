@@ -342,7 +342,7 @@ def draw(
             numbers = (
                 " and ".join(f"{100 * outcome.overlap[ELLIPSE_PLANE][each].mean:.0f} %" for each in ELLIPSES)
                 if name == ELLIPSE
-                else ", ".join(f"{task} +{outcome.above[name][task].mean:.2f}" for task in "AB")
+                else ", ".join(f"{task} {outcome.above[name][task].mean:+z.2f}" for task in "AB")
             )
             axis.set_title(f"{name}\n{numbers}" if case is cases[0] else numbers, fontsize=10)
             axis.set_xlabel(case.axes[0], fontsize=9)

@@ -251,7 +251,7 @@ def draw(config: Config, values: Measured, run: Run) -> None:
     limit = np.abs(relative).max()
     image = right.imshow(relative, cmap="PuOr", vmin=-limit, vmax=limit)
     right.set(xlabel="accuracy on class", ylabel="Ω computed on class", xticks=range(10), yticks=range(10))
-    right.set_title(f"a class's own Ω keeps it {advantage:.0f} points better", fontsize=10)
+    right.set_title(f"a class's own Ω keeps it {advantage:z.0f} points better", fontsize=10)
     figure.colorbar(image, ax=right, label="points above the column's mean", shrink=0.9)
     figure.savefig(run.folder / "unlabelled.png")
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from PIL import Image
 
 from experiments import published, published_importances, reproduce
 from lifelong_jax import Batch, Task, init_training, methods
@@ -242,3 +243,14 @@ def test_the_table_says_how_far_apart_accuracies_are():
 def test_unknown_rows_are_invalid():
     with pytest.raises(ValueError, match="rows must be among 1, 2, 3, 4, 5, 6, not"):
         reproduce.Config(rows=(1, 7))
+
+
+def test_a_picture_has_no_empty_half(tmp_path):
+    results = [{"name": "MAS", "accuracies": [99.0, 99.4]}, {"name": "Adam alone", "accuracies": [90.0, 93.4]}]
+    for rows in ({"1": results}, {"1": results, "2": []}):
+        reproduce.plot_rows(rows, tmp_path / "results.png")
+        with Image.open(tmp_path / "results.png") as image:
+            pixels = np.asarray(image.convert("L"))
+        middle = pixels[pixels.shape[0] // 4 : -pixels.shape[0] // 4]
+        columns = np.flatnonzero((middle < 128).any(axis=0))
+        assert columns.max() > 0.95 * pixels.shape[1]
