@@ -259,8 +259,8 @@ def draw(config: Config, errors: Mapping[str, np.ndarray], changes: Mapping[str,
     figure = make_figure(
         8.6,
         3.6,
-        f"Noise costs {lost['MAS'][0]:z.1f} points of accuracy on the {share} % of parameters that matter least to MAS, "
-        f"{lost['MAS'][-1]:z.0f} on the most",
+        f"Noise costs {lost['MAS'][0]:z.1f} points of accuracy on the {share} % of parameters that matter least to "
+        f"MAS, {lost['MAS'][-1]:z.0f} on the most",
     )
     linear, change, accuracy = figure.subplots(1, 3)
     distances = np.array(config.distances)
