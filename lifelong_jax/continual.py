@@ -104,7 +104,8 @@ def learn_tasks(
       method: from `methods`.
       recipe: the network, the optimiser, and how long each task is trained. A task's importance is that of the outputs
         that are active in its training. In the scenario "class", the accuracy on a task is not measured before the task
-        is learned, because its classes are unknown.
+        is learned, because its classes are unknown. Define its functions once, not anew for each call: programs are
+        compiled for these very functions, and kept, so that each new lambda costs seconds and megabytes.
       params: the parameters to start from.
       tasks: the sequence, in order; equal shapes.
       key: the random key of shuffling and of sampled labels.
@@ -120,7 +121,7 @@ def learn_tasks(
       The state after the last task, with the parameters, the consolidation, the accuracies and the times.
 
     Raises:
-      TypeError: if `recipe` is not a Recipe, or a dtype is wrong.
+      TypeError: if an argument is of another type, or stands in another place; or if a dtype is wrong.
       ValueError: if there are no tasks, epochs or examples per step; if tasks differ in shape, or a task's labels,
         permutation or class mask is invalid or does not fit the scenario; if `apply_fn` does not return one example's
         logits; if the strength, rule or decay is invalid; if the optimiser has no penalty, or one in the wrong place
@@ -141,7 +142,7 @@ def learn_tasks(
     if start is None:
         start = init_sequence(method, recipe, params, tasks, key, strength=strength, forward_transfer=forward_transfer)
     else:
-        _check_arguments(method, recipe, params, tasks, strength, start)
+        _check_arguments(method, recipe, params, tasks, key, strength, start)
     state, scenario, num_epochs = start, recipe.scenario, recipe.num_epochs
     traced_strength = jnp.asarray(strength, jnp.float32)
     optimizer = make_optimizer(recipe.optimizer_fn, method.wrap_optimizer, traced_strength)
@@ -209,7 +210,7 @@ def learn_jointly(
     if start is None:
         start = init_sequence(None, recipe, params, tasks, key)
     else:
-        _check_arguments(None, recipe, params, tasks, 0.0, start)
+        _check_arguments(None, recipe, params, tasks, key, 0.0, start)
     state, num_tasks, no_penalty = start, len(tasks), jnp.zeros(())
     learn = functools.partial(_learn_epoch, recipe.apply_fn, recipe.optimizer_fn, None, batch_size=recipe.batch_size)
     data = TrainingData(joint_examples(tasks, recipe.scenario), None)
@@ -259,7 +260,7 @@ def init_sequence(
       >>> init_sequence(None, recipe, jnp.zeros((4, 2)), [Task(batch, batch)], jax.random.key(0)).epochs
       0
     """
-    _check_arguments(method, recipe, params, tasks, strength)
+    _check_arguments(method, recipe, params, tasks, key, strength)
     wrap_optimizer = None if method is None else method.wrap_optimizer
     optimizer = make_optimizer(recipe.optimizer_fn, wrap_optimizer, jnp.asarray(strength, jnp.float32))
     accuracies = [math.nan] * len(tasks)
@@ -342,10 +343,10 @@ def _train_epoch(
     loss = float(np.asarray(info.loss, np.float64).sum()) / int(np.asarray(info.num_steps).sum())
     # The losses are not enough: the last update comes after the last loss.
     if not (math.isfinite(loss) and _checks.is_finite(training.params)):
-        advice = f" at strength {strength:g}: lower it or the learning rate, or use the proximal penalty"
-        raise FloatingPointError(
-            f"training diverged in epoch {epoch + 1}{advice if strength > 0 else ': lower the learning rate'}"
-        )
+        advice = ": lower the learning rate"
+        if strength > 0 and state.epochs > epoch:  # in the first task, the penalty is 0
+            advice = f" at strength {strength:g}{advice}, or, unless the penalty is proximal, make it so or lower it"
+        raise FloatingPointError(f"training diverged in epoch {epoch + 1}{advice}")
     training_seconds = state.training_seconds + seconds
     return state._replace(epochs=state.epochs + 1, training=training, training_seconds=training_seconds), loss
 
@@ -415,10 +416,21 @@ def _check_arguments(
     recipe: Recipe,
     params: Params,
     tasks: Sequence[Task],
+    key: jax.Array,
     strength: float,
     start: SequenceState | None = None,
 ) -> None:
+    if not isinstance(method, Method | None):
+        raise TypeError(f"method is a {type(method).__name__}: pass one from methods, such as methods.ewc().")
+    if not isinstance(tasks, Sequence):
+        raise TypeError(f"tasks is a {type(tasks).__name__}: pass a list of Task(train, test).")
     _checks.check_sequence(recipe, params, tasks)
+    if not callable(recipe.optimizer_fn):
+        raise TypeError("recipe.optimizer_fn is not a function: pass lambda strength: optax.chain(...).")
+    try:
+        jax.eval_shape(jax.random.fold_in, key, 0)
+    except (TypeError, ValueError):
+        raise TypeError(f"key must be one random key, such as jax.random.key(0), not {key!r}.") from None
     _checks.check_not_negative("strength", strength)
     if method is not None:
         _checks.check_method(method)

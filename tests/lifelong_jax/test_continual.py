@@ -40,8 +40,9 @@ def learn(method, recipe=RECIPE, *, params=None, tasks=TASKS, strength=1.0, **op
     return learn_tasks(method, recipe, params, tasks, KEY, strength=strength, **options)
 
 
-def joint(recipe=MINIBATCHES, *, tasks=TASKS, **options):
-    return learn_jointly(recipe, make_params(), tasks, KEY, **options)
+def joint(recipe=MINIBATCHES, *, params=None, tasks=TASKS, **options):
+    params = make_params() if params is None else params
+    return learn_jointly(recipe, params, tasks, KEY, **options)
 
 
 @jax.jit
@@ -379,6 +380,35 @@ def test_bad_input():
                 learner(RECIPE._replace(**{setting: 0}))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": "ewc"}, r"method is a str: pass one from methods, such as methods\.ewc\(\)"),
+        ({"method": methods.ewc}, "method is a function: pass one from methods"),
+        ({"method": RECIPE, "recipe": methods.ewc()}, "method is a Recipe: pass one from methods"),
+        ({"tasks": make_params()}, r"tasks is a dict: pass a list of Task\(train, test\)"),
+        ({"tasks": KEY, "key": TASKS}, "tasks is a PRNGKeyArray: pass a list"),
+        (
+            {"recipe": RECIPE._replace(optimizer_fn=optax.sgd(0.1))},
+            r"optimizer_fn is not a function: pass lambda stren",
+        ),
+        ({"key": 0}, r"key must be one random key, such as jax\.random\.key\(0\), not 0"),
+        ({"key": None}, "key must be one random key, .*, not None"),
+        ({"key": jax.random.split(KEY, 3)}, "key must be one random key"),
+        ({"key": make_params(), "params": KEY}, "params has dtype key"),
+    ],
+)
+@pytest.mark.parametrize("function", [learn_tasks, init_sequence])
+def test_arguments_of_another_type_or_in_another_order_are_named(function, arguments, message):
+    usual = {"method": methods.ewc(), "recipe": RECIPE, "params": make_params(), "tasks": TASKS, "key": KEY}
+    with pytest.raises(TypeError, match=message):
+        function(**usual | arguments, strength=1.0)
+
+
+def test_keys_of_the_older_kind_are_taken():
+    assert init_sequence(None, RECIPE, make_params(), TASKS, jax.random.PRNGKey(0)).epochs == 0
+
+
 def test_tasks_that_do_not_fit():
     first, second, _ = TASKS
     with pytest.raises(ValueError, match=r"tasks\[1\].test.inputs has shape \(8, 6\)"):
@@ -409,8 +439,11 @@ def test_a_network_returns_one_example_s_logits(wrong, shape):
 
 
 def test_training_that_diverges():
-    with pytest.raises(FloatingPointError, match=r"training diverged in epoch \d at strength 1e\+20"):
+    with pytest.raises(
+        FloatingPointError, match=r"training diverged in epoch \d at strength 1e\+20: .*unless the penalty is"
+    ):
         learn(methods.l2(), RECIPE._replace(num_epochs=4), strength=1e20)
     infinite = jax.tree.map(lambda leaf: leaf * jnp.inf, make_params())
-    with pytest.raises(FloatingPointError, match="training diverged in epoch 1: lower the learning rate"):
-        learn_jointly(RECIPE, infinite, TASKS, KEY)
+    for learner in (joint, functools.partial(learn, methods.ewc())):  # in its first task, the penalty is 0
+        with pytest.raises(FloatingPointError, match=r"training diverged in epoch 1: lower the learning rate$"):
+            learner(RECIPE, params=infinite)
