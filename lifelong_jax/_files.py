@@ -5,7 +5,7 @@ import os
 import pathlib
 import shutil
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
 import numpy as np
@@ -36,15 +36,22 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
         raise OSError(error.errno, message, str(path)) from error
 
 
-def write(path: pathlib.Path, data: bytes, *, sync: bool = False) -> None:
-    """Writes a file. With `sync`, it waits until the file would survive a power failure: about 10 milliseconds."""
+@contextlib.contextmanager
+def writing(path: pathlib.Path, *, sync: bool = False) -> Iterator[BinaryIO]:
+    """Yields a file that replaces `path` when the block ends. With `sync`, it waits as `write` does."""
     with replacing(path) as unfinished, unfinished.open("wb") as opened:
-        opened.write(data)
+        yield opened
         if sync:
             opened.flush()
             os.fsync(opened.fileno())
     if sync:
         sync_folder(path.parent)
+
+
+def write(path: pathlib.Path, data: bytes, *, sync: bool = False) -> None:
+    """Writes a file. With `sync`, it waits until the file would survive a power failure: about 10 milliseconds."""
+    with writing(path, sync=sync) as opened:
+        opened.write(data)
 
 
 def sync_folder(path: pathlib.Path) -> None:

@@ -72,9 +72,12 @@ def read_image(path: pathlib.Path) -> np.ndarray:
       `[height, width, 3]`, unsigned bytes.
 
     Raises:
-      ValueError: naming the file, if it is damaged, not an image, or has more than 8 bits per channel.
+      ValueError: naming the file, if it is damaged, not an image, not a regular file, or has more than 8 bits per
+        channel.
     """
     try:
+        if path.exists() and not path.is_file():  # to open a named pipe would wait for ever
+            raise ValueError("it is not a regular file")
         with Image.open(path) as picture:
             if picture.mode[0] in "IF":  # Pillow would clip the values at 255
                 raise ValueError("it has more than 8 bits per channel")

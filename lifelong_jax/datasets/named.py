@@ -6,6 +6,7 @@
 import hashlib
 import os
 import pathlib
+import warnings
 from typing import Any, NamedTuple
 
 import jax
@@ -50,7 +51,8 @@ def load_dataset(
     """Loads a data set by its name.
 
     A data set that is not bundled is decoded once. It is cached in the user's cache folder as unsigned bytes at the
-    requested size, uncompressed, so that it loads fast the next time. If its files change, it is decoded again.
+    requested size, uncompressed, so that it loads fast the next time. If its files change, it is decoded again; with a
+    warning, also if the cache is damaged or cannot be written.
 
     Args:
       name: one of
@@ -93,10 +95,10 @@ def load_dataset(
         arrays = _read(name, open_dataset(name, image_size=image_size, channels=channels))
     else:
         cache = _cache_file(name, data_dir, image_size, channels)
-        if not cache.exists():
-            _save(cache, _read(name, open_dataset(name, data_dir, image_size=image_size, channels=channels)))
-        with np.load(cache, allow_pickle=False) as cached:
-            arrays = dict(cached)
+        cached = _read_cache(cache)
+        arrays = cached or _read(name, open_dataset(name, data_dir, image_size=image_size, channels=channels))
+        if cached is None:
+            _write_cache(cache, arrays)
     num_classes = int(arrays["num_classes"])
     train, test = (
         make_batch(arrays[f"{split}_images"], arrays[f"{split}_labels"], num_classes) for split in ("train", "test")
@@ -324,6 +326,22 @@ def _read(name: str, dataset: Dataset) -> dict[str, Any]:
     return arrays
 
 
-def _save(file: pathlib.Path, arrays: dict[str, Any]) -> None:
-    with _files.replacing(file) as unfinished, unfinished.open("wb") as opened:
-        np.savez(opened, **arrays)
+def _read_cache(file: pathlib.Path) -> dict[str, Any] | None:
+    """Returns the arrays, checked by their CRC; None, with a warning, if the file is damaged; None if there is none."""
+    names = ("num_classes", "train_images", "train_labels", "test_images", "test_labels")
+    try:
+        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as cached:
+            return {name: cached[name] for name in names}
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # a damaged file can raise any
+        warnings.warn(f"{file} is damaged or cannot be read, and is decoded again: {error}", stacklevel=3)
+        return None
+
+
+def _write_cache(file: pathlib.Path, arrays: dict[str, Any]) -> None:
+    try:
+        with _files.writing(file, sync=True) as opened:
+            np.savez(opened, **arrays)
+    except OSError as error:
+        warnings.warn(f"what was decoded is not kept for the next time: {error}", stacklevel=3)

@@ -14,6 +14,7 @@ from lifelong_jax import datasets
 from lifelong_jax.datasets import named
 from lifelong_jax.datasets.images import fit_image, read_image
 from lifelong_jax.streaming import stream_batches
+from tests.obstacles import OBSTACLES
 
 
 @pytest.fixture(autouse=True)
@@ -200,6 +201,11 @@ def test_folders_that_cannot_be_read(folder):
     Image.fromarray(deep).save(broken)
     with pytest.raises(ValueError, match=r"b\.png: it has more than 8 bits per channel"):
         read_image(broken)
+    pipe = broken.with_name("pipe.jpg")
+    os.mkfifo(pipe)
+    with pytest.raises(ValueError, match=r"cannot read the image .*pipe\.jpg: it is not a regular file"):
+        read_image(pipe)
+    pipe.unlink()
     (folder / "train" / "dog").mkdir()
     with pytest.raises(ValueError, match=r"the folder of the class .*/train/dog has no images"):
         datasets.open_dataset(name)
@@ -316,6 +322,55 @@ def test_decoded_arrays_are_cached_until_the_prepared_files_change(tmp_path, mon
     (tmp_path / "fake" / "1.0.0" / "fake-train.array_record-00000-of-00001").write_bytes(b"prepared anew")
     datasets.load_dataset("fake", tmp_path)
     assert builder.reads == 4
+
+
+def test_a_damaged_cache_is_decoded_again(tmp_path, monkeypatch, own_cache):
+    builder = FakeBuilder({"train": images(*[SQUARE] * 6), "test": images(SQUARE)})
+    fake_tfds(monkeypatch, tmp_path, builder)
+    first = datasets.load_dataset("fake", tmp_path)
+    (file,) = own_cache.iterdir()
+    whole = file.read_bytes()
+    pixels = whole.index(b"\xff" * 24)  # six images of four pixels
+    flipped = whole[:pixels] + b"\xfe" + whole[pixels + 1 :]
+    for damaged in (
+        b"",
+        whole[:40],
+        whole[: len(whole) // 2],
+        whole[:-1],
+        flipped,
+        whole.replace(b"test_labels", b"tost_labels"),
+    ):
+        file.write_bytes(damaged)
+        with pytest.warns(UserWarning, match=rf"{file.name} is damaged .*, and is decoded again"):
+            again = datasets.load_dataset("fake", tmp_path)
+        chex.assert_trees_all_equal(again, first)
+        assert file.read_bytes() == whole  # so that it is said once
+
+
+@pytest.mark.parametrize(("obstacle", "reason"), OBSTACLES)
+def test_without_a_cache_a_data_set_is_loaded_all_the_same(tmp_path, monkeypatch, own_cache, obstacle, reason):
+    builder = FakeBuilder({"train": images(*[SQUARE] * 6), "test": images(SQUARE)})
+    fake_tfds(monkeypatch, tmp_path, builder)
+    own_cache.mkdir()
+    write_cache = named._write_cache
+
+    def hindered(*arguments):
+        with obstacle(own_cache, monkeypatch):
+            write_cache(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(named, "_write_cache", hindered)
+        with pytest.warns(UserWarning, match=rf"what was decoded is not kept for the next time: .*{reason}"):
+            first = datasets.load_dataset("fake", tmp_path)
+    assert list(own_cache.iterdir()) == []
+    chex.assert_trees_all_equal(datasets.load_dataset("fake", tmp_path), first)
+
+
+def test_the_cache_may_be_a_file_or_lie_in_one(tmp_path, monkeypatch, own_cache):
+    fake_tfds(monkeypatch, tmp_path, FakeBuilder({"train": images(SQUARE), "test": images(SQUARE)}))
+    own_cache.write_text("")
+    with pytest.warns(UserWarning, match="not kept for the next time|cannot be read"):
+        assert datasets.load_dataset("fake", tmp_path).num_classes == 3
 
 
 def test_what_is_tested_on_where_there_is_no_test_split(tmp_path, monkeypatch):
