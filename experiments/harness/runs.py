@@ -8,20 +8,31 @@ import io
 import json
 import math
 import pathlib
+import shlex
 import shutil
 import signal
 import threading
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import rich.console
 
+from experiments.harness.record import RECORD, check_unchanged, make_record, read_record
 from experiments.harness.settings import RunSettings
 from lifelong_jax import _files
+
+_KINDS = {"event": str, "split": str, "method": str, "seed": int, "epochs": int}
+"""The kinds of what is no number, list or None in the rows of the log."""
+
+_NEEDED = {
+    "epoch": {"method", "seed", "task", "epochs", "loss", "accuracies"},
+    "sequence": {"method", "seed", "accuracy_matrix"},
+}
+"""What a row has, by its event."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,13 +111,25 @@ def read_rows(folder: pathlib.Path) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(file.read_bytes().split(b"\n")[:-1] if file.exists() else [], 1):
         try:
-            row = json.loads(line)
-            if not isinstance(row, dict):
-                raise ValueError("it is not an object")
-            rows.append(row)
-        except ValueError as error:
+            rows.append(_checked(json.loads(line)))
+        except (ValueError, TypeError, KeyError) as error:
             warnings.warn(f"line {number} of {file} is damaged, and is skipped: {error}", stacklevel=2)
     return rows
+
+
+def _checked(row: Any) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise ValueError("it is not an object")
+    for name, kind in _KINDS.items():
+        if name in row and not isinstance(row[name], kind):
+            raise ValueError(f"{name} is {row[name]!r}")
+    if "event" in row:  # a row of a sequence; those of studies are only compared
+        missing = _NEEDED[row["event"]] - row.keys()
+        if missing:
+            raise ValueError(f"{', '.join(sorted(missing))} is missing")
+        for name in row.keys() - _KINDS.keys():
+            np.array(row[name], np.float64)  # an error, unless it is a number, None, or a list of equal lists of them
+    return row
 
 
 def _write_rows(folder: pathlib.Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -129,13 +152,14 @@ def row_key(row: Mapping[str, Any]) -> tuple:
     return tuple(row.get(name) for name in ("split", "method", "seed"))
 
 
-def start_run(output_dir: str | pathlib.Path, experiment: str, config: Any) -> Run:
-    """Makes a new folder `output_dir/experiment/<date-time>` and writes the configuration into it.
+def start_run(output_dir: str | pathlib.Path, experiment: str, config: Any, data: Sequence[Any] = ()) -> Run:
+    """Makes a new folder `output_dir/experiment/<date-time>` and writes `record.json` and `config.json` into it.
 
     Args:
       output_dir: the folder of the results of all experiments.
       experiment: the experiment's name.
       config: a dataclass.
+      data: the data sets that are learned, trees of arrays.
 
     Returns:
       The run.
@@ -149,8 +173,9 @@ def start_run(output_dir: str | pathlib.Path, experiment: str, config: Any) -> R
             start += datetime.timedelta(seconds=1)
         else:
             break
-    run = Run(folder)
-    run.write_json("config.json", dataclasses.asdict(config))
+    run, written = Run(folder), to_json(dataclasses.asdict(config))
+    run.write_json(RECORD, make_record(experiment, written, data))
+    run.write_json("config.json", written)
     return run
 
 
@@ -181,8 +206,12 @@ def to_json(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def open_run(settings: RunSettings, experiment: str, console: rich.console.Console) -> Iterator[Run]:
+def open_run(
+    settings: RunSettings, experiment: str, console: rich.console.Console, data: Sequence[Any] = ()
+) -> Iterator[Run]:
     """Starts a run, or resumes the one that `settings.resume` names. One process at a time may write to a run.
+
+    A run is resumed with the data that it was begun with. Of other versions of the code, a warning says so.
 
     On Ctrl-C or SIGTERM, the run stops at its next checkpoint: after the epoch that is being learned; with
     `compute_once`, after the part that is being computed; in a sweep, after the runs that have begun. The program then
@@ -192,19 +221,22 @@ def open_run(settings: RunSettings, experiment: str, console: rich.console.Conso
       settings: the script's settings.
       experiment: the script's name.
       console: where messages are printed.
+      data: the data sets that are learned, trees of arrays.
 
     Yields:
       The run.
 
     Raises:
-      SystemExit: if the run was stopped, another process is writing to it, or a file could not be written.
+      SystemExit: if the run was stopped, another process is writing to it, its data have changed, a file could not be
+        written, or memory was not enough.
     """
     go_on = ""
     stopped_by = signal.SIGINT
     try:
         new = settings.resume is None
-        run = start_run(settings.output_dir, experiment, settings) if new else Run(pathlib.Path(settings.resume))
-        go_on = f"to go on: python -m experiments.{experiment} --resume {run.folder}"
+        run = start_run(settings.output_dir, experiment, settings, data) if new else Run(pathlib.Path(settings.resume))
+        go_on = f"to go on: python -m experiments.{experiment} --resume {shlex.quote(str(run.folder))}"
+        console.print(f"{'writing' if new else 'going on'} in {run.folder}", highlight=False, soft_wrap=True)
 
         def request_stop(number: int, frame: object) -> None:
             nonlocal stopped_by
@@ -216,12 +248,13 @@ def open_run(settings: RunSettings, experiment: str, console: rich.console.Conso
 
         with _locked(run.folder), _handled(request_stop, signal.SIGINT, signal.SIGTERM):
             if not new:
+                _check_record(run.folder, data)
                 _read_log(run)
             yield run
     except KeyboardInterrupt:
         console.print(f"stopped; {go_on}", highlight=False, soft_wrap=True)
         raise SystemExit(128 + stopped_by) from None
-    except OSError as error:
+    except (OSError, MemoryError) as error:
         raise SystemExit(f"error: {error}\n{go_on}".strip()) from error
 
 
@@ -272,6 +305,17 @@ def _read_part(file: pathlib.Path) -> dict[str, Any]:
                 branch = branch.setdefault(name, {})
             branch[last] = leaf
     return part
+
+
+def _check_record(folder: pathlib.Path, data: Sequence[Any]) -> None:
+    try:
+        recorded = read_record(folder)
+        if recorded is None:
+            warnings.warn(f"{folder} has no {RECORD}: whether its data are what they were is not known", stacklevel=2)
+        else:
+            check_unchanged(folder, recorded, data)
+    except ValueError as error:
+        raise SystemExit(f"error: --resume: {error}") from error
 
 
 def _read_log(run: Run) -> None:

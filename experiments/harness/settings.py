@@ -1,20 +1,29 @@
 """The settings of a script: its command line, the checks of values, and the settings of a run that is resumed."""
 
+import codecs
 import dataclasses
+import io
 import json
+import math
+import os
 import pathlib
+import shlex
 import sys
 import typing
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, TypeAlias, TypeVar
+from typing import Annotated, Any, NoReturn, TypeAlias, TypeVar
 
 import numpy as np
 import tyro
 
+from experiments.harness.record import PLACES, check_unedited, read_record
+
 SettingsType = TypeVar("SettingsType", bound="RunSettings")
 
 _NEWEST = "newest"
-_PLACES = ("output_dir", "data_dir", "resume")  # settings that do not change the numbers
+_MOST_SEEDS = 10_000
+_LARGEST = 2**31 - 1  # of integers in JAX's usual mode
+_PLAIN = {"±": "+-", "–": "-", "−": "-", "λ": "lambda", "→": "->", "°": " degrees", "\N{NO-BREAK SPACE}": " "}
 
 
 def parse_seeds(words: Sequence[str]) -> tuple[int, ...]:
@@ -27,7 +36,8 @@ def parse_seeds(words: Sequence[str]) -> tuple[int, ...]:
       The seeds.
 
     Raises:
-      ValueError: if a word is neither an integer nor a range.
+      ValueError: if a word is neither an integer nor a range; if a seed has more than 32 bits, of which JAX would use
+        the lower ones, so that two seeds were one; or if there are more than 10,000 seeds.
 
     Example:
       >>> parse_seeds(["0-3", "7,9"])
@@ -39,6 +49,8 @@ def parse_seeds(words: Sequence[str]) -> tuple[int, ...]:
         last = last if dash else first
         if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
             raise ValueError(f"give integers and ranges, such as 0-4 or 0,2,4, not {part!r}")
+        if int(last) >= 2**32 or int(last) - int(first) >= _MOST_SEEDS:
+            raise ValueError(f"give seeds below 2^32 (4294967296), at most {_MOST_SEEDS} of them, not {part!r}")
         seeds += range(int(first), int(last) + 1)
     return tuple(seeds)
 
@@ -126,12 +138,48 @@ def check_settings(
         (not_negative or {}, 0, "at least 0"),
     ):
         for name, value in settings.items():
-            numbers = np.atleast_1d(np.asarray(value, np.float64))
+            entries = np.ravel(np.array(value, object))
+            if any(isinstance(entry, int) and entry > _LARGEST for entry in entries):
+                raise ValueError(f"{name} must be at most {_LARGEST}, the largest integer of 32 bits, not {value}.")
+            numbers = entries.astype(np.float64)
             if not (np.isfinite(numbers) & (numbers >= least)).all():
                 raise ValueError(f"{name} must be finite and {words}, not {value}.")
+            if (numbers > np.finfo(np.float32).max).any():
+                raise ValueError(f"{name} must be at most 3.4e38, the largest number of 32 bits, not {value}.")
     for name, value in (distinct or {}).items():
         if not value or len(set(value)) < len(value):
             raise ValueError(f"{name} must have at least one entry, and no entry twice, not {value}.")
+
+
+def check_memory(what: str, num_bytes: float) -> None:
+    """Checks before anything is computed that a size is not absurd.
+
+    Args:
+      what: the settings that make it so large.
+      num_bytes: the least memory that it takes.
+
+    Raises:
+      ValueError: if this machine has less memory; the message says how much it takes.
+
+    Example:
+      >>> check_memory("num_tasks = 5", 4000)
+    """
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
+    if num_bytes > there:
+        raise ValueError(f"{what} takes at least {num_bytes / 1e9:,.0f} GB of memory, of {there / 1e9:,.0f} GB")
+
+
+def refuse(error: object) -> NoReturn:
+    """Ends the program as a wrong argument does: with one line, and exit code 2.
+
+    Args:
+      error: what is wrong.
+
+    Raises:
+      SystemExit: always.
+    """
+    print(f"error: {error}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 def parse_settings(
@@ -158,6 +206,7 @@ def parse_settings(
       >>> parse_settings(Config, "permuted", ["--num-tasks", "3"]).num_tasks
       3
     """
+    _write_what_a_console_can_show()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if "--resume" in arguments:
         behind = arguments.index("--resume") + 1
@@ -171,13 +220,13 @@ def parse_settings(
         folder = pathlib.Path(settings.resume)
         if settings.resume == _NEWEST:
             folder = _newest_run(pathlib.Path(settings.output_dir) / experiment)
-        saved = _read_settings(settings_type, folder / "config.json")
+        saved = _read_settings(settings_type, experiment, folder)
     except (OSError, ValueError) as error:
         raise SystemExit(f"error: --resume: {error}") from error
     given = tyro.cli(settings_type, prog=program, args=arguments, default=saved)
     for field in dataclasses.fields(settings_type):
         ours, theirs = getattr(given, field.name), getattr(saved, field.name)
-        if field.name not in _PLACES and ours != theirs:
+        if field.name not in PLACES and ours != theirs:
             raise SystemExit(
                 f"error: --resume: {folder} has {field.name} = {theirs}, but the command line has {ours}. A run is "
                 f"resumed with its own settings: leave {field.name} out, or start another run without --resume."
@@ -186,15 +235,28 @@ def parse_settings(
 
 
 def _newest_run(folder: pathlib.Path) -> pathlib.Path:
-    runs = sorted(config.parent for config in folder.glob("*/config.json"))
+    """Returns the run that was written to last."""
+
+    def last_written(run: pathlib.Path) -> tuple[int, str]:
+        return max(file.stat().st_mtime_ns for file in run.iterdir()), run.name
+
+    runs = [config.parent for config in folder.glob("*/config.json")]
     if not runs:
         raise FileNotFoundError(f"there is no run in {folder}")
-    return runs[-1]
+    return max(runs, key=last_written)
 
 
-def _read_settings(settings_type: type[SettingsType], file: pathlib.Path) -> SettingsType:
+def _read_settings(settings_type: type[SettingsType], experiment: str, folder: pathlib.Path) -> SettingsType:
+    file, recorded = folder / "config.json", read_record(folder)
+    theirs = experiment if recorded is None else recorded["experiment"]
+    if theirs != experiment:
+        command = f"python -m experiments.{theirs} --resume {shlex.quote(str(folder))}"
+        raise ValueError(f"{folder} is a run of {theirs}, not of {experiment}: {command}")
     try:
-        return _from_json(settings_type, json.loads(file.read_text()))
+        values = json.loads(file.read_text(encoding="utf-8"))
+        if recorded is not None and isinstance(values, dict):
+            check_unedited(folder, recorded, values)
+        return _from_json(settings_type, values)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"there is no run in {file.parent}: it has no {file.name}") from error
     except (ValueError, TypeError) as error:
@@ -215,3 +277,15 @@ def _from_json(settings_type: type, values: Any) -> Any:
         return tuple(convert(None, item) for item in value) if isinstance(value, list) else value
 
     return settings_type(**{name: convert(types[name], value) for name, value in values.items()})
+
+
+def _write_what_a_console_can_show() -> None:
+    """Lets a console without UTF-8 show plain letters in place of those that it lacks, instead of raising an error."""
+    codecs.register_error("plain", _plain_letters)
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
+        sys.stdout.reconfigure(errors="plain")
+
+
+def _plain_letters(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    return "".join(_PLAIN.get(letter, "?") for letter in error.object[error.start : error.end]), error.end

@@ -1,9 +1,11 @@
 """Run folders: what is logged, kept, locked and stopped."""
 
 import dataclasses
+import importlib.metadata
 import json
 import math
 import os
+import shlex
 import signal
 from typing import NamedTuple
 
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 import rich.console
 
-from experiments.harness import runs
+from experiments.harness import record, runs
 from experiments.harness.report import estimate
 from experiments.harness.runs import Run, compute_once, open_run, read_rows
 from experiments.harness.settings import RunSettings
@@ -26,6 +28,7 @@ class Config:
 
 
 CONSOLE = rich.console.Console()
+EPOCH = {"event": "epoch", "method": "ewc", "seed": 0, "task": 1, "loss": None, "accuracies": [0.5, None]}
 
 
 def test_a_run_writes_as_it_goes(tmp_path):
@@ -48,21 +51,37 @@ def test_two_runs_at_once_get_two_folders(tmp_path):
 
 def test_half_a_row_is_no_row(tmp_path):
     run = Run(tmp_path)
-    run.log(event="epoch", method="ewc", seed=0, epochs=1)
+    run.log(**EPOCH, epochs=1)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"event": "epoch", "method": "ew')
     assert len(read_rows(tmp_path)) == 1
     run = Run(tmp_path)
     runs._read_log(run)
-    run.log(event="epoch", method="ewc", seed=0, epochs=2)
+    run.log(**EPOCH, epochs=2)
     assert [row["epochs"] for row in read_rows(tmp_path)] == [1, 2]
 
 
-@pytest.mark.parametrize("damaged", [b"", b"{", b"[1]", b"\xff"])
+WRONG = [
+    {"epochs": "2"},
+    {"epochs": 2, "event": "other"},
+    {"epochs": 2, "event": ["epoch"]},
+    {"epochs": 2, "seed": [0]},
+    {"epochs": 2, "method": 3},
+    {"epochs": 2, "accuracies": [0.5, "high"]},
+    {"epochs": 2, "accuracies": [[0.5], 0.5]},
+    {"epochs": 2, "loss": {}},
+    {"event": "sequence"},
+    {},
+]
+
+
+@pytest.mark.parametrize(
+    "damaged", [b"", b"{", b"[1]", b"\xff", *(json.dumps(EPOCH | wrong).encode() for wrong in WRONG)]
+)
 def test_a_damaged_line_costs_no_other_row(tmp_path, damaged):
     run = Run(tmp_path)
     for epochs in (1, 2):
-        run.log(event="epoch", method="ewc", seed=0, epochs=epochs)
+        run.log(**EPOCH, epochs=epochs)
     first, second = (tmp_path / "metrics.jsonl").read_bytes().splitlines()
     (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([first, damaged, second, b""]))
     before = (tmp_path / "metrics.jsonl").read_bytes()
@@ -131,6 +150,70 @@ def test_one_process_at_a_time_writes_to_a_run(tmp_path):
             pass
     with open_run(again, "permuted", CONSOLE):
         pass
+
+
+def test_the_folder_is_printed_at_the_start_and_can_be_pasted_into_a_shell(tmp_path, capsys):
+    settings = RunSettings(output_dir=str(tmp_path / "two words; $HOME"))
+    with pytest.raises(SystemExit, match="130"), open_run(settings, "permuted", rich.console.Console()) as run:
+        assert f"writing in {run.folder}" in capsys.readouterr().out
+        raise KeyboardInterrupt
+    (command,) = (line for line in capsys.readouterr().out.splitlines() if "--resume" in line)
+    assert shlex.split(command)[-2:] == ["--resume", str(run.folder)]
+    resumed = RunSettings(output_dir=str(tmp_path), resume=str(run.folder))
+    with open_run(resumed, "permuted", rich.console.Console()):
+        assert f"going on in {run.folder}" in capsys.readouterr().out
+
+
+def test_changed_data_are_refused(tmp_path):
+    images, labels = np.linspace(0, 1, 6, dtype=np.float32).reshape(2, 3), np.array([0, 1])
+    with open_run(RunSettings(output_dir=str(tmp_path)), "permuted", CONSOLE, [images, labels]) as run:
+        pass
+    settings = RunSettings(output_dir=str(tmp_path), resume=str(run.folder))
+    with open_run(settings, "permuted", CONSOLE, [np.nextafter(images, 2), labels]):  # as another device divides
+        pass
+    for data, which in (
+        ([images, 1 - labels], "of its 2 data sets, these changed: 2"),
+        ([images.reshape(3, 2), labels], "these changed: 1"),
+        ([images[:, ::-1], labels[::-1]], "these changed: 1, 2"),
+    ):
+        with (
+            pytest.raises(SystemExit, match=f"^error: --resume: .* was begun with other data: .*{which}"),
+            open_run(settings, "permuted", CONSOLE, data),
+        ):
+            raise AssertionError("unreachable")
+
+
+def test_other_versions_are_said(tmp_path, monkeypatch):
+    with open_run(RunSettings(output_dir=str(tmp_path)), "permuted", CONSOLE) as run:
+        pass
+    settings = RunSettings(output_dir=str(tmp_path), resume=str(run.folder))
+    version = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.0.1" if name == "optax" else version(name))
+    monkeypatch.setattr(record, "_revision", lambda: "abc")
+    warned = rf"was begun with optax {version('optax')}, now 0.0.1; git revision .*, now abc"
+    with pytest.warns(UserWarning, match=warned), open_run(settings, "permuted", CONSOLE):
+        pass
+
+
+def test_a_run_without_a_record_goes_on_with_a_warning_and_one_with_a_damaged_record_is_refused(tmp_path):
+    with open_run(RunSettings(output_dir=str(tmp_path)), "permuted", CONSOLE) as run:
+        pass
+    settings = RunSettings(output_dir=str(tmp_path), resume=str(run.folder))
+    for content in (b"{", b"[]", b"{}", b"\xff"):
+        (run.folder / "record.json").write_bytes(content)
+        with pytest.raises(SystemExit, match=r"record\.json is damaged"), open_run(settings, "permuted", CONSOLE):
+            raise AssertionError("unreachable")
+    (run.folder / "record.json").unlink()
+    with pytest.warns(UserWarning, match=r"has no record\.json"), open_run(settings, "permuted", CONSOLE):
+        pass
+
+
+def test_too_little_memory_is_one_line(tmp_path):
+    with (
+        pytest.raises(SystemExit, match=r"^error: Unable to allocate 9 GiB\nto go on: "),
+        open_run(RunSettings(output_dir=str(tmp_path)), "permuted", CONSOLE),
+    ):
+        raise MemoryError("Unable to allocate 9 GiB")
 
 
 def test_what_cannot_be_written_is_said(tmp_path):

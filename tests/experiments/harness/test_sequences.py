@@ -142,7 +142,7 @@ def test_without_a_checkpoint_a_sequence_starts_anew(tmp_path, often):
     sequence = ResumableSequence(run, method="ewc", seed=0)
     for epochs in range(1, 4):
         sequence.log_epoch(Progress(task=(epochs - 1) // NUM_EPOCHS, epochs=epochs, loss=1.0, accuracies=[0.5]))
-    run.log(event="epoch", method="other", seed=0, epochs=3)
+    run.log(event="epoch", method="other", seed=0, task=1, epochs=3, loss=1.0, accuracies=[0.5])
     sequence = ResumableSequence(reopened(tmp_path), method="ewc", seed=0)
     learn("ewc", sequence, sequence.log_epoch)
     rows = read_rows(tmp_path)
