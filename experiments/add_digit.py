@@ -20,6 +20,7 @@ from lifelong_jax.models import init_network
 STRENGTH = Strength(
     l2=0.1, ewc=3.16e4, mas=3.16, kfac=100.0, local_mas=316.0, si=3.16e5, rwalk=100.0
 )  # by --tune, but kfac
+LARGEST_ADDEND = 10_000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,7 @@ class Config(Settings):
     """digits (bundled), or the name of a data set of images of digits, such as mnist."""
 
     addends: tuple[int, ...] = (1, 2)
-    """The number that each task adds to the digit."""
+    """The number that each task adds to the digit, at most 10,000: every sum is a class."""
 
     network: Literal["mlp"] = "mlp"
     """A multilayer perceptron. A convolutional network cannot be used, because the input is an image and a number."""
@@ -44,6 +45,12 @@ class Config(Settings):
         """Validates before computing."""
         super().__post_init__()
         check_settings(not_negative={"addends": self.addends}, distinct={"addends": self.addends})
+        if max(self.addends) > LARGEST_ADDEND:
+            gigabytes = 5 * 4 * max(self.addends) * (1 + sum(self.hidden_sizes[-1:])) / 1e9
+            raise ValueError(
+                f"addends must be at most {LARGEST_ADDEND}, not {self.addends}: every sum is an output of the network, "
+                f"whose last layer would take {gigabytes:,.1f} GB or more for each method and seed."
+            )
 
 
 def main(config: Config) -> None:

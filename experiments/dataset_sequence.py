@@ -50,6 +50,13 @@ class Config(Settings):
         check_settings(positive={"image_size": self.image_size}, distinct={"datasets": self.datasets})
         if self.pretrained is not None and self.network != "alexnet":
             raise ValueError(f"pretrained parameters are for network alexnet, not {self.network}.")
+        if self.pretrained is not None and not pathlib.Path(self.pretrained).expanduser().is_file():
+            raise ValueError(f"pretrained must be a safetensors file, but there is no file {self.pretrained}.")
+        if self.network == "alexnet" and (self.image_size < 63 or self.channels != 3):
+            raise ValueError(
+                f"network alexnet needs --image-size 63 or more, such as 224, and --channels 3, not "
+                f"{self.image_size} and {self.channels}."
+            )
 
 
 def main(config: Config) -> None:
@@ -63,9 +70,6 @@ def main(config: Config) -> None:
     def init_params(key: jax.Array, x: Example) -> Params:
         params = init_network(network, key, x)
         return params if config.pretrained is None else load_pretrained(params, config.pretrained)
-
-    if config.pretrained is not None:  # a file that does not fit is reported before training
-        init_params(jax.random.key(0), datasets[0].train.inputs[0])
 
     experiment = Experiment(
         name="dataset_sequence",

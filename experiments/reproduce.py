@@ -21,7 +21,7 @@ from experiments.harness.experiment import load_or_exit
 from experiments.harness.report import Estimate, estimate, print_table
 from experiments.harness.runs import Run, open_run, to_json
 from experiments.harness.settings import RunSettings, Seeds, check_settings, parse_settings
-from experiments.harness.tune import SweepLearner, average_accuracies, best_strength, sweep_strengths
+from experiments.harness.tune import SweepLearner, average_accuracies, best_strength, sweep_strengths, warn_at_edge
 from experiments.published import ROWS, Protocol, Published, PublishedRange
 from lifelong_jax import (
     Recipe,
@@ -76,6 +76,9 @@ class Config(RunSettings):
         check_settings(distinct={"rows": self.rows} | ({"seeds": self.seeds} if self.seeds else {}))
         if not set(self.rows) <= ROWS.keys():
             raise ValueError(f"rows must be among {', '.join(map(str, ROWS))}, not {self.rows}.")
+        names = {entry.name for row in self.rows for entry in ROWS[row].entries}
+        if not set(self.entries) <= names:
+            raise ValueError(f"entries must be among {', '.join(sorted(names))}, not {self.entries}.")
 
 
 # --- the runs ---------------------------------------------------------------------------------------------------------
@@ -85,7 +88,7 @@ def main(config: Config) -> None:
     """Runs the rows, and writes the tables and the pictures."""
     console = rich.console.Console()
     dataset = load_or_exit("mnist", config.data_dir)
-    with open_run(config, "reproduce", console) as run:
+    with open_run(config, "reproduce", console, [dataset]) as run:
         for row in config.rows:
             protocol = ROWS[row]
             chosen = tuple(entry for entry in protocol.entries if not config.entries or entry.name in config.entries)
@@ -129,7 +132,8 @@ def run_row(
             choosing_seeds = tuple(seeds) or tuple(range(entry.num_choosing_seeds))
             swept = sweep({name: learner}, entry.strengths, make_tasks, seeds=choosing_seeds, split="validation")
             chosen_by = average_accuracies(swept[name])
-            strength = best_strength(chosen_by, entry.strengths)
+            strength = best_strength(chosen_by, entry.strengths, name)
+            warn_at_edge(name, strength, entry.strengths, console)
             validation = dict(zip(map("{:g}".format, entry.strengths), map(percent, chosen_by), strict=True))
         make_tasks = functools.partial(protocol.make_tasks, dataset)
         (accuracy,) = average_accuracies(sweep({name: learner}, (strength,), make_tasks, seeds=test_seeds)[name])

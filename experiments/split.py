@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from experiments.harness.experiment import Experiment, Settings, Strength, load_or_exit, make_network, run_experiment
-from experiments.harness.settings import check_settings, parse_settings
+from experiments.harness.settings import check_settings, parse_settings, refuse
 from lifelong_jax import Task, split_tasks
 from lifelong_jax.datasets import Dataset
 from lifelong_jax.models import init_network
@@ -58,6 +58,11 @@ class Config(Settings):
 def main(config: Config) -> None:
     """Runs the comparison."""
     dataset = load_or_exit(config.dataset, config.data_dir)
+    if config.classes_per_task >= dataset.num_classes:
+        refuse(
+            f"classes_per_task must be below {dataset.num_classes}, the number of classes of {config.dataset}, so that "
+            f"there are several tasks, not {config.classes_per_task}"
+        )
     shared_outputs = config.scenario == "domain"
     network = make_network(config, config.classes_per_task if shared_outputs else dataset.num_classes)
 

@@ -7,17 +7,19 @@ from typing import Annotated, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
+import numpy as np
 import optax
 import rich.console
 import tyro
 
 from experiments.harness.compare import compare
 from experiments.harness.compilation import time_compilation
+from experiments.harness.parallel import num_at_once
 from experiments.harness.pipelines import MOMENTUM, interval_of, momentum_with_penalty, steps_of_task
 from experiments.harness.report import report_comparison
 from experiments.harness.runs import Run, open_run
 from experiments.harness.sequences import learn_resumably
-from experiments.harness.settings import Numbers, RunSettings, Seeds, check_settings
+from experiments.harness.settings import Numbers, RunSettings, Seeds, check_memory, check_settings, refuse
 from experiments.harness.tune import choose_strengths, sweep_strengths
 from lifelong_jax import methods
 from lifelong_jax.datasets.named import Dataset, hold_out_validation, load_dataset
@@ -185,9 +187,16 @@ def run_experiment(settings: Settings, experiment: Experiment) -> None:
     Args:
       settings: the script's settings.
       experiment: the tasks and the network.
+
+    Raises:
+      SystemExit: if the network does not fit the data or the memory, or if every method diverged.
     """
     console = rich.console.Console()
-    with open_run(settings, experiment.name, console) as run, time_compilation() as compilation_seconds:
+    check_network(experiment)
+    with (
+        open_run(settings, experiment.name, console, experiment.datasets) as run,
+        time_compilation() as compilation_seconds,
+    ):
         recipes = make_recipes(settings, experiment)
         choose = settings.tune or settings.strength_grid
         strength = tune(settings, experiment, recipes, run, console) if choose else settings.strength
@@ -216,6 +225,27 @@ def run_experiment(settings: Settings, experiment: Experiment) -> None:
             run,
             console,
         )
+        if all(np.isnan(outcome.accuracy_matrix[:, -1]).any() for outcome in outcomes.values()):
+            raise SystemExit("error: every method diverged: lower the learning rate")
+
+
+def check_network(experiment: Experiment) -> None:
+    """Ends the program unless the network takes the data, its parameters can be made, and memory holds them.
+
+    Args:
+      experiment: the tasks and the network.
+
+    Raises:
+      SystemExit: with what is wrong.
+    """
+    x = experiment.datasets[0].train.inputs[0]
+    try:
+        params = jax.tree.leaves(jax.eval_shape(experiment.init_params, jax.random.key(0), x))
+        num_params = sum(leaf.size for leaf in params)
+        # Parameters, step, update, anchor, importance: for each of the sequences that are learned at once.
+        check_memory(f"a network of {num_params:,} parameters", 5 * 4 * num_params * num_at_once())
+    except (OSError, ValueError) as error:
+        refuse(error)
 
 
 def load_or_exit(name: str, data_dir: str | None, **options: object) -> Dataset:
@@ -234,7 +264,7 @@ def load_or_exit(name: str, data_dir: str | None, **options: object) -> Dataset:
     """
     try:
         return load_dataset(name, data_dir, **options)
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error
 
 

@@ -146,7 +146,30 @@ def choose_strengths(
     curves = {name: [accuracy.values for accuracy in of_learner] for name, of_learner in accuracies.items()}
     figure = plot_strength_sweep({"": curves}, strengths, title, "average validation accuracy")
     figure.savefig(run.folder / "tuning.png")
-    return {name: best_strength(of_learner, strengths, name) for name, of_learner in accuracies.items()}
+    best = {name: best_strength(of_learner, strengths, name) for name, of_learner in accuracies.items()}
+    for name, strength in best.items():
+        warn_at_edge(name, strength, strengths, console)
+    return best
+
+
+def warn_at_edge(name: str, strength: float, strengths: Sequence[float], console: rich.console.Console) -> None:
+    """Prints a warning if a chosen strength is the lowest or the highest of several.
+
+    Args:
+      name: the learner's name.
+      strength: the one that was chosen.
+      strengths: those that were compared.
+      console: where the warning is printed.
+
+    Example:
+      >>> warn_at_edge("ewc", 10.0, [1.0, 10.0], rich.console.Console())
+      warning: ewc: 10 is the highest strength that was compared; a higher one may be better
+    """
+    for edge, which in ((min(strengths), "lowest"), (max(strengths), "highest")):
+        if strength == edge and len(strengths) > 1:
+            comparative = f"{which.removesuffix('est')}er"
+            text = f"warning: {name}: {strength:.3g} is the {which} strength that was compared; a {comparative} one"
+            console.print(f"{text} may be better", highlight=False, soft_wrap=True)
 
 
 def best_strength(accuracies: Sequence[Estimate], strengths: Sequence[float], name: str = "training") -> float:

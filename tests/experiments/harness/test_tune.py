@@ -236,6 +236,19 @@ def test_the_best_strength_is_chosen(tmp_path, no_picture):
     assert "–: diverged" in printed
 
 
+@pytest.mark.parametrize(
+    ("accuracies", "warning"),
+    [
+        ([[0.9], [0.8], [0.7]], "warning: ewc: 1 is the lowest strength that was compared; a lower one may be better"),
+        ([[0.7], [0.8], [0.9]], "warning: ewc: 100 is the highest strength that was compared; a higher one may be"),
+        ([[0.7], [0.9], [0.8]], None),
+    ],
+)
+def test_a_strength_at_the_edge_of_its_grid_is_said(tmp_path, no_picture, accuracies, warning):
+    _, printed = choose({"ewc": constant(accuracies)}, tmp_path)
+    assert (warning or "warning") in printed if warning else "warning" not in printed
+
+
 def test_a_method_that_always_diverges_has_no_strength(tmp_path, no_picture):
     matrices = {"ewc": constant([[0.5], [0.6], [0.7]]), "mas": constant([[np.nan]] * 3)}
     with pytest.raises(SystemExit, match="mas diverged at every strength"):
