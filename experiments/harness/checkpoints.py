@@ -129,8 +129,10 @@ def _digests(folder: pathlib.Path) -> dict[str, str]:
 
 def _verified_manifest(path: pathlib.Path) -> dict[str, Any]:
     try:
-        manifest = json.loads((path / _MANIFEST).read_text())
-        written = manifest["sha256"]
+        manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
+        written, leaves = dict(manifest["sha256"]), dict(manifest["leaves"])
+        if not all(isinstance(leaf, list) and len(leaf) == 2 for leaf in leaves.values()):
+            raise ValueError("a leaf has no shape and dtype")
     except FileNotFoundError as error:
         raise ValueError(f"{_MANIFEST} is missing") from error
     except (ValueError, KeyError, TypeError) as error:

@@ -100,6 +100,17 @@ def test_where_all_are_damaged_there_is_none(copied):
     assert len(warned) == 2
 
 
+WRONG_MANIFESTS = ["", "[]", "{}", "3", '{"sha256": 3, "leaves": {}}', '{"sha256": {}, "leaves": {"state": 3}}']
+
+
+@pytest.mark.parametrize("content", [*WRONG_MANIFESTS, '{"sha256": {}}', '{"sha256": {}, "leaves": ["state"]}'])
+def test_the_previous_checkpoint_stands_in_for_one_with_a_wrong_manifest(copied, content):
+    (copied / "00000002" / "manifest.json").write_text(content)
+    with pytest.warns(UserWarning, match=r"00000002 is not used: manifest\.json is damaged"):
+        step, _ = restore_checkpoint(copied, like=STATE)
+    assert step == 1
+
+
 def test_a_state_of_another_form_is_refused(checkpoints):
     with pytest.raises(ValueError, match=r"state\['params'\]\['narrow'\] has shape \[2\] in .*00000002, but \[3\]"):
         restore_checkpoint(checkpoints, like=STATE | {"params": PARAMS | {"narrow": jnp.zeros(3, jnp.bfloat16)}})
