@@ -103,8 +103,8 @@ def check_unchanged(folder: pathlib.Path, recorded: Mapping[str, Any], data: Seq
     if before != now:
         changed = [str(number + 1) for number, digest in enumerate(now) if before[number : number + 1] != [digest]]
         raise ValueError(
-            f"{folder} was begun with other data: of its {len(now)} data sets, these changed: {', '.join(changed)}. "
-            f"Put back what was there, or start another run, without --resume"
+            f"{folder} was begun with other data: data set {', '.join(changed)} of {len(now)} has changed. Put back "
+            f"what was there, or start another run, without --resume"
         )
     before, now = recorded["versions"], _versions()
     others = [f"{name} {before.get(name)}, now {now.get(name)}" for name in now if before.get(name) != now[name]]

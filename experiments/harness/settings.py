@@ -1,6 +1,7 @@
 """The settings of a script: its command line, the checks of values, and the settings of a run that is resumed."""
 
 import codecs
+import contextlib
 import dataclasses
 import io
 import json
@@ -10,7 +11,7 @@ import pathlib
 import shlex
 import sys
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, NoReturn, TypeAlias, TypeVar
 
 import numpy as np
@@ -252,11 +253,18 @@ def _read_settings(settings_type: type[SettingsType], experiment: str, folder: p
     if theirs != experiment:
         command = f"python -m experiments.{theirs} --resume {shlex.quote(str(folder))}"
         raise ValueError(f"{folder} is a run of {theirs}, not of {experiment}: {command}")
-    try:
+    with _named_in_errors(file):
         values = json.loads(file.read_text(encoding="utf-8"))
-        if recorded is not None and isinstance(values, dict):
-            check_unedited(folder, recorded, values)
+    if recorded is not None and isinstance(values, dict):
+        check_unedited(folder, recorded, values)
+    with _named_in_errors(file):
         return _from_json(settings_type, values)
+
+
+@contextlib.contextmanager
+def _named_in_errors(file: pathlib.Path) -> Iterator[None]:
+    try:
+        yield
     except FileNotFoundError as error:
         raise FileNotFoundError(f"there is no run in {file.parent}: it has no {file.name}") from error
     except (ValueError, TypeError) as error:

@@ -172,9 +172,9 @@ def test_changed_data_are_refused(tmp_path):
     with open_run(settings, "permuted", CONSOLE, [np.nextafter(images, 2), labels]):  # as another device divides
         pass
     for data, which in (
-        ([images, 1 - labels], "of its 2 data sets, these changed: 2"),
-        ([images.reshape(3, 2), labels], "these changed: 1"),
-        ([images[:, ::-1], labels[::-1]], "these changed: 1, 2"),
+        ([images, 1 - labels], "data set 2 of 2 has changed"),
+        ([images.reshape(3, 2), labels], "data set 1 of 2 has changed"),
+        ([images[:, ::-1], labels[::-1]], "data set 1, 2 of 2 has changed"),
     ):
         with (
             pytest.raises(SystemExit, match=f"^error: --resume: .* was begun with other data: .*{which}"),

@@ -82,7 +82,9 @@ def test_an_edited_config_is_refused(tmp_path):
         ({"strength": {"ewc": 0.2}, "networks": []}, "networks, strength"),
     ):
         (run.folder / "config.json").write_text(json.dumps(config | edited))
-        with pytest.raises(SystemExit, match=rf"config\.json was edited after the run began: {names}\. Put back"):
+        with pytest.raises(
+            SystemExit, match=rf"^error: --resume: [^ ]*config\.json was edited after the run began: {names}\. Put back"
+        ):
             parse("--resume", str(run.folder))
 
 
