@@ -30,7 +30,7 @@ with needs_extra("data"):
 
 
 def stream_batches(source: Source, batch_size: int, key: jax.Array | None = None) -> Iterator[Batch]:
-    """Reads each example once, in batches.
+    """Reads each example once, in batches; leaves out those of weight 0.
 
     Threads read and decode up to two batches ahead.
 
@@ -69,6 +69,7 @@ def stream_batches(source: Source, batch_size: int, key: jax.Array | None = None
     num_threads = min(16, os.cpu_count() or 1)
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(num_threads, 2 * batch_size))
     pipeline = grain.MapDataset.source(order).map(read).to_iter_dataset(options)
+    pipeline = pipeline.filter(lambda example: example.weights is None or example.weights > 0)  # as in memory
     with contextlib.closing(iter(pipeline.batch(batch_size, drop_remainder=False))) as batches:
         for batch in batches:
             batch = pad(batch, batch_size)
@@ -126,20 +127,23 @@ def learn_stream(
     batch_size = min(batch_size, len(source))
     num_steps = -(-len(source) // batch_size)
     state = jax.device_put(state, may_alias=False)  # a copy: each step frees the arrays of the state before
-    losses = np.zeros((num_epochs, num_steps))
+    losses, num_taken = np.zeros((num_epochs, num_steps)), np.zeros(num_epochs, np.int32)
     for epoch in range(num_epochs):
         key, shuffle_key = jax.random.split(state.key)
         batches = stream_batches(source, batch_size, shuffle_key)
         with tqdm.tqdm(batches, f"epoch {epoch + 1} of {num_epochs}", num_steps, disable=None) as progress:
             for step, batch in enumerate(progress):
                 state, loss = _learn_batch(loss_fn, optimizer, state, consolidation, batch)
+                num_taken[epoch] = step + 1
                 losses[epoch, step] = loss  # waits for the step; otherwise batches would queue up in memory
                 _check_finite(losses[epoch, step], epoch, step)
                 progress.set_postfix_str(f"loss {losses[epoch, : step + 1].mean():.3f}", refresh=False)
+        if num_taken[epoch] == 0:
+            raise ValueError("source has no example of a weight above 0: there is nothing to learn from.")
         state = state._replace(key=key)
         if not _checks.is_finite(state.params):
             _check_finite(math.nan, epoch, num_steps - 1)
-    return state, TrainingInfo(jnp.asarray(losses, loss.dtype), jnp.full(num_epochs, num_steps))
+    return state, TrainingInfo(jnp.asarray(losses, loss.dtype), jnp.asarray(num_taken))
 
 
 def mean_over_stream(
@@ -193,6 +197,8 @@ def mean_over_stream(
             sums = jax.eval_shape(_with_factors, shapes)
             total = (jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), sums), jnp.zeros(()))
         total = jax.block_until_ready(_add_batch(mean_fn, total, state, batch, batch_key))
+    if total is None:
+        raise ValueError("source has no example of a weight above 0: there is nothing to measure.")
     summed, weight = total
     return _with_forms(jax.tree.map(lambda leaf: leaf / weight.astype(leaf.dtype), summed), shapes)
 
@@ -225,8 +231,7 @@ def _add_batch(
     summed, weight = total
     batch_weight = jnp.sum(batch.weights)  # type: ignore[arg-type]  # `stream_batches` fills them in
     means = _with_factors(mean_fn(state, batch, key))
-    # If all weights of a batch are 0, its mean is not defined.
-    weighted = jax.tree.map(lambda m: jnp.where(batch_weight > 0, batch_weight.astype(m.dtype) * m, 0), means)
+    weighted = jax.tree.map(lambda m: batch_weight.astype(m.dtype) * m, means)
     return jax.tree.map(jnp.add, summed, weighted), weight + batch_weight
 
 

@@ -173,8 +173,9 @@ def _make_step(
     def step(index: jax.Array, carry: _Carry, order: jax.Array) -> _Carry:
         params, opt_state, losses = carry
         indices = order[index]
-        batch = jax.tree.map(lambda x: x[indices], examples)
         batch_weights = jnp.where(indices < num_examples, weights[indices], 0)
+        # Padding is absent, even if it is NaN: the first example of the batch, which is none, is in its place.
+        batch = jax.tree.map(lambda x: x[jnp.where(batch_weights > 0, indices, indices[0])], examples)
         loss, grads = loss_and_grads(params, batch, batch_weights)
         extra_args = {**consolidation._asdict(), "loss_fn": loss_fn, "examples": batch, "weights": batch_weights}
         updates, opt_state = optimizer.update(grads, opt_state, params, **extra_args)

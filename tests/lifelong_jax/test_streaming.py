@@ -91,6 +91,35 @@ def test_training_on_a_stream_is_training_in_memory(num_examples, batch_size):
     assert_close(one.params, PARAMS)  # the caller's state was not freed
 
 
+class WeightedSource:
+    """The examples of another source, with weights."""
+
+    def __init__(self, source, weights):
+        self.source, self.weights = source, np.float32(weights)
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, index):
+        return self.source[index]._replace(weights=self.weights[index])
+
+
+def test_examples_of_weight_0_take_no_steps_as_in_memory():
+    weights = np.float32([0, 0, 1, 0, 2, 0, 0, 1, 1, 0, 3])
+    examples = make_batch(PIXELS, LABELS, 3)._replace(weights=weights)
+    expected, info = learn_task(
+        LOSS_FN, OPTIMIZER, start(), CONSOLIDATION, examples, num_epochs=2, batch_size=2, weights=weights
+    )
+    source = WeightedSource(SOURCE, weights)
+    found = learn_stream(LOSS_FN, OPTIMIZER, start(), CONSOLIDATION, source, num_epochs=2, batch_size=2)
+    assert_close((found[0].params, found[0].opt_state, found[1]), (expected.params, expected.opt_state, info))
+    nothing = WeightedSource(SOURCE, 0 * weights)
+    with pytest.raises(ValueError, match="no example of a weight above 0"):
+        learn_stream(LOSS_FN, OPTIMIZER, start(), CONSOLIDATION, nothing, num_epochs=1, batch_size=2)
+    with pytest.raises(ValueError, match="no example of a weight above 0"):
+        mean_over_stream(lambda state, batch, key: jnp.mean(batch.inputs), None, nothing, batch_size=2)
+
+
 def test_tasks_share_a_compilation_whatever_their_size():
     learn = functools.partial(learn_stream, LOSS_FN, OPTIMIZER, start(), num_epochs=1, batch_size=4)
     learn(CONSOLIDATION, SOURCE)

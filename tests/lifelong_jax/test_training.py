@@ -38,7 +38,7 @@ def make_arrays(num_padding=0):
     random = np.random.default_rng(0)
     arrays = random.normal(size=(NUM_EXAMPLES, 3)), random.normal(size=NUM_EXAMPLES)
     padding = [(0, num_padding), (0, 0)]
-    return tuple(np.pad(x, padding[: x.ndim], constant_values=9.0).astype(np.float32) for x in arrays)
+    return tuple(np.pad(x, padding[: x.ndim], constant_values=np.nan).astype(np.float32) for x in arrays)
 
 
 def make_problem():
