@@ -1,4 +1,4 @@
-"""The library under JAX's debug modes: NaN as an error, no implicit promotion of ranks, and a search for leaked tracers."""
+"""The library under JAX's debug modes: NaN as an error, no promotion of ranks, and a search for leaked tracers."""
 
 import jax
 import jax.numpy as jnp
