@@ -17,9 +17,7 @@ from lifelong_jax import Batch, Task
 from lifelong_jax.datasets import Dataset
 from lifelong_jax.models import init_network
 
-STRENGTH = Strength(
-    l2=0.1, ewc=3.16e4, mas=3.16, kfac=100.0, local_mas=316.0, si=3.16e5, rwalk=100.0
-)  # by --tune, but kfac
+STRENGTH = Strength(l2=0.1, ewc=3.16e4, mas=3.16, kfac=3.16e4, local_mas=316.0, si=3.16e5, rwalk=100.0)  # by --tune
 LARGEST_ADDEND = 10_000
 
 

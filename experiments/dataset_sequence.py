@@ -20,7 +20,7 @@ from lifelong_jax import dataset_tasks
 from lifelong_jax.models import AlexNet, init_network, load_pretrained
 from lifelong_jax.types import Example, Params
 
-STRENGTH = Strength(l2=0.01, ewc=1e3, mas=1.0, kfac=100.0, local_mas=1.0, si=1e3, rwalk=100.0)  # by --tune, but kfac
+STRENGTH = Strength(l2=0.01, ewc=1e3, mas=1.0, kfac=316.0, local_mas=1.0, si=1e3, rwalk=100.0)  # by --tune
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,9 +14,7 @@ from experiments.harness.settings import check_memory, check_settings, parse_set
 from lifelong_jax import rotated_tasks
 from lifelong_jax.models import init_network
 
-STRENGTH = Strength(
-    l2=0.0316, ewc=100.0, mas=0.1, kfac=100.0, local_mas=0.316, si=100.0, rwalk=31.6
-)  # by --tune, but kfac
+STRENGTH = Strength(l2=0.0316, ewc=100.0, mas=0.1, kfac=100.0, local_mas=0.316, si=100.0, rwalk=31.6)  # by --tune
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -123,7 +123,7 @@ def kfac(
 ) -> Method:
     """Makes EWC with Kronecker factors: each layer's Fisher information as a product of two matrices.
 
-    Its penalty is around the latest parameters. Let the proximal step come last in the optimiser, about 100 times per
+    Its penalty is around the latest parameters. Let the proximal step come last in the optimiser, about 50 times per
     task: `proximal_quadratic_penalty(step_size, strength, every)`.
 
     Args:

@@ -108,7 +108,7 @@ class Settings(RunSettings):
 
     interval: int | None = None
     """For kfac with the proximal penalty, the number of steps after which the penalty pulls, each time for all of them;
-    by default, a hundredth of a task's steps."""
+    by default, a fiftieth of a task's steps."""
 
     fisher: Literal["exact", "sampled", "empirical"] = "exact"
     """For ewc and kfac, the labels of the Fisher information: the expectation over the model's classes (exact), one

@@ -7,7 +7,7 @@ from lifelong_jax.penalty import proximal_quadratic_penalty
 
 MOMENTUM = 0.9
 
-PULLS_PER_TASK = 100
+PULLS_PER_TASK = 50
 """How often the penalty with Kronecker factors pulls during a task, unless told otherwise: more gained nothing."""
 
 
@@ -40,7 +40,7 @@ def interval_of(num_steps: int) -> int:
 
     Example:
       >>> interval_of(5000)
-      50
+      100
     """
     return max(1, num_steps // PULLS_PER_TASK)
 

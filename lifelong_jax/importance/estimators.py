@@ -23,7 +23,7 @@ from lifelong_jax.importance import cotangents, reference, structured
 from lifelong_jax.importance.cotangents import Cotangents
 from lifelong_jax.importance.layers import layer_outputs
 from lifelong_jax.importance.microbatches import Reduction
-from lifelong_jax.types import Examples, LogitsFn, LossFn, OutputFn, Params
+from lifelong_jax.types import Example, Examples, LogitsFn, LossFn, OutputFn, Params
 
 Algorithm: TypeAlias = Literal["structured", "reference"]
 
@@ -266,12 +266,14 @@ def mean_over_examples(
     """Computes the weighted mean of what `sum_over_examples` sums."""
 
     def keyed_cotangents(key: jax.Array | None, outputs: jax.Array, index: jax.Array) -> Cotangents:
-        if not isinstance(outputs, jax.Array) or not jnp.issubdtype(outputs.dtype, jnp.floating):
+        if not isinstance(outputs, jax.Array) or not jnp.issubdtype(outputs.dtype, jnp.floating) or outputs.size == 0:
             returned = jax.tree.map(lambda leaf: f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}", outputs)
-            raise ValueError(f"the function must return one floating-point array for one example, not {returned}.")
+            raise ValueError(
+                f"the function must return one floating-point array, with entries, for one example, not {returned}."
+            )
         return vary_with(cotangents_fn(outputs, None if key is None else jax.random.fold_in(key, index)), like=outputs)
 
-    arguments = (output_fn, params, examples, key, weights)
+    arguments = (Partial(_of_one_example, output_fn), params, examples, key, weights)
     output_fn, params, examples, key, weights = vary_with(arguments, like=arguments)
     weights = None if weights is None else scale_weights(weights)
     total = sum_over_examples(
@@ -284,6 +286,11 @@ def mean_over_examples(
     )
     count = jax.tree.leaves(examples)[0].shape[0] if weights is None else jnp.sum(weights)
     return jax.tree.map(lambda leaf: leaf / jnp.asarray(count, leaf.dtype), total)
+
+
+def _of_one_example(output_fn: Callable, params: Params, example: Example) -> Any:
+    with _checks.for_one_example("the function", example):
+        return output_fn(params, example)
 
 
 def as_tree(function: Callable) -> Partial:

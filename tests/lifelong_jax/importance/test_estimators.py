@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lifelong_jax import empirical_fisher_diagonal, fisher_diagonal, mas_importance
+from lifelong_jax import empirical_fisher_diagonal, fisher_diagonal, kronecker_fisher, mas_importance
 from tests.lifelong_jax.importance.problems import (
     NUM_CLASSES,
     NUM_EXAMPLES,
@@ -366,3 +366,12 @@ def test_bad_input_to_the_others():
         empirical_fisher_diagonal(loss_of(linear), make_linear(), (inputs, labels[:3]))
     with pytest.raises(ValueError, match="output_norm must be one of squared_l2, jacobian"):
         mas_importance(linear, make_linear(), inputs, output_norm="l1")
+
+
+@pytest.mark.parametrize("importance", [fisher_diagonal, mas_importance, kronecker_fisher])
+def test_outputs_without_entries_and_networks_for_batches_are_named(importance):
+    with pytest.raises(ValueError, match="one floating-point array, with entries"):
+        importance(lambda params, x: (x @ params)[:0], jnp.ones((3, 2)), jnp.ones((4, 3)))
+    with pytest.raises(Exception) as raised:  # the network's own error
+        importance(lambda params, x: jax.lax.dot(x, params), jnp.ones((3, 2)), jnp.ones((4, 2)))
+    assert any("without batch axis" in note for note in raised.value.__notes__)
