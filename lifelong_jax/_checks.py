@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lifelong_jax._numerics import first_example
 from lifelong_jax.forms import is_form
 from lifelong_jax.types import Batch, Example, Examples, Params, Recipe, Scenario, Task
 
@@ -64,13 +65,17 @@ def check_examples(name: str, examples: Examples, weights: jax.Array | None, wei
             )
 
 
+ONE_CLASS_EACH = "use labels[:, 0] for a column, or labels.argmax(axis=1) for one-hot rows"
+"""How to make labels of columns and of one-hot rows."""
+
+
 def check_labelled(name: str, batch: Batch) -> None:
     """Raises ValueError or TypeError, naming the field, unless a batch's sizes agree and its labels are integers."""
     check_examples(name, batch._replace(weights=None), batch.weights, f"{name}.weights")
     if np.ndim(batch.labels) != 1:
         raise ValueError(
-            f"{name}.labels has shape {np.shape(batch.labels)}, but must be [num_examples], one class per example: use "
-            f"labels[:, 0] for a column, or labels.argmax(axis=1) for one-hot rows."
+            f"{name}.labels has shape {np.shape(batch.labels)}, but must be [num_examples], one class per example: "
+            f"{ONE_CLASS_EACH}."
         )
     if not jnp.issubdtype(batch.labels.dtype, jnp.integer):
         raise TypeError(f"{name}.labels has dtype {batch.labels.dtype}, but labels must be integers.")
@@ -263,7 +268,7 @@ def check_sequence(recipe: Recipe, params: Params, tasks: Sequence[Task]) -> Non
             kinds = ", ".join(type(part).__name__ for part in parts)
             raise TypeError(f"tasks[{index}] must be a Task(train, test) of two Batch(inputs, labels), not: {kinds}.")
     check_labelled("tasks[0].train", tasks[0].train)
-    x = _one_example(tasks[0].train)
+    x = first_example(tasks[0].train.inputs)
     with for_one_example("recipe.apply_fn", x):
         logits = jax.eval_shape(recipe.apply_fn, params, x)
     check_logits(logits)
@@ -277,10 +282,6 @@ def check_sequence(recipe: Recipe, params: Params, tasks: Sequence[Task]) -> Non
                 f"{error} One compilation serves all tasks: tasks.pad_tasks pads them to equal numbers of examples."
             ) from None
         _check_task(f"tasks[{index}]", task, recipe.scenario, x, num_classes, checked)
-
-
-def _one_example(batch: Batch) -> Example:
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), batch.inputs)
 
 
 def _check_task(
@@ -310,7 +311,7 @@ def _check_task(
         arrays = tuple(map(id, jax.tree.leaves(batch)))
         if arrays not in checked:  # permuted tasks share their examples
             check_batch(f"{name}.{part}", batch, num_classes)
-            check_same_structure(f"an input of {name}.{part}", _one_example(batch), "one of tasks[0].train", x)
+            check_same_structure(f"an input of {name}.{part}", first_example(batch.inputs), "one of tasks[0].train", x)
             checked[arrays] = batch
         if task.class_mask is None or not is_concrete(batch.labels):
             continue

@@ -261,8 +261,8 @@ def cross_entropy(apply_fn: OutputFn) -> LossFn:
     def loss_fn(params: Params, example: Batch) -> jax.Array:
         if jnp.ndim(example.labels) != 0:
             raise ValueError(
-                f"labels has shape {jnp.shape(example.labels)} for one example, but must be one class: use "
-                f"labels[:, 0] for a column, or labels.argmax(axis=1) for one-hot rows."
+                f"labels has shape {jnp.shape(example.labels)} for one example, but must be one class: "
+                f"{_checks.ONE_CLASS_EACH}."
             )
         logits = mask_logits(apply_fn(params, example.inputs), example.class_mask)
         return optax.losses.softmax_cross_entropy_with_integer_labels(logits, example.labels)

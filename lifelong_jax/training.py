@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from lifelong_jax import _checks
-from lifelong_jax._numerics import is_sharded, scale_weights, update_after_reads, widen, with_extra_args
+from lifelong_jax._numerics import first_example, is_sharded, scale_weights, update_after_reads, widen, with_extra_args
 from lifelong_jax.types import Consolidation, Examples, LossFn, Params
 
 
@@ -131,10 +131,9 @@ def learn_task(
     num_batches = -(-num_examples // batch_size)
     num_steps = num_batches if weights is None else -(-jnp.sum(weights > 0) // batch_size)
     step = _make_step(loss_fn, optimizer, consolidation, examples, weights)
-    one_example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), examples)
     one_batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype), examples)
     one_weight = jax.ShapeDtypeStruct((batch_size,), jnp.result_type(float) if weights is None else weights.dtype)
-    with _checks.for_one_example("loss_fn", one_example):
+    with _checks.for_one_example("loss_fn", first_example(examples)):
         loss_dtype = jax.eval_shape(functools.partial(_mean_loss, loss_fn), state.params, one_batch, one_weight).dtype
 
     def epoch(state: TrainingState, index: jax.Array) -> tuple[TrainingState, tuple[jax.Array, jax.Array]]:
@@ -174,8 +173,9 @@ def _make_step(
         params, opt_state, losses = carry
         indices = order[index]
         batch_weights = jnp.where(indices < num_examples, weights[indices], 0)
-        # Padding is absent, even if it is NaN: the first example of the batch, which is none, is in its place.
-        batch = jax.tree.map(lambda x: x[jnp.where(batch_weights > 0, indices, indices[0])], examples)
+        # Padding may be NaN: in its place stands the batch's first example, which is never padding.
+        indices = jnp.where(batch_weights > 0, indices, indices[0])
+        batch = jax.tree.map(lambda x: x[indices], examples)
         loss, grads = loss_and_grads(params, batch, batch_weights)
         extra_args = {**consolidation._asdict(), "loss_fn": loss_fn, "examples": batch, "weights": batch_weights}
         updates, opt_state = optimizer.update(grads, opt_state, params, **extra_args)

@@ -17,6 +17,8 @@ import numpy as np
 
 from lifelong_jax._numerics import widen
 
+_LOG_OF_ZERO = -1e30  # finite, so that differences are
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -64,16 +66,13 @@ def _exact_categorical(logits: jax.Array, key: None) -> Cotangents:
     # the other: is y class k, given that it is none before k? The last column is 0, so there are num_classes − 1
     # cotangents. With several labels, each has its own cotangents: the gradients of independent labels have mean 0 and
     # are uncorrelated, so the expected square of their sum is the sum of their expected squares.
-    # All quotients of probabilities are differences of logarithms, which neither they nor their derivatives overflow.
+    # Quotients of probabilities are differences of logarithms: neither these nor their derivatives overflow.
     log_p = jnp.maximum(jax.nn.log_softmax(widen(logits)), _LOG_OF_ZERO)
     from_here = jax.lax.cumlogsumexp(log_p, axis=log_p.ndim - 1, reverse=True)
     later = jnp.concatenate([from_here[..., 1:], jnp.full_like(log_p[..., :1], _LOG_OF_ZERO)], axis=-1)
     spread = jnp.exp((log_p - from_here + later) / 2)
     num = math.prod(logits.shape[:-1]) * max(1, logits.shape[-1] - 1)
     return Cotangents((log_p, spread, later), _cholesky_column, num, logits.dtype)
-
-
-_LOG_OF_ZERO = -1e30  # finite, so that differences are
 
 
 def _cholesky_column(values: tuple[jax.Array, jax.Array, jax.Array], index: jax.Array | int) -> jax.Array:

@@ -25,14 +25,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from lifelong_jax._layouts import Layout, find_layout
-from lifelong_jax._numerics import unbatched, varies, wide_dtype, widen
+from lifelong_jax._numerics import first_example, unbatched, varies, wide_dtype, widen
 from lifelong_jax.importance import tapping
 from lifelong_jax.importance.factors import Lookup
 from lifelong_jax.importance.linearization import (
     columns_of,
     cotangents_at,
     find_biases,
-    first_example,
     linearize,
     rows_of,
     sum_cotangents,

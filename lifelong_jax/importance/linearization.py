@@ -13,11 +13,6 @@ from lifelong_jax.importance.plan import Plan, Tap
 from lifelong_jax.types import Example, Examples, Params
 
 
-def first_example(examples: Examples) -> Example:
-    """Returns the shapes and dtypes of one example."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), examples)
-
-
 def linearize(
     plan: Plan, taps: dict[int, Tap], params: Params, examples: Examples, over_examples: Callable
 ) -> tuple[Any, Callable[[jax.Array], tuple[dict[int, jax.Array]]], dict[int, jax.Array]]:
@@ -62,10 +57,10 @@ def sum_cotangents(
     add: Callable[[Any, Any], Any],
 ) -> Any:
     """Sums over cotangents, one after the other: an array of cotangents × weights would not fit the cache."""
-    first = cotangent_at(0)
     if num_cotangents == 1:
-        return summands(first)
-    start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(summands, first))
+        return summands(cotangent_at(0))
+    shapes = jax.eval_shape(lambda: summands(cotangent_at(0)))
+    start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
     def add_next(total: Any, index: jax.Array) -> tuple[Any, None]:
         cotangent = cotangent_at(index)

@@ -139,10 +139,8 @@ def default_microbatch_size(
     # At most these are held per example.
     gradient_floats = sum(_gradient_floats(leaf, leaf_plan) for leaf, leaf_plan in leaves)
     cotangent_floats = sum(leaf.size for leaf in jax.tree.leaves(cotangents))
-    of_params = [True] * len(leaves)
-    activation_floats = _activation_floats(
-        plan.jaxpr.jaxpr, of_params + [False] * (len(plan.jaxpr.jaxpr.invars) - len(leaves))
-    )
+    num_inputs = len(plan.jaxpr.jaxpr.invars) - len(leaves)
+    activation_floats = _activation_floats(plan.jaxpr.jaxpr, [True] * len(leaves) + [False] * num_inputs)
     other_floats = max(1, cotangent_floats, activation_floats)
     if jax.default_backend() != "cpu":
         return max(1, min(1024, 2**16 // positions, 2**28 // max(gradient_floats, other_floats)))
@@ -176,10 +174,10 @@ def _activation_floats(jaxpr: Jaxpr, is_constant: Sequence[bool]) -> int:
         if all(inputs):
             constants.update(equation.outvars)
             continue
+        first, num_carry = (equation.params.get(name, 0) for name in ("num_consts", "num_carry"))
+        inputs[first : first + num_carry] = [False] * num_carry  # after a scan's first step, they depend on the example
         inner_jaxprs = [tapping.open_jaxpr(inner) for inner in jaxprs_in_params(equation.params)]
         for inner in inner_jaxprs:
-            first, num_carry = (equation.params.get(name, 0) for name in ("num_consts", "num_carry"))
-            inputs[first : first + num_carry] = [False] * num_carry  # after a scan's first step, they depend on it
             of_inner = inputs if len(inputs) == len(inner.invars) else [False] * len(inner.invars)
             floats += equation.params.get("length", 1) * _activation_floats(inner, of_inner)
         if not inner_jaxprs:
