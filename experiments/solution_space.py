@@ -40,11 +40,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 PENALTIES = ("plain training", "equal rigidity", "Fisher diagonal", "Kronecker factors")
-ELLIPSES = {
-    "Fisher diagonal": {"colors": "black", "linestyles": "--"},
-    "Kronecker factors": {"colors": "#009E73", "linestyles": "-"},  # green, of `plotting.COLORS`
-}
-"""The penalties whose ellipses are drawn, and how."""
+ELLIPSES = ("Fisher diagonal", "Kronecker factors")
+"""The penalties whose ellipses are drawn."""
 ELLIPSE, ELLIPSE_PLANE = "ellipses' overlap", "Fisher diagonal"
 
 
@@ -355,10 +352,17 @@ def draw(
         "B's training": Line2D([], [], color="black", marker="o", markersize=4, linewidth=1),
     } | {
         f"penalty {config.low:g} at λ = 1, {name}": Line2D([], [], color=style["colors"], linestyle=style["linestyles"])
-        for name, style in ELLIPSES.items()
+        for name, style in zip(ELLIPSES, ellipse_styles(), strict=True)
     }
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     figure.savefig(run.folder / "solution_space.png")
+
+
+def ellipse_styles() -> list[dict[str, str]]:
+    """Returns how each of the ELLIPSES is drawn."""
+    from lifelong_jax.plotting import COLORS
+
+    return [{"colors": "black", "linestyles": "--"}, {"colors": COLORS[2], "linestyles": "-"}]
 
 
 def draw_panel(
@@ -382,7 +386,7 @@ def draw_panel(
         draw_low_loss(axis, *grid, losses, [lowest + config.low, lowest + 4 * config.low], color)
     axis.plot(*plane_coordinates(plane, result.solution), "*", color="black", markersize=8)
     if name == ELLIPSE:
-        for each, style in ELLIPSES.items():
+        for each, style in zip(ELLIPSES, ellipse_styles(), strict=True):
             penalty = penalty_around(plane, result, *grid, each)
             axis.contour(*grid, penalty, levels=[config.low], linewidths=1.6, **style)
         return

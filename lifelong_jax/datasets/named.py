@@ -96,9 +96,10 @@ def load_dataset(
     else:
         cache = _cache_file(name, data_dir, image_size, channels)
         cached = _read_cache(cache)
-        arrays = cached or _read(name, open_dataset(name, data_dir, image_size=image_size, channels=channels))
         if cached is None:
-            _write_cache(cache, arrays)
+            cached = _read(name, open_dataset(name, data_dir, image_size=image_size, channels=channels))
+            _write_cache(cache, cached)
+        arrays = cached
     num_classes = int(arrays["num_classes"])
     train, test = (
         make_batch(arrays[f"{split}_images"], arrays[f"{split}_labels"], num_classes) for split in ("train", "test")
