@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lifelong_jax._numerics import first_example
 from lifelong_jax.forms import is_form
 from lifelong_jax.types import Batch, Example, Examples, Params, Recipe, Scenario, Task
 
@@ -100,6 +99,11 @@ def check_logits(logits: Any) -> None:
             f"apply_fn must return [num_classes] for one example, which comes without batch axis, with one class or "
             f"more, not arrays of shape {jax.tree.map(jnp.shape, logits)}."
         )
+
+
+def first_example(examples: Examples) -> Example:
+    """Returns the shapes and dtypes of one example."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), examples)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lifelong_jax.types import Batch, Example, Examples, Params
+from lifelong_jax.types import Batch, Params
 
 
 def wide_dtype(*arrays: jax.Array) -> np.dtype:
@@ -151,11 +151,6 @@ def indices_per_example(indices: jax.Array, x: jax.Array) -> jax.Array:
     gathers example by example: 4 % of an importance pass over permuted inputs, 5 % of an evaluation.
     """
     return indices + _never(x[0].astype(jnp.float32)).astype(indices.dtype)
-
-
-def first_example(examples: Examples) -> Example:
-    """Returns the shapes and dtypes of one example."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), examples)
 
 
 def is_sharded(array: jax.Array) -> bool:

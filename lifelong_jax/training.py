@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from lifelong_jax import _checks
-from lifelong_jax._numerics import first_example, is_sharded, scale_weights, update_after_reads, widen, with_extra_args
+from lifelong_jax._numerics import is_sharded, scale_weights, update_after_reads, widen, with_extra_args
 from lifelong_jax.types import Consolidation, Examples, LossFn, Params
 
 
@@ -133,7 +133,7 @@ def learn_task(
     step = _make_step(loss_fn, optimizer, consolidation, examples, weights)
     one_batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype), examples)
     one_weight = jax.ShapeDtypeStruct((batch_size,), jnp.result_type(float) if weights is None else weights.dtype)
-    with _checks.for_one_example("loss_fn", first_example(examples)):
+    with _checks.for_one_example("loss_fn", _checks.first_example(examples)):
         loss_dtype = jax.eval_shape(functools.partial(_mean_loss, loss_fn), state.params, one_batch, one_weight).dtype
 
     def epoch(state: TrainingState, index: jax.Array) -> tuple[TrainingState, tuple[jax.Array, jax.Array]]:

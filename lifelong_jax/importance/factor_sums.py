@@ -24,8 +24,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lifelong_jax._checks import first_example
 from lifelong_jax._layouts import Layout, find_layout
-from lifelong_jax._numerics import first_example, unbatched, varies, wide_dtype, widen
+from lifelong_jax._numerics import unbatched, varies, wide_dtype, widen
 from lifelong_jax.importance import tapping
 from lifelong_jax.importance.factors import Lookup
 from lifelong_jax.importance.linearization import (

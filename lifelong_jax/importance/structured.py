@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lifelong_jax._numerics import first_example, safe_sqrt, unbatched, varies, widen, widened_zeros
+from lifelong_jax._checks import first_example
+from lifelong_jax._numerics import safe_sqrt, unbatched, varies, widen, widened_zeros
 from lifelong_jax.importance import reference, tapping
 from lifelong_jax.importance.factors import Lookup
 from lifelong_jax.importance.linearization import (
