@@ -153,8 +153,6 @@ class Settings(RunSettings):
         if self.strength_grid:
             written = [f"{strength:.3g}" for strength in self.strength_grid]  # as in tables
             check_settings(distinct={"strength": written})
-        if (self.tune or self.strength_grid) and not set(self.methods) & set(dataclasses.asdict(self.strength)):
-            raise ValueError(f"--strength, --tune: none of the methods {self.methods} has a strength to choose.")
 
 
 class Experiment(NamedTuple):
@@ -189,16 +187,19 @@ def run_experiment(settings: Settings, experiment: Experiment) -> None:
       experiment: the tasks and the network.
 
     Raises:
-      SystemExit: if the network does not fit the data or the memory, or if every method diverged.
+      SystemExit: if there is no strength to choose, the network does not fit the data or the memory, or if every method
+        diverged.
     """
     console = rich.console.Console()
+    choose = settings.tune or settings.strength_grid
+    if choose and not set(settings.methods) & set(dataclasses.asdict(settings.strength)):
+        refuse(f"--strength, --tune: none of the methods {', '.join(settings.methods)} has a strength to choose")
     check_network(experiment)
     with (
         open_run(settings, experiment.name, console, experiment.datasets) as run,
         time_compilation() as compilation_seconds,
     ):
         recipes = make_recipes(settings, experiment)
-        choose = settings.tune or settings.strength_grid
         strength = tune(settings, experiment, recipes, run, console) if choose else settings.strength
         learners = {
             name: functools.partial(
@@ -363,6 +364,9 @@ def tune(
 ) -> Strength:
     """Chooses each method's strength by its average accuracy on validation data, taken from the training data.
 
+    Seeds that are added to the run after a choice have no say in it: what was learned with it stays valid. Methods that
+    are added have their strengths chosen from the same seeds as the others.
+
     Args:
       settings: the strengths and the seeds.
       experiment: the tasks and the network.
@@ -381,13 +385,17 @@ def tune(
         if field.name in settings.methods
     }
     strengths = sorted(settings.strength_grid or STRENGTHS)
+    seeds = settings.seeds
+    if (run.folder / "strength.json").exists():
+        had_a_say = {seed for split, _, seed in run.earlier_rows if split == "validation"}
+        seeds = tuple(seed for seed in seeds if seed in had_a_say) or seeds
     datasets = [hold_out_validation(dataset, 0.2, jax.random.key(0)) for dataset in experiment.datasets]
     matrices = sweep_strengths(
         learners,
         strengths,
         functools.partial(experiment.make_tasks, datasets),
         experiment.init_params,
-        settings.seeds,
+        seeds,
         run,
         console,
         split="validation",

@@ -1,4 +1,4 @@
-"""What a run was begun with: settings, data and versions of the code; a resumed run is compared with it."""
+"""What a run is made with: settings, data and versions of the code; a resumed run is compared with it."""
 
 import hashlib
 import importlib.metadata
@@ -38,10 +38,23 @@ def make_record(experiment: str, config: Mapping[str, Any], data: Sequence[Any])
     """
     return {
         "experiment": experiment,
-        "settings": _digests_of_settings(config),
+        "settings": digests_of_settings(config),
         "data": list(map(_digest_of_arrays, data)),
         "versions": _versions(),
     }
+
+
+def digests_of_settings(config: Mapping[str, Any]) -> dict[str, str]:
+    """Computes a digest of each setting that can change the numbers.
+
+    Args:
+      config: the settings, as `config.json` has them.
+
+    Returns:
+      The digests by the settings' names.
+    """
+    written = {name: json.dumps(value, sort_keys=True) for name, value in config.items() if name not in PLACES}
+    return {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in written.items()}
 
 
 def read_record(folder: pathlib.Path) -> dict[str, Any] | None:
@@ -79,7 +92,7 @@ def check_unedited(folder: pathlib.Path, recorded: Mapping[str, Any], config: Ma
     Raises:
       ValueError: if a setting differs; the message names it.
     """
-    before, now = recorded["settings"], _digests_of_settings(config)
+    before, now = recorded["settings"], digests_of_settings(config)
     edited = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
     if edited:
         raise ValueError(
@@ -111,11 +124,6 @@ def check_unchanged(folder: pathlib.Path, recorded: Mapping[str, Any], data: Seq
     if others:
         text = f"{folder} was begun with {'; '.join(others)}: what is learned from here on may differ"
         warnings.warn(text, stacklevel=2)
-
-
-def _digests_of_settings(config: Mapping[str, Any]) -> dict[str, str]:
-    written = {name: json.dumps(value, sort_keys=True) for name, value in config.items() if name not in PLACES}
-    return {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in written.items()}
 
 
 def _digest_of_arrays(tree: Any) -> str:

@@ -21,8 +21,8 @@ import jax
 import numpy as np
 import rich.console
 
-from experiments.harness.record import RECORD, check_unchanged, make_record, read_record
-from experiments.harness.settings import RunSettings
+from experiments.harness.record import RECORD, check_unchanged, digests_of_settings, make_record, read_record
+from experiments.harness.settings import ADDED_TO, RunSettings
 from lifelong_jax import _files
 
 _KINDS = {"event": str, "split": str, "method": str, "seed": int, "epochs": int}
@@ -84,7 +84,7 @@ class Run:
           name: of the file.
           values: names and values; arrays become lists, and NaN becomes null.
         """
-        _files.write(self.folder / name, (json.dumps(to_json(values), indent=2) + "\n").encode())
+        _files.write(self.folder / name, _encoded(values))
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Writes `summary.json`.
@@ -130,6 +130,10 @@ def _checked(row: Any) -> dict[str, Any]:
         for name in row.keys() - _KINDS.keys():
             np.array(row[name], np.float64)  # an error, unless it is a number, None, or a list of equal lists of them
     return row
+
+
+def _encoded(values: Any) -> bytes:
+    return (json.dumps(to_json(values), indent=2) + "\n").encode()
 
 
 def _write_rows(folder: pathlib.Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -211,7 +215,8 @@ def open_run(
 ) -> Iterator[Run]:
     """Starts a run, or resumes the one that `settings.resume` names. One process at a time may write to a run.
 
-    A run is resumed with the data that it was begun with. Of other versions of the code, a warning says so.
+    A run is resumed with the data that it was begun with. Of other versions of the code, a warning says so. If the
+    settings have more seeds or methods than the run, they are written into its files first.
 
     On Ctrl-C or SIGTERM, the run stops at its next checkpoint: after the epoch that is being learned; with
     `compute_once`, after the part that is being computed; in a sweep, after the runs that have begun. The program then
@@ -249,6 +254,7 @@ def open_run(
         with _locked(run.folder), _handled(request_stop, signal.SIGINT, signal.SIGTERM):
             if not new:
                 _check_record(run.folder, data)
+                _write_added(run.folder, settings, console)
                 _read_log(run)
             yield run
     except KeyboardInterrupt:
@@ -316,6 +322,26 @@ def _check_record(folder: pathlib.Path, data: Sequence[Any]) -> None:
             check_unchanged(folder, recorded, data)
     except ValueError as error:
         raise SystemExit(f"error: --resume: {error}") from error
+
+
+def _write_added(folder: pathlib.Path, settings: RunSettings, console: rich.console.Console) -> None:
+    """Writes the seeds and methods that are added to a run into `config.json` and `record.json`."""
+    config, record = json.loads((folder / "config.json").read_bytes()), read_record(folder)
+    added = {}
+    for name in ADDED_TO:
+        entries = to_json(getattr(settings, name, []))
+        if entries != config.get(name, []):
+            added[name] = entries
+            new = [str(entry) for entry in entries if entry not in config[name]]
+            console.print(f"adding {name} {', '.join(new)}", highlight=False, soft_wrap=True)
+    if not added:
+        return
+    files = {"config.json": config | added}
+    if record is not None:
+        files[RECORD] = record | {"settings": digests_of_settings(config | added)}
+    with contextlib.ExitStack() as stack:  # both, or neither
+        for name, values in files.items():
+            stack.enter_context(_files.replacing(folder / name)).write_bytes(_encoded(values))
 
 
 def _read_log(run: Run) -> None:

@@ -21,6 +21,9 @@ from experiments.harness.record import PLACES, check_unedited, read_record
 
 SettingsType = TypeVar("SettingsType", bound="RunSettings")
 
+ADDED_TO = ("methods", "seeds")
+"""The settings that a command line with `--resume` adds to: each entry is learned by itself."""
+
 _NEWEST = "newest"
 _MOST_SEEDS = 10_000
 _LARGEST = 2**31 - 1  # of integers in JAX's usual mode
@@ -112,7 +115,7 @@ class RunSettings:
 
     resume: str | None = None
     """Resume a run that was stopped, with its own settings: its folder, or nothing for the newest run of this
-    experiment."""
+    experiment. Seeds and methods that are given beside it are added to the run's."""
 
 
 def check_settings(
@@ -188,6 +191,8 @@ def parse_settings(
 ) -> SettingsType:
     """Reads a script's command line. With `--resume`, the settings are those of the run that is resumed.
 
+    Seeds and methods on such a command line are added to the run's, behind those that it has.
+
     Args:
       settings_type: the dataclass of the script's settings.
       experiment: the name of the script: of its module in `experiments`, and of its folder of results.
@@ -225,14 +230,17 @@ def parse_settings(
     except (OSError, ValueError) as error:
         raise SystemExit(f"error: --resume: {error}") from error
     given = tyro.cli(settings_type, prog=program, args=arguments, default=saved)
+    both = {}
     for field in dataclasses.fields(settings_type):
         ours, theirs = getattr(given, field.name), getattr(saved, field.name)
-        if field.name not in PLACES and ours != theirs:
+        if field.name in ADDED_TO and theirs:  # without any, the script chooses
+            both[field.name] = theirs + tuple(entry for entry in ours if entry not in theirs)
+        elif field.name not in PLACES and ours != theirs:
             raise SystemExit(
                 f"error: --resume: {folder} has {field.name} = {theirs}, but the command line has {ours}. A run is "
                 f"resumed with its own settings: leave {field.name} out, or start another run without --resume."
             )
-    return dataclasses.replace(given, resume=str(folder))
+    return dataclasses.replace(given, resume=str(folder), **both)
 
 
 def _newest_run(folder: pathlib.Path) -> pathlib.Path:

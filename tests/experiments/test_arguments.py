@@ -35,6 +35,7 @@ def call(script, output_dir, *arguments):
         (permuted, "--network cnn --features 4 4 4 4", "need one image [height, width, channels] of at least 16 by 16"),
         (dataset_sequence, "--network cnn --image-size 2", "of at least 4 by 4 pixels, not (2, 2, 1)"),
         (permuted, "--hidden-sizes 1000000 1000000", "a network of 1,000,076,000,010 parameters takes at least"),
+        (permuted, "--strength 1,10 --methods finetune joint", "none of the methods finetune, joint has a strength"),
         (split, "--classes-per-task 11", "classes_per_task must be below 10, the number of classes of digits"),
         (split, "--classes-per-task 10", "so that there are several tasks, not 10"),
     ],

@@ -115,7 +115,6 @@ def test_permuted_chooses_strengths_on_validation_data(tmp_path, capsys):
         (["--strength", "1,-10"], "strength must be finite and at least 0"),
         (["--strength", "1,1"], "strength must have at least one entry, and no entry twice"),
         (["--strength", "1,10", "--tune"], "leave out either --tune or --strength"),
-        (["--strength", "1,10", "--methods", "finetune", "joint"], "has a strength to choose"),
         (["--strength", "1,ten"], "give numbers, such as 1,10,100"),
         (["--seeds", "3-1"], "give integers and ranges, such as 0-4 or 0,2,4"),
     ],

@@ -1,10 +1,12 @@
 """Run folders: what is logged, kept, locked and stopped."""
 
 import dataclasses
+import errno
 import importlib.metadata
 import json
 import math
 import os
+import pathlib
 import shlex
 import signal
 from typing import NamedTuple
@@ -206,6 +208,38 @@ def test_a_run_without_a_record_goes_on_with_a_warning_and_one_with_a_damaged_re
     (run.folder / "record.json").unlink()
     with pytest.warns(UserWarning, match=r"has no record\.json"), open_run(settings, "permuted", CONSOLE):
         pass
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Seeded(RunSettings):
+    seeds: tuple[int, ...] = (0,)
+    strength: float = 2.0
+
+
+def test_what_is_added_is_written_into_both_files_or_neither(tmp_path, capsys, monkeypatch):
+    names = ("config.json", "record.json")
+    with open_run(Seeded(output_dir=str(tmp_path)), "permuted", CONSOLE) as run:
+        before = [(run.folder / name).read_bytes() for name in names]
+    more = Seeded(output_dir=str(tmp_path / "elsewhere"), resume=str(run.folder), seeds=(0, 3))
+    write_bytes = pathlib.Path.write_bytes
+
+    def full_disk(path, data):
+        if "record" in path.name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write_bytes(path, data)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pathlib.Path, "write_bytes", full_disk)
+        with pytest.raises(SystemExit, match="No space left"), open_run(more, "permuted", CONSOLE):
+            raise AssertionError("unreachable")
+    assert [(run.folder / name).read_bytes() for name in names] == before
+    with open_run(more, "permuted", rich.console.Console()):
+        assert "adding seeds 3" in capsys.readouterr().out
+    with open_run(Seeded(output_dir=str(tmp_path), seeds=(0, 3)), "permuted", CONSOLE) as whole:
+        pass
+    assert [(run.folder / name).read_bytes() for name in names] == [
+        (whole.folder / name).read_bytes() for name in names
+    ]
 
 
 def test_too_little_memory_is_one_line(tmp_path):

@@ -33,6 +33,7 @@ class Config(RunSettings):
     networks: tuple[tuple[int, ...], ...] = ((64,), (128, 128))
     strength: Inner = Inner()
     data_dir: str | None = None
+    methods: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (0, 1)
 
 
@@ -55,10 +56,19 @@ def test_the_settings_are_those_of_the_run(tmp_path):
     assert elsewhere == dataclasses.replace(expected, data_dir="elsewhere")
 
 
+def test_seeds_are_added_to_those_of_the_run(tmp_path):
+    output = ["--output-dir", str(tmp_path)]
+    with open_run(parse(*output, "--seeds", "4", "2"), "permuted", CONSOLE):
+        pass
+    for words, seeds in ((["4"], (4, 2)), (["2", "3", "4"], (4, 2, 3)), (["0", "9"], (4, 2, 0, 9))):
+        assert parse(*output, "--resume", "--seeds", *words).seeds == seeds
+    assert parse(*output, "--resume").seeds == (4, 2)  # nothing is written before the run is opened
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--seeds", "0"], r"has seeds = \(0, 1\), but the command line has \(0,\)"),
+        (["--methods", "ewc"], r"has methods = \(\), but the command line has \('ewc',\)"),
         (["--strength.ewc", "1"], r"has strength = Inner\(ewc=0.1\), but the command line has Inner\(ewc=1.0\)"),
     ],
 )
