@@ -14,9 +14,10 @@ import rich.progress
 from experiments.harness.parallel import map_as_finished, num_at_once
 from experiments.harness.report import Outcome, estimate, format_estimate, progress_bar
 from experiments.harness.runs import Run
-from experiments.harness.sequences import ResumableSequence
+from experiments.harness.sequences import ResumableSequence, start_of_seed
 from lifelong_jax.continual import Progress, SequenceState
 from lifelong_jax.metrics import average_accuracy
+from lifelong_jax.sweep import SweepRun
 from lifelong_jax.types import Example, Params, Task
 
 Learner: TypeAlias = Callable[
@@ -66,16 +67,15 @@ def compare(
         for name in learners
         for seed in seeds
     }
+    start_of = functools.partial(start_of_seed, make_tasks, init_params)
     learned: dict[tuple[str, int], tuple[dict[str, np.ndarray], np.ndarray]] = {}
     with progress_bar(console) as bar:
         line = _ProgressLine(bar, len(sequences))
 
         def learn(place: tuple[str, int]) -> tuple[dict[str, np.ndarray], np.ndarray]:
-            name, seed = place
+            name, _ = place
             show = functools.partial(line.show, place)
-            return _learn_seed(
-                learners[name], make_tasks, init_params, seed, num_epochs, sequences[place], show, console
-            )
+            return _learn_sequence(learners[name], start_of, num_epochs, sequences[place], show, console)
 
         begun = itertools.takewhile(lambda _: not run.stopping.is_set(), sequences)
         for place, measured_and_curve in map_as_finished(learn, begun, num_at_once()):
@@ -113,20 +113,19 @@ class _ProgressLine:
         self._update(description=place[0], total=total, completed=completed, **status)
 
 
-def _learn_seed(
+def _learn_sequence(
     learner: Learner,
-    make_tasks: Callable[[jax.Array], Sequence[Task]],
-    init_params: Callable[[jax.Array, Example], Params],
-    seed: int,
+    start_of: Callable[[int], SweepRun],
     num_epochs: int,
     sequence: ResumableSequence,
     show: Callable[..., None],
     console: rich.console.Console,
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Returns what was measured of one sequence, and its curve `[num_epochs, num_tasks]`."""
-    tasks_key, params_key, learning_key = jax.random.split(jax.random.key(seed), 3)
-    tasks = make_tasks(tasks_key)
-    curve = np.full((len(tasks) * num_epochs, len(tasks)), np.nan)
+    measured = sequence.result()
+    start = start_of(sequence.seed) if measured is None else None
+    num_tasks = len(start.tasks if measured is None else measured["accuracy_matrix"])
+    curve = np.full((num_tasks * num_epochs, num_tasks), np.nan)
     show(0, len(curve))
 
     def draw(progress: Progress) -> None:
@@ -136,18 +135,16 @@ def _learn_seed(
         sequence.log_epoch(progress)
         draw(progress)
         where = "all tasks" if progress.task is None else f"task {progress.task + 1}"
-        status = f"seed {seed}, {where}, loss {progress.loss:.3f}, accuracy {progress.accuracies[-1]:.3f}"
+        status = f"seed {sequence.seed}, {where}, loss {progress.loss:.3f}, accuracy {progress.accuracies[-1]:.3f}"
         show(progress.epochs, len(curve), status=status)
 
-    measured = sequence.result()
-    if measured is None:
-        params = init_params(params_key, tasks[0].train.inputs[0])
+    if start is not None:
         try:
-            state = learner(params, tasks, learning_key, sequence, report)
+            state = learner(start.params, start.tasks, start.key, sequence, report)
             measured = {field: getattr(state, field) for field in _MEASURED}
         except FloatingPointError as error:  # one strength too many must not cost all the others
             console.print(f"{sequence.name}: {error}", highlight=False)
-            unknown = np.full((len(tasks), len(tasks)), np.nan)
+            unknown = np.full((num_tasks, num_tasks), np.nan)
             accuracies = {"accuracy_matrix": unknown, "initial_accuracies": unknown[0]}
             measured = dict.fromkeys(_MEASURED, np.nan) | accuracies
         sequence.finish(**measured)

@@ -16,7 +16,8 @@ from lifelong_jax import _files
 from lifelong_jax.checkpoint import save_consolidation
 from lifelong_jax.continual import Progress, SequenceState, init_sequence, learn_jointly, learn_tasks
 from lifelong_jax.methods import Method
-from lifelong_jax.types import Consolidation, Params, Recipe, Task
+from lifelong_jax.sweep import SweepRun
+from lifelong_jax.types import Consolidation, Example, Params, Recipe, Task
 
 _LOGGED = ("task", "epochs", "loss", "accuracies")  # of Progress
 
@@ -151,6 +152,24 @@ class ResumableSequence:
           The file.
         """
         return self._folder / f"task-{task + 1}.safetensors"
+
+
+def start_of_seed(
+    make_tasks: Callable[[jax.Array], Sequence[Task]], init_params: Callable[[jax.Array, Example], Params], seed: int
+) -> SweepRun:
+    """Makes what a seed sets, for every learner alike: the tasks, the initial parameters and the key of the shuffling.
+
+    Args:
+      make_tasks: `make_tasks(key) -> tasks`.
+      init_params: `init_params(key, x) -> params`, x one example's input.
+      seed: an integer.
+
+    Returns:
+      The start, with strength 0.
+    """
+    tasks_key, params_key, learning_key = jax.random.split(jax.random.key(seed), 3)
+    tasks = make_tasks(tasks_key)
+    return SweepRun(init_params(params_key, tasks[0].train.inputs[0]), tasks, learning_key, 0.0)
 
 
 def learn_resumably(

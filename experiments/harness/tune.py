@@ -13,7 +13,7 @@ import rich.console
 from experiments.harness.parallel import map_as_finished, num_at_once
 from experiments.harness.report import Estimate, estimate, format_estimate, print_table, progress_bar
 from experiments.harness.runs import Run
-from experiments.harness.sequences import ResumableSequence
+from experiments.harness.sequences import ResumableSequence, start_of_seed
 from experiments.harness.settings import check_settings
 from lifelong_jax import metrics
 from lifelong_jax._tables import markdown_table
@@ -64,7 +64,7 @@ def sweep_strengths(
     """
     check_settings(distinct={"strengths": [f"{strength:.3g}" for strength in strengths], "seeds": seeds})
     runs_per_program = 1 if jax.default_backend() == "cpu" else RUNS_PER_PROGRAM
-    start_of = functools.lru_cache(maxsize=1)(functools.partial(_start, make_tasks, init_params))
+    start_of = functools.lru_cache(maxsize=1)(functools.partial(start_of_seed, make_tasks, init_params))
     matrices = {}
     with progress_bar(console) as bar:
         line = bar.add_task("", total=len(learners) * len(strengths) * len(seeds), status="")
@@ -206,14 +206,6 @@ def _at_best(accuracies: Sequence[Estimate], strengths: Sequence[float]) -> str:
     if best is None:
         return "diverged at every strength"
     return f"average accuracy {format_estimate(accuracies[best], 100)} % at strength {strengths[best]:.3g}"
-
-
-def _start(
-    make_tasks: Callable[[jax.Array], Sequence[Task]], init_params: Callable[[jax.Array, Example], Params], seed: int
-) -> SweepRun:
-    tasks_key, params_key, learning_key = jax.random.split(jax.random.key(seed), 3)
-    tasks = make_tasks(tasks_key)
-    return SweepRun(init_params(params_key, tasks[0].train.inputs[0]), tasks, learning_key, 0.0)
 
 
 def _chunks(places: Iterable[tuple[int, float]], size: int) -> Iterator[tuple[tuple[int, float], ...]]:
