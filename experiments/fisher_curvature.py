@@ -132,8 +132,8 @@ class PerExample(NamedTuple):
 def main(config: Config) -> None:
     """Runs the study."""
     console = rich.console.Console()
-    with open_run(config, "fisher_curvature", console) as run:
-        data = load_small_digits()
+    data = load_small_digits()
+    with open_run(config, "fisher_curvature", console, [data]) as run:
         measured: dict[str, list[dict[str, Any]]] = {name: [] for name in config.activations}
         with progress_bar(console) as bar:
             line = bar.add_task("", total=len(config.activations) * len(config.seeds), status="")

@@ -102,8 +102,8 @@ class Measured(NamedTuple):
 def main(config: Config) -> None:
     """Runs the study."""
     console = rich.console.Console()
-    with open_run(config, "importance", console) as run:
-        dataset = load_dataset("digits")
+    dataset = load_dataset("digits")
+    with open_run(config, "importance", console, [dataset]) as run:
         function = functools.partial(measure, config, dataset)
         values = measure_seeds(function, config.seeds, run, console, logged=Measured._fields[:5])
         report(config, values, run, console)

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 
 from experiments.harness.experiment import Experiment, Settings, Strength, load_or_exit, make_network, run_experiment
-from experiments.harness.settings import check_memory, check_settings, parse_settings
+from experiments.harness.settings import check_num_tasks, parse_settings
 from lifelong_jax import permuted_tasks
 from lifelong_jax.models import init_network
 
@@ -33,8 +33,7 @@ class Config(Settings):
     def __post_init__(self) -> None:
         """Validates before computing."""
         super().__post_init__()
-        check_settings(positive={"num_tasks": self.num_tasks})
-        check_memory(f"num_tasks = {self.num_tasks}", 8 * self.num_tasks**2 * self.num_epochs)  # accuracy curves
+        check_num_tasks(self.num_tasks, self.num_epochs)
 
 
 def main(config: Config) -> None:

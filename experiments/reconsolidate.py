@@ -17,10 +17,10 @@ import rich.console
 from experiments.harness.compare import compare
 from experiments.harness.experiment import load_or_exit
 from experiments.harness.pipelines import interval_of, momentum_with_penalty, steps_of_task
-from experiments.harness.report import Estimate, Outcome, estimate, format_estimate, report_tables
+from experiments.harness.report import Estimate, Outcome, estimate, fail_if_all_diverged, format_estimate, report_tables
 from experiments.harness.runs import Run, open_run
 from experiments.harness.sequences import ResumableSequence, learn_resumably
-from experiments.harness.settings import RunSettings, Seeds, check_settings, parse_settings
+from experiments.harness.settings import RunSettings, Seeds, check_num_tasks, check_settings, parse_settings
 from lifelong_jax import Recipe, SequenceState, methods, permuted_tasks
 from lifelong_jax.checkpoint import load_consolidation
 from lifelong_jax.consolidation import Rule
@@ -74,12 +74,13 @@ class Config(RunSettings):
 
     def __post_init__(self) -> None:
         """Validates before computing."""
-        names = ("num_tasks", "hidden_sizes", "num_epochs", "batch_size", "learning_rate")
+        names = ("hidden_sizes", "num_epochs", "batch_size", "learning_rate")
         check_settings(
             positive={name: getattr(self, name) for name in names},
             not_negative={"strength": self.strength, "strengths": self.strengths},
             distinct={"strengths": self.strengths, "seeds": self.seeds},
         )
+        check_num_tasks(self.num_tasks, self.num_epochs)
         if self.method == "kfac" and self.rule != "latest":
             raise ValueError("method kfac needs --rule latest.")
         if self.num_tasks < 2:
@@ -106,7 +107,7 @@ def main(config: Config) -> None:
         for rule, ruled in ((rule, method._replace(rule=rule)) for rule in rules_of(config))
         for strength in config.strengths
     }
-    with open_run(config, "reconsolidate", console) as run:
+    with open_run(config, "reconsolidate", console, [dataset]) as run:
         compare_learners = functools.partial(
             compare,
             make_tasks=lambda key: permuted_tasks(dataset.train, dataset.test, config.num_tasks, key),
@@ -117,8 +118,11 @@ def main(config: Config) -> None:
             console=console,
         )
         first = functools.partial(learn_resumably, method, recipe, config.strength)
-        compare_learners({"first": first}, keep_tasks=True)
-        report(config, compare_learners(again), run, console)
+        learned = compare_learners({"first": first}, keep_tasks=True)
+        fail_if_all_diverged([learned["first"].accuracy_matrix[:, -1]])  # nothing was kept to go on from
+        outcomes = compare_learners(again)
+        report(config, outcomes, run, console)
+        fail_if_all_diverged(outcome.accuracy_matrix[:, -1] for outcome in outcomes.values())
 
 
 def start_with_last_task(

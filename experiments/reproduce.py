@@ -18,7 +18,7 @@ import optax
 import rich.console
 
 from experiments.harness.experiment import load_or_exit
-from experiments.harness.report import Estimate, estimate, print_table
+from experiments.harness.report import Estimate, estimate, fail_if_all_diverged, print_table
 from experiments.harness.runs import Run, open_run, to_json
 from experiments.harness.settings import RunSettings, Seeds, check_settings, parse_settings
 from experiments.harness.tune import SweepLearner, average_accuracies, best_strength, sweep_strengths, warn_at_edge
@@ -88,6 +88,7 @@ def main(config: Config) -> None:
     """Runs the rows, and writes the tables and the pictures."""
     console = rich.console.Console()
     dataset = load_or_exit("mnist", config.data_dir)
+    accuracies = []
     with open_run(config, "reproduce", console, [dataset]) as run:
         for row in config.rows:
             protocol = ROWS[row]
@@ -97,7 +98,9 @@ def main(config: Config) -> None:
             report(row, results, console)
             docs = run.folder if config.docs is None else pathlib.Path(config.docs)
             write_docs(docs, row, results)
+            accuracies += [result["accuracies"] for result in results]
         console.print(f"results in {run.folder}, tables in {docs}/results.md", highlight=False, soft_wrap=True)
+        fail_if_all_diverged(accuracies)
 
 
 def run_row(

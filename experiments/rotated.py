@@ -10,7 +10,7 @@ import functools
 import numpy as np
 
 from experiments.harness.experiment import Experiment, Settings, Strength, load_or_exit, make_network, run_experiment
-from experiments.harness.settings import check_memory, check_settings, parse_settings
+from experiments.harness.settings import check_num_tasks, check_settings, parse_settings
 from lifelong_jax import rotated_tasks
 from lifelong_jax.models import init_network
 
@@ -36,8 +36,8 @@ class Config(Settings):
     def __post_init__(self) -> None:
         """Validates before computing."""
         super().__post_init__()
-        check_settings(positive={"num_tasks": self.num_tasks}, not_negative={"max_angle": self.max_angle})
-        check_memory(f"num_tasks = {self.num_tasks}", 8 * self.num_tasks**2 * self.num_epochs)  # accuracy curves
+        check_settings(not_negative={"max_angle": self.max_angle})
+        check_num_tasks(self.num_tasks, self.num_epochs)
 
 
 def main(config: Config) -> None:

@@ -72,8 +72,8 @@ class Config(RunSettings):
 def main(config: Config) -> None:
     """Runs the study."""
     console = rich.console.Console()
-    with open_run(config, "sensitivity", console) as run:
-        dataset = load_dataset("digits")
+    dataset = load_dataset("digits")
+    with open_run(config, "sensitivity", console, [dataset]) as run:
         measured = measure_seeds(functools.partial(measure, config, dataset), config.seeds, run, console)
         errors, changes = ({name: measured[name] for name in names} for names in (ACTIVATIONS, RANKINGS))
         report(config, errors, changes, run, console)

@@ -33,6 +33,7 @@ from lifelong_jax import (
     learn_task,
     proximal_quadratic_penalty,
 )
+from lifelong_jax.datasets import load_dataset
 from lifelong_jax.geometry import Plane, loss_on_plane, penalty_on_plane, plane_coordinates, plane_through
 from lifelong_jax.types import Params
 
@@ -125,7 +126,7 @@ class Outcome(NamedTuple):
 def main(config: Config) -> None:
     """Runs the study."""
     console = rich.console.Console()
-    with open_run(config, "solution_space", console) as run:
+    with open_run(config, "solution_space", console, [load_dataset("digits")]) as run:
         cases = (two_parameters(config.linear_learning_rate), network(config.hidden_sizes, config.learning_rate))
         learned: dict[str, list[Learned]] = {case.name: [] for case in cases}
         outcomes = {}

@@ -16,9 +16,9 @@ import rich.console
 import tyro
 
 from experiments.harness.experiment import load_or_exit
-from experiments.harness.report import Estimate, format_estimate, report_tables
+from experiments.harness.report import Estimate, fail_if_all_diverged, format_estimate, report_tables
 from experiments.harness.runs import Run, open_run
-from experiments.harness.settings import Numbers, RunSettings, Seeds, check_settings, parse_settings
+from experiments.harness.settings import Numbers, RunSettings, Seeds, check_num_tasks, check_settings, parse_settings
 from experiments.harness.tune import average_accuracies, sweep_strengths
 from lifelong_jax import (
     Recipe,
@@ -78,12 +78,13 @@ class Config(RunSettings):
 
     def __post_init__(self) -> None:
         """Validates before computing."""
-        names = ("num_tasks", "hidden_sizes", "num_epochs", "batch_size", "sgd_learning_rate", "adam_learning_rate")
+        names = ("hidden_sizes", "num_epochs", "batch_size", "sgd_learning_rate", "adam_learning_rate")
         check_settings(
             positive={name: getattr(self, name) for name in names},
             not_negative={"strengths": self.strengths},
             distinct={name: getattr(self, name) for name in ("optimizers", "strengths", "seeds")},
         )
+        check_num_tasks(self.num_tasks, self.num_epochs)
 
 
 def main(config: Config) -> None:
@@ -104,7 +105,7 @@ def main(config: Config) -> None:
         for optimizer in config.optimizers
         for place, optimizer_fn in pipelines[optimizer].items()
     }
-    with open_run(config, "strength_sweep", console) as run:
+    with open_run(config, "strength_sweep", console, [dataset]) as run:
         matrices = sweep_strengths(
             learners,
             config.strengths,
@@ -116,6 +117,7 @@ def main(config: Config) -> None:
         )
         accuracies = {name: average_accuracies(of_learner) for name, of_learner in matrices.items()}
         report(config, {name: list(pipelines[name]) for name in config.optimizers}, accuracies, run, console)
+        fail_if_all_diverged(at_strength.values for of_learner in accuracies.values() for at_strength in of_learner)
 
 
 def make_pipelines(config: Config) -> dict[str, dict[str, OptimizerFn]]:

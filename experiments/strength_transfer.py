@@ -17,8 +17,8 @@ import rich.console
 
 from experiments.harness.report import report_tables
 from experiments.harness.runs import Run, open_run
-from experiments.harness.settings import RunSettings, Seeds, check_settings, parse_settings
-from experiments.harness.tune import average_accuracies, sweep_strengths
+from experiments.harness.settings import RunSettings, Seeds, check_num_tasks, check_settings, parse_settings
+from experiments.harness.tune import average_accuracies, best_strength, sweep_strengths
 from lifelong_jax import (
     Batch,
     Recipe,
@@ -29,7 +29,7 @@ from lifelong_jax import (
     permuted_tasks,
     proximal_quadratic_penalty,
 )
-from lifelong_jax.datasets import hold_out_validation, load_dataset
+from lifelong_jax.datasets import Dataset, hold_out_validation, load_dataset
 from lifelong_jax.methods import Method
 from lifelong_jax.models import MLP, init_network
 from lifelong_jax.types import OutputFn, Params
@@ -66,26 +66,28 @@ class Config(RunSettings):
     def __post_init__(self) -> None:
         """Validates before computing."""
         check_settings(
-            positive={name: getattr(self, name) for name in ("num_tasks", "num_epochs", "batch_size", "learning_rate")},
+            positive={name: getattr(self, name) for name in ("num_epochs", "batch_size", "learning_rate")},
             distinct={"networks": self.networks, "seeds": self.seeds},
         )
+        check_num_tasks(self.num_tasks, self.num_epochs)
 
 
 def main(config: Config) -> None:
     """Runs the study."""
     console = rich.console.Console()
-    with open_run(config, "strength_transfer", console) as run:
-        best, cost = measure(config, run, console)
+    dataset = hold_out_validation(load_dataset("digits"), 0.2, jax.random.key(0))
+    with open_run(config, "strength_transfer", console, [dataset]) as run:
+        best, cost = measure(config, dataset, run, console)
         report(config, best, cost, run, console)
 
 
 def measure(
-    config: Config, run: Run, console: rich.console.Console
+    config: Config, dataset: Dataset, run: Run, console: rich.console.Console
 ) -> tuple[dict[str, list[float]], dict[str, np.ndarray]]:
     """Finds each network's best strength, and its loss of accuracy at the others' best, for each normalisation."""
-    dataset = hold_out_validation(load_dataset("digits"), 0.2, jax.random.key(0))
     base = {"ewc": methods.ewc(), "mas": methods.mas("separate")}[config.method]
-    best, cost = {}, {}
+    best: dict[str, list[float]] = {name: [] for name in HALF_DECADES}
+    cost = {}
 
     def optimizer_fn(strength: jax.Array) -> optax.GradientTransformation:
         rate = config.learning_rate
@@ -109,9 +111,10 @@ def measure(
                 run,
                 console,
             )
-            row[:] = [estimate.mean for estimate in average_accuracies(matrices[name])]
+            of_network = average_accuracies(matrices[name])
+            best[normalization].append(best_strength(of_network, strengths, name))
+            row[:] = [estimate.mean for estimate in of_network]
         accuracy = np.nan_to_num(accuracy)  # NaN where training diverged
-        best[normalization] = [strengths[index] for index in accuracy.argmax(axis=1)]
         # The network's best accuracy, minus its accuracy at the strength that is best on average for the others.
         for_others = [np.delete(accuracy, index, axis=0).mean(axis=0).argmax() for index in range(len(accuracy))]
         cost[normalization] = accuracy.max(axis=1) - accuracy[range(len(accuracy)), for_others]

@@ -96,8 +96,8 @@ class Measured(NamedTuple):
 def main(config: Config) -> None:
     """Runs the study."""
     console = rich.console.Console()
-    with open_run(config, "unlabelled", console) as run:
-        dataset = load_dataset("digits")
+    dataset = load_dataset("digits")
+    with open_run(config, "unlabelled", console, [dataset]) as run:
         function = functools.partial(measure, config, dataset)
         values = Measured(**measure_seeds(function, config.seeds, run, console))
         report(config, values, run, console)

@@ -7,7 +7,6 @@ from typing import Annotated, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
-import numpy as np
 import optax
 import rich.console
 import tyro
@@ -16,7 +15,7 @@ from experiments.harness.compare import compare
 from experiments.harness.compilation import time_compilation
 from experiments.harness.parallel import num_at_once
 from experiments.harness.pipelines import MOMENTUM, interval_of, momentum_with_penalty, steps_of_task
-from experiments.harness.report import report_comparison
+from experiments.harness.report import fail_if_all_diverged, report_comparison
 from experiments.harness.runs import Run, open_run
 from experiments.harness.sequences import learn_resumably
 from experiments.harness.settings import Numbers, RunSettings, Seeds, check_memory, check_settings, refuse
@@ -226,8 +225,7 @@ def run_experiment(settings: Settings, experiment: Experiment) -> None:
             run,
             console,
         )
-        if all(np.isnan(outcome.accuracy_matrix[:, -1]).any() for outcome in outcomes.values()):
-            raise SystemExit("error: every method diverged: lower the learning rate")
+        fail_if_all_diverged(outcome.accuracy_matrix[:, -1] for outcome in outcomes.values())
 
 
 def check_network(experiment: Experiment) -> None:

@@ -5,7 +5,7 @@ import functools
 import io
 import math
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -180,6 +180,22 @@ class Outcome(NamedTuple):
     curves: np.ndarray
     training_seconds: np.ndarray
     importance_seconds: np.ndarray
+
+
+def fail_if_all_diverged(accuracies: Iterable[ArrayLike]) -> None:
+    """Ends the program with an error if training diverged for every entry of a table.
+
+    Args:
+      accuracies: of each entry, over seeds; NaN where training diverged.
+
+    Raises:
+      SystemExit: if each entry has a NaN, so that it is "–" in the table.
+
+    Example:
+      >>> fail_if_all_diverged([[0.9, np.nan], [0.5, 0.6]])
+    """
+    if all(np.isnan(of_entry).any() for of_entry in accuracies):
+        raise SystemExit("error: no result, because training diverged: lower the learning rate or the strengths")
 
 
 class Summary(NamedTuple):

@@ -156,7 +156,7 @@ def row_key(row: Mapping[str, Any]) -> tuple:
     return tuple(row.get(name) for name in ("split", "method", "seed"))
 
 
-def start_run(output_dir: str | pathlib.Path, experiment: str, config: Any, data: Sequence[Any] = ()) -> Run:
+def start_run(output_dir: str | pathlib.Path, experiment: str, config: Any, data: Sequence[Any]) -> Run:
     """Makes a new folder `output_dir/experiment/<date-time>` and writes `record.json` and `config.json` into it.
 
     Args:
@@ -211,7 +211,7 @@ def to_json(value: Any) -> Any:
 
 @contextlib.contextmanager
 def open_run(
-    settings: RunSettings, experiment: str, console: rich.console.Console, data: Sequence[Any] = ()
+    settings: RunSettings, experiment: str, console: rich.console.Console, data: Sequence[Any]
 ) -> Iterator[Run]:
     """Starts a run, or resumes the one that `settings.resume` names. One process at a time may write to a run.
 

@@ -173,6 +173,20 @@ def check_memory(what: str, num_bytes: float) -> None:
         raise ValueError(f"{what} takes at least {num_bytes / 1e9:,.0f} GB of memory, of {there / 1e9:,.0f} GB")
 
 
+def check_num_tasks(num_tasks: int, num_epochs: int) -> None:
+    """Checks before anything is computed that there is a task, and that memory holds the accuracy curves of a sequence.
+
+    Args:
+      num_tasks: how many tasks.
+      num_epochs: passes over each task's training data.
+
+    Raises:
+      ValueError: naming the number of tasks.
+    """
+    check_settings(positive={"num_tasks": num_tasks})
+    check_memory(f"num_tasks = {num_tasks}", 8 * num_tasks**2 * num_epochs)
+
+
 def refuse(error: object) -> NoReturn:
     """Ends the program as a wrong argument does: with one line, and exit code 2.
 

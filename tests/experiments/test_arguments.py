@@ -1,16 +1,29 @@
 """Arguments that no script can do anything with are refused in one line, before anything is computed."""
 
 import json
+import unittest.mock
 
 import numpy as np
 import pytest
 import safetensors.numpy
 
-from experiments import add_digit, dataset_sequence, permuted, reproduce, rotated, split
+from experiments import (
+    add_digit,
+    dataset_sequence,
+    permuted,
+    reconsolidate,
+    reproduce,
+    rotated,
+    split,
+    strength_sweep,
+    strength_transfer,
+)
 from experiments.harness.settings import parse_settings
 from tests.experiments.files import read_table
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+DIVERGED = "^error: no result, because training diverged: lower the learning rate or the strengths"
 
 
 def call(script, output_dir, *arguments):
@@ -25,7 +38,10 @@ def call(script, output_dir, *arguments):
         (permuted, "--strength.ewc 1e300", "strength.ewc must be at most 3.4e38"),
         (permuted, "--num-epochs 99999999999999999999", "num_epochs must be at most 2147483647"),
         (permuted, "--num-tasks 2000000000", "num_tasks = 2000000000 takes at least"),
-        (rotated, "--num-tasks 2000000000", "num_tasks = 2000000000 takes at least"),
+        *(
+            (script, "--num-tasks 2000000000", "num_tasks = 2000000000 takes at least")
+            for script in (rotated, reconsolidate, strength_sweep, strength_transfer)
+        ),
         (add_digit, "--addends 1000000", "whose last layer would take 5.1 GB or more"),
         (add_digit, "--addends 99999999999999999999", "addends must be at most 2147483647"),
         (dataset_sequence, "--network alexnet", "alexnet needs --image-size 63 or more"),
@@ -73,7 +89,7 @@ def test_a_data_set_that_cannot_be_there_is_one_line(tmp_path, dataset):
 
 def test_where_every_method_diverged_the_run_fails(tmp_path, capsys):
     small = "--num-tasks 2 --hidden-sizes 4 --num-epochs 1 --seeds 0"
-    with pytest.raises(SystemExit, match="error: every method diverged: lower the learning rate"):
+    with pytest.raises(SystemExit, match=DIVERGED):
         call(permuted, tmp_path, *f"{small} --methods finetune ewc --learning-rate 1e30".split())
     (folder,) = (tmp_path / "permuted").iterdir()
     assert "| ewc | – |" in read_table(folder / "table.md")
@@ -81,3 +97,72 @@ def test_where_every_method_diverged_the_run_fails(tmp_path, capsys):
     assert "lower the learning rate" in printed
     assert "proximal" not in printed  # it is on already
     assert len(json.loads((folder / "record.json").read_text())["data"]) == 1
+
+
+SMALL = ["--num-tasks", "2", "--hidden-sizes", "4", "--num-epochs", "1", "--seeds", "0", "1"]
+
+
+def record_of(folder):
+    return json.loads((folder / "record.json").read_text())
+
+
+def test_where_every_strength_diverged_the_sweep_fails(tmp_path, monkeypatch):
+    def diverging(learners, strengths, make_tasks, init_params, seeds, run, console):
+        accuracies = np.full((len(strengths), len(seeds), 2, 2), 0.5)
+        accuracies[: 2 if all_of_them else 1, 1] = np.nan  # for one of the seeds
+        return dict.fromkeys(learners, accuracies)
+
+    monkeypatch.setattr(strength_sweep, "sweep_strengths", diverging)
+    all_of_them = False
+    call(strength_sweep, tmp_path / "some", *SMALL, "--strength", "1,2")
+    all_of_them = True
+    with pytest.raises(SystemExit, match=DIVERGED):
+        call(strength_sweep, tmp_path, *SMALL, "--strength", "1,2")
+    (folder,) = (tmp_path / "strength_sweep").iterdir()
+    assert "| 2e+00 | – | – |" in read_table(folder / "table.md")
+    assert len(record_of(folder)["data"]) == 1
+
+
+def test_a_network_that_diverged_at_every_strength_has_no_best_one(tmp_path, monkeypatch):
+    def diverging(learners, strengths, make_tasks, init_params, seeds, run, console):
+        value = np.nan if any("(128, 128, 128)" in name for name in learners) else 0.5
+        return dict.fromkeys(learners, np.full((len(strengths), len(seeds), 2, 2), value))
+
+    monkeypatch.setattr(strength_transfer, "sweep_strengths", diverging)
+    with pytest.raises(SystemExit, match=r"^error: none \(128, 128, 128\) diverged at every strength: lower the"):
+        call(strength_transfer, tmp_path)
+    (folder,) = (tmp_path / "strength_transfer").iterdir()
+    assert len(record_of(folder)["data"]) == 1
+
+
+@pytest.mark.parametrize("num_finished", [0, 1])
+def test_where_the_first_or_every_other_sequence_diverged_reconsolidation_fails(tmp_path, monkeypatch, num_finished):
+    called = []
+
+    def diverging(learners, **arguments):
+        called.append(list(learners))
+        matrices = np.full((2, 2, 2), 0.5 if len(called) <= num_finished else np.nan)
+        return {name: unittest.mock.Mock(accuracy_matrix=matrices) for name in learners}
+
+    monkeypatch.setattr(reconsolidate, "compare", diverging)
+    with pytest.raises(SystemExit, match=DIVERGED):
+        call(reconsolidate, tmp_path, *SMALL, "--strengths", "1", "2")
+    assert called == [["first"], ["separate 1", "separate 2", "latest 1", "latest 2"]][: num_finished + 1]
+    (folder,) = (tmp_path / "reconsolidate").iterdir()
+    assert (folder / "table.md").exists() == bool(num_finished)
+    assert len(record_of(folder)["data"]) == 1
+
+
+def test_where_every_method_of_every_row_diverged_the_reproduction_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduce, "load_or_exit", lambda name, data_dir: np.zeros(1))
+    monkeypatch.setattr(reproduce, "write_docs", lambda *arguments: None)
+    accuracies = {1: [np.nan, 90.0], 2: [90.0, 91.0]}
+
+    def run_row(row, *arguments):
+        name = reproduce.ROWS[row].entries[0].name
+        return [{"name": name, "strength": 1.0, "accuracies": accuracies[row], "validation": {}}]
+
+    monkeypatch.setattr(reproduce, "run_row", run_row)
+    call(reproduce, tmp_path, "--rows", "1,2")
+    with pytest.raises(SystemExit, match=DIVERGED):
+        call(reproduce, tmp_path, "--rows", "1")

@@ -43,6 +43,7 @@ def run(study, output_dir, arguments):
         assert len(image.convert("RGB").getcolors(image.width * image.height)) > 10
     assert (folder / "table.md").read_text().startswith("| ")
     assert json.loads((folder / "config.json").read_text())["output_dir"] == str(output_dir)
+    assert len(json.loads((folder / "record.json").read_text())["data"]) == 1
     before = results(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(study, PART.get(study, "measure"), lambda *arguments: pytest.fail("computed again"))

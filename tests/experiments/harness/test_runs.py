@@ -34,7 +34,7 @@ EPOCH = {"event": "epoch", "method": "ewc", "seed": 0, "task": 1, "loss": None, 
 
 
 def test_a_run_writes_as_it_goes(tmp_path):
-    run = runs.start_run(tmp_path, "study", Config())
+    run = runs.start_run(tmp_path, "study", Config(), [])
     assert run.folder.parent == tmp_path / "study"
     assert json.loads((run.folder / "config.json").read_text()) == {"methods": ["ewc"], "strength": 2.0}
     run.log(epoch=1, accuracies=np.array([0.5, np.nan]))
@@ -47,7 +47,7 @@ def test_a_run_writes_as_it_goes(tmp_path):
 
 
 def test_two_runs_at_once_get_two_folders(tmp_path):
-    folders = {runs.start_run(tmp_path, "study", Config()).folder for _ in range(3)}
+    folders = {runs.start_run(tmp_path, "study", Config(), []).folder for _ in range(3)}
     assert len(folders) == 3
 
 
@@ -136,7 +136,7 @@ def test_a_part_is_computed_once(tmp_path):
 def test_a_second_signal_stops_at_once(tmp_path, capsys):
     with (
         pytest.raises(SystemExit, match="130"),
-        open_run(RunSettings(output_dir=str(tmp_path)), "permuted", CONSOLE) as run,
+        open_run(RunSettings(output_dir=str(tmp_path)), "permuted", CONSOLE, []) as run,
     ):
         os.kill(os.getpid(), signal.SIGINT)
         assert run.stopping.is_set()
@@ -146,23 +146,23 @@ def test_a_second_signal_stops_at_once(tmp_path, capsys):
 
 
 def test_one_process_at_a_time_writes_to_a_run(tmp_path):
-    with open_run(RunSettings(output_dir=str(tmp_path)), "permuted", CONSOLE) as run:
+    with open_run(RunSettings(output_dir=str(tmp_path)), "permuted", CONSOLE, []) as run:
         again = RunSettings(output_dir=str(tmp_path), resume=str(run.folder))
-        with pytest.raises(SystemExit, match="another process is writing to"), open_run(again, "permuted", CONSOLE):
+        with pytest.raises(SystemExit, match="another process is writing to"), open_run(again, "permuted", CONSOLE, []):
             pass
-    with open_run(again, "permuted", CONSOLE):
+    with open_run(again, "permuted", CONSOLE, []):
         pass
 
 
 def test_the_folder_is_printed_at_the_start_and_can_be_pasted_into_a_shell(tmp_path, capsys):
     settings = RunSettings(output_dir=str(tmp_path / "two words; $HOME"))
-    with pytest.raises(SystemExit, match="130"), open_run(settings, "permuted", rich.console.Console()) as run:
+    with pytest.raises(SystemExit, match="130"), open_run(settings, "permuted", rich.console.Console(), []) as run:
         assert f"writing in {run.folder}" in capsys.readouterr().out
         raise KeyboardInterrupt
     (command,) = (line for line in capsys.readouterr().out.splitlines() if "--resume" in line)
     assert shlex.split(command)[-2:] == ["--resume", str(run.folder)]
     resumed = RunSettings(output_dir=str(tmp_path), resume=str(run.folder))
-    with open_run(resumed, "permuted", rich.console.Console()):
+    with open_run(resumed, "permuted", rich.console.Console(), []):
         assert f"going on in {run.folder}" in capsys.readouterr().out
 
 
@@ -186,27 +186,27 @@ def test_changed_data_are_refused(tmp_path):
 
 
 def test_other_versions_are_said(tmp_path, monkeypatch):
-    with open_run(RunSettings(output_dir=str(tmp_path)), "permuted", CONSOLE) as run:
+    with open_run(RunSettings(output_dir=str(tmp_path)), "permuted", CONSOLE, []) as run:
         pass
     settings = RunSettings(output_dir=str(tmp_path), resume=str(run.folder))
     version = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.0.1" if name == "optax" else version(name))
     monkeypatch.setattr(record, "_revision", lambda: "abc")
     warned = rf"was begun with optax {version('optax')}, now 0.0.1; git revision .*, now abc"
-    with pytest.warns(UserWarning, match=warned), open_run(settings, "permuted", CONSOLE):
+    with pytest.warns(UserWarning, match=warned), open_run(settings, "permuted", CONSOLE, []):
         pass
 
 
 def test_a_run_without_a_record_goes_on_with_a_warning_and_one_with_a_damaged_record_is_refused(tmp_path):
-    with open_run(RunSettings(output_dir=str(tmp_path)), "permuted", CONSOLE) as run:
+    with open_run(RunSettings(output_dir=str(tmp_path)), "permuted", CONSOLE, []) as run:
         pass
     settings = RunSettings(output_dir=str(tmp_path), resume=str(run.folder))
     for content in (b"{", b"[]", b"{}", b"\xff"):
         (run.folder / "record.json").write_bytes(content)
-        with pytest.raises(SystemExit, match=r"record\.json is damaged"), open_run(settings, "permuted", CONSOLE):
+        with pytest.raises(SystemExit, match=r"record\.json is damaged"), open_run(settings, "permuted", CONSOLE, []):
             raise AssertionError("unreachable")
     (run.folder / "record.json").unlink()
-    with pytest.warns(UserWarning, match=r"has no record\.json"), open_run(settings, "permuted", CONSOLE):
+    with pytest.warns(UserWarning, match=r"has no record\.json"), open_run(settings, "permuted", CONSOLE, []):
         pass
 
 
@@ -218,7 +218,7 @@ class Seeded(RunSettings):
 
 def test_what_is_added_is_written_into_both_files_or_neither(tmp_path, capsys, monkeypatch):
     names = ("config.json", "record.json")
-    with open_run(Seeded(output_dir=str(tmp_path)), "permuted", CONSOLE) as run:
+    with open_run(Seeded(output_dir=str(tmp_path)), "permuted", CONSOLE, []) as run:
         before = [(run.folder / name).read_bytes() for name in names]
     more = Seeded(output_dir=str(tmp_path / "elsewhere"), resume=str(run.folder), seeds=(0, 3))
     write_bytes = pathlib.Path.write_bytes
@@ -230,12 +230,12 @@ def test_what_is_added_is_written_into_both_files_or_neither(tmp_path, capsys, m
 
     with monkeypatch.context() as patched:
         patched.setattr(pathlib.Path, "write_bytes", full_disk)
-        with pytest.raises(SystemExit, match="No space left"), open_run(more, "permuted", CONSOLE):
+        with pytest.raises(SystemExit, match="No space left"), open_run(more, "permuted", CONSOLE, []):
             raise AssertionError("unreachable")
     assert [(run.folder / name).read_bytes() for name in names] == before
-    with open_run(more, "permuted", rich.console.Console()):
+    with open_run(more, "permuted", rich.console.Console(), []):
         assert "adding seeds 3" in capsys.readouterr().out
-    with open_run(Seeded(output_dir=str(tmp_path), seeds=(0, 3)), "permuted", CONSOLE) as whole:
+    with open_run(Seeded(output_dir=str(tmp_path), seeds=(0, 3)), "permuted", CONSOLE, []) as whole:
         pass
     assert [(run.folder / name).read_bytes() for name in names] == [
         (whole.folder / name).read_bytes() for name in names
@@ -245,7 +245,7 @@ def test_what_is_added_is_written_into_both_files_or_neither(tmp_path, capsys, m
 def test_too_little_memory_is_one_line(tmp_path):
     with (
         pytest.raises(SystemExit, match=r"^error: Unable to allocate 9 GiB\nto go on: "),
-        open_run(RunSettings(output_dir=str(tmp_path)), "permuted", CONSOLE),
+        open_run(RunSettings(output_dir=str(tmp_path)), "permuted", CONSOLE, []),
     ):
         raise MemoryError("Unable to allocate 9 GiB")
 
@@ -253,5 +253,5 @@ def test_too_little_memory_is_one_line(tmp_path):
 def test_what_cannot_be_written_is_said(tmp_path):
     (tmp_path / "file").write_text("")
     settings = RunSettings(output_dir=str(tmp_path / "file"))
-    with pytest.raises(SystemExit, match=r"error: .*file"), open_run(settings, "permuted", CONSOLE):
+    with pytest.raises(SystemExit, match=r"error: .*file"), open_run(settings, "permuted", CONSOLE, []):
         pass

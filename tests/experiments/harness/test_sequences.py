@@ -261,7 +261,7 @@ def test_a_signal_stops_with_a_checkpoint(tmp_path, capsys, number, status):
     before = signal.getsignal(number)
     settings = RunSettings(output_dir=str(tmp_path))
     console = rich.console.Console(width=200)
-    with pytest.raises(SystemExit) as stopped, open_run(settings, "permuted", console) as run:
+    with pytest.raises(SystemExit) as stopped, open_run(settings, "permuted", console, []) as run:
         sequence = ResumableSequence(run, method="ewc", seed=0)
 
         def report(progress):
@@ -275,7 +275,7 @@ def test_a_signal_stops_with_a_checkpoint(tmp_path, capsys, number, status):
     printed = capsys.readouterr().out
     assert "stopping at the next checkpoint" in printed
     assert f"to go on: python -m experiments.permuted --resume {run.folder}" in printed
-    with open_run(dataclasses.replace(settings, resume=str(run.folder)), "permuted", console) as run:
+    with open_run(dataclasses.replace(settings, resume=str(run.folder)), "permuted", console, []) as run:
         sequence = ResumableSequence(run, method="ewc", seed=0)
         reports = []
         learn("ewc", sequence, reports.append)

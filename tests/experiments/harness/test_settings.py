@@ -44,9 +44,9 @@ def parse(*arguments):
 def test_the_settings_are_those_of_the_run(tmp_path):
     output = ["--output-dir", str(tmp_path)]
     given = parse(*output, "--seeds", "3", "--strength.ewc", "0.3")
-    with open_run(parse(*output), "permuted", CONSOLE):
+    with open_run(parse(*output), "permuted", CONSOLE, []):
         pass
-    with open_run(given, "permuted", CONSOLE) as run:
+    with open_run(given, "permuted", CONSOLE, []) as run:
         pass
     expected = dataclasses.replace(given, resume=str(run.folder))
     assert parse(*output, "--resume") == expected
@@ -58,7 +58,7 @@ def test_the_settings_are_those_of_the_run(tmp_path):
 
 def test_seeds_are_added_to_those_of_the_run(tmp_path):
     output = ["--output-dir", str(tmp_path)]
-    with open_run(parse(*output, "--seeds", "4", "2"), "permuted", CONSOLE):
+    with open_run(parse(*output, "--seeds", "4", "2"), "permuted", CONSOLE, []):
         pass
     for words, seeds in ((["4"], (4, 2)), (["2", "3", "4"], (4, 2, 3)), (["0", "9"], (4, 2, 0, 9))):
         assert parse(*output, "--resume", "--seeds", *words).seeds == seeds
@@ -73,14 +73,14 @@ def test_seeds_are_added_to_those_of_the_run(tmp_path):
     ],
 )
 def test_contradictions_are_refused(tmp_path, arguments, message):
-    with open_run(parse("--output-dir", str(tmp_path)), "permuted", CONSOLE):
+    with open_run(parse("--output-dir", str(tmp_path)), "permuted", CONSOLE, []):
         pass
     with pytest.raises(SystemExit, match=message):
         parse("--output-dir", str(tmp_path), "--resume", *arguments)
 
 
 def test_an_edited_config_is_refused(tmp_path):
-    with open_run(parse("--output-dir", str(tmp_path)), "permuted", CONSOLE) as run:
+    with open_run(parse("--output-dir", str(tmp_path)), "permuted", CONSOLE, []) as run:
         pass
     config = json.loads((run.folder / "config.json").read_text())
     moved = config | {"output_dir": "elsewhere", "data_dir": "elsewhere"}
@@ -99,7 +99,7 @@ def test_an_edited_config_is_refused(tmp_path):
 
 
 def test_a_run_of_another_script_says_whose_it_is(tmp_path):
-    with open_run(parse("--output-dir", str(tmp_path / "my runs")), "rotated", CONSOLE) as run:
+    with open_run(parse("--output-dir", str(tmp_path / "my runs")), "rotated", CONSOLE, []) as run:
         pass
     with pytest.raises(SystemExit, match=r"is a run of rotated, not of permuted: python -m .*rotated --resume '"):
         parse("--resume", str(run.folder))
@@ -108,7 +108,7 @@ def test_a_run_of_another_script_says_whose_it_is(tmp_path):
 def test_the_newest_run_is_the_one_that_was_written_to_last(tmp_path):
     folders = []
     for _ in range(2):
-        with open_run(parse("--output-dir", str(tmp_path)), "permuted", CONSOLE) as run:
+        with open_run(parse("--output-dir", str(tmp_path)), "permuted", CONSOLE, []) as run:
             folders.append(run.folder)
     for run, seconds in zip(folders, (2_000_000_000, 1_000_000_000), strict=True):
         for file in run.iterdir():

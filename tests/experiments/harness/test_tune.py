@@ -173,7 +173,7 @@ def test_a_second_signal_does_not_wait_for_what_runs(tmp_path, monkeypatch):
 
     with (
         pytest.raises(SystemExit, match="130"),
-        open_run(RunSettings(output_dir=str(tmp_path)), "permuted", console) as run,
+        open_run(RunSettings(output_dir=str(tmp_path)), "permuted", console, []) as run,
     ):
         sweep({"ewc": stuck}, run)
     assert all(thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread())
