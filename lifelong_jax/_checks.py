@@ -14,8 +14,14 @@ from lifelong_jax.types import Batch, Example, Examples, Params, Recipe, Scenari
 
 
 def check_params(name: str, params: Params) -> None:
-    """Raises TypeError, naming the leaf, unless every leaf of `params` is a floating-point array."""
-    for path, leaf in jax.tree.leaves_with_path(params):
+    """Raises an error, naming the leaf, unless every leaf of `params` is a floating-point array that is trained."""
+    for path, leaf in jax.tree.leaves_with_path(params, is_leaf=_is_statistic):
+        if path[:1] == (jax.tree_util.DictKey("batch_stats"),) or _is_statistic(leaf):
+            raise ValueError(
+                f"{name}{jax.tree_util.keystr(path)} is a running statistic of batch normalisation, which would be "
+                f"trained, penalised and given importance: pass only the trainable parameters, variables['params'] in "
+                f"linen or nnx.split(model, nnx.Param, ...) in nnx, and close over the others."
+            )
         if not hasattr(leaf, "dtype") and not isinstance(leaf, (int, float, complex)):
             raise TypeError(
                 f"{name}{jax.tree_util.keystr(path)} is a {type(leaf).__name__}, not an array: pass the trainable "
@@ -28,6 +34,10 @@ def check_params(name: str, params: Params) -> None:
                 f"{name}{jax.tree_util.keystr(path)} has dtype {dtype}, but only floating-point leaves have gradients: "
                 f"pass only the trainable parameters and close over the others, or put None in its place."
             )
+
+
+def _is_statistic(node: Any) -> bool:
+    return type(node).__name__ == "BatchStat"  # flax.nnx's variable
 
 
 def check_examples(name: str, examples: Examples, weights: jax.Array | None, weights_name: str = "weights") -> None:
@@ -138,7 +148,7 @@ def check_not_negative(name: str, value: Any, *, or_array: bool = False) -> None
     numeric = isinstance(value, (int, float, np.generic, np.ndarray, jax.Array))
     if not numeric or (np.ndim(value) != 0 and not or_array):
         raise ValueError(f"{name} must be a number{' or an array of numbers' * or_array}, not {value!r}.")
-    if is_concrete(value) and not np.all(np.isfinite(value) & (np.asarray(value) >= 0)):
+    if is_concrete(value) and not np.all(np.isfinite(np.asarray(value, np.float64)) & (np.asarray(value) >= 0)):
         raise ValueError(f"{name} must be finite and not negative, not {value}.")
 
 

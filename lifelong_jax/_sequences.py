@@ -1,9 +1,10 @@
-"""What `learn_tasks` and `learn_sweep` do alike before each task: its optimiser, its keys and its first state.
+"""What `learn_tasks` and `learn_sweep` do alike: the checks of their arguments, and a task's optimiser, keys and state.
 
 Before the first task, a trial of the optimiser tells whether it has a penalty, and in the right place.
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +12,11 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
+from lifelong_jax import _checks
 from lifelong_jax._numerics import widen, with_extra_args
 from lifelong_jax.methods import Method, WrapOptimizer, finetune
 from lifelong_jax.training import TrainingState, init_training
-from lifelong_jax.types import Consolidation, OptimizerFn, Params
+from lifelong_jax.types import Consolidation, OptimizerFn, Params, Recipe, Task
 
 
 def make_optimizer(
@@ -22,6 +24,8 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """Makes the optimiser for a strength, wrapped if the method gathers importance during training."""
     optimizer = optimizer_fn(strength)
+    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        raise TypeError(f"recipe.optimizer_fn must return an optax optimiser, not a {type(optimizer).__name__}.")
     return optimizer if wrap_optimizer is None else wrap_optimizer(optimizer)
 
 
@@ -42,6 +46,32 @@ def begin_task(
     carried = method.carry(training.opt_state, previous.opt_state)
     opt_state = jax.tree.map(functools.partial(jnp.where, index > 0), carried, training.opt_state)  # type: ignore[operator]
     return training._replace(opt_state=opt_state)
+
+
+def check_tasks(method: Method | None, recipe: Recipe, params: Params, tasks: Sequence[Task]) -> None:
+    """Raises an error that names the argument unless method, recipe, parameters and tasks are valid, and fit."""
+    if not isinstance(method, Method | None):
+        raise TypeError(f"method is a {type(method).__name__}: pass one from methods, such as methods.ewc().")
+    if method is not None:
+        _checks.check_method(method)
+    if not isinstance(tasks, Sequence):
+        raise TypeError(f"tasks is a {type(tasks).__name__}: pass a list of Task(train, test).")
+    _checks.check_sequence(recipe, params, tasks)
+
+
+def check_start(
+    method: Method | None, recipe: Recipe, params: Params, key: jax.Array, strength: float, run: str = ""
+) -> None:
+    """Raises an error that names the argument unless a sequence can start: with this key, strength and optimiser."""
+    try:
+        jax.eval_shape(jax.random.fold_in, key, 0)
+    except (TypeError, ValueError):
+        raise TypeError(f"{run}key must be one random key, such as jax.random.key(0), not {key!r}.") from None
+    _checks.check_not_negative(f"{run}strength", strength)
+    if not callable(recipe.optimizer_fn):
+        raise TypeError("recipe.optimizer_fn is not a function: pass lambda strength: optax.chain(...).")
+    if method is not None:
+        check_penalty(method, recipe.optimizer_fn, params, strength)
 
 
 def check_penalty(method: Method, optimizer_fn: OptimizerFn, params: Params, strength: ArrayLike) -> None:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lifelong_jax import _checks
-from lifelong_jax._sequences import begin_task, check_penalty, make_optimizer, task_keys
+from lifelong_jax._sequences import begin_task, check_start, check_tasks, make_optimizer, task_keys
 from lifelong_jax.consolidation import consolidate, init_consolidation
 from lifelong_jax.evaluation import evaluate
 from lifelong_jax.methods import ImportanceFn, Method, WrapOptimizer, cross_entropy
@@ -420,26 +420,16 @@ def _check_arguments(
     strength: float,
     start: SequenceState | None = None,
 ) -> None:
-    if not isinstance(method, Method | None):
-        raise TypeError(f"method is a {type(method).__name__}: pass one from methods, such as methods.ewc().")
-    if not isinstance(tasks, Sequence):
-        raise TypeError(f"tasks is a {type(tasks).__name__}: pass a list of Task(train, test).")
-    _checks.check_sequence(recipe, params, tasks)
-    if not callable(recipe.optimizer_fn):
-        raise TypeError("recipe.optimizer_fn is not a function: pass lambda strength: optax.chain(...).")
-    try:
-        jax.eval_shape(jax.random.fold_in, key, 0)
-    except (TypeError, ValueError):
-        raise TypeError(f"key must be one random key, such as jax.random.key(0), not {key!r}.") from None
-    _checks.check_not_negative("strength", strength)
-    if method is not None:
-        _checks.check_method(method)
-        check_penalty(method, recipe.optimizer_fn, params, strength)
-    if start is not None:
-        _checks.check_same_structure("start.params", start.params, "params", params)
-        num_tasks = len(start.initial_accuracies)
-        if num_tasks != len(tasks) or start.epochs > num_tasks * recipe.num_epochs:
-            raise ValueError(
-                f"start is a state after {start.epochs} epochs of {num_tasks} tasks, but there are {len(tasks)} tasks "
-                f"of {recipe.num_epochs} epochs."
-            )
+    check_tasks(method, recipe, params, tasks)
+    check_start(method, recipe, params, key, strength)
+    if start is None:
+        return
+    if not isinstance(start, SequenceState):
+        raise TypeError(f"start is a {type(start).__name__}: pass a state that a callback got, or init_sequence made.")
+    _checks.check_same_structure("start.params", start.params, "params", params)
+    num_tasks = len(start.initial_accuracies)
+    if num_tasks != len(tasks) or start.epochs > num_tasks * recipe.num_epochs:
+        raise ValueError(
+            f"start is a state after {start.epochs} epochs of {num_tasks} tasks, but there are {len(tasks)} tasks "
+            f"of {recipe.num_epochs} epochs."
+        )

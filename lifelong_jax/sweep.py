@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lifelong_jax import _checks
-from lifelong_jax._sequences import begin_task, check_penalty, make_optimizer, task_keys
+from lifelong_jax._sequences import begin_task, check_start, check_tasks, make_optimizer, task_keys
 from lifelong_jax.consolidation import consolidate, init_consolidation
 from lifelong_jax.evaluation import accuracy
 from lifelong_jax.methods import Method, cross_entropy
@@ -115,20 +115,22 @@ _UNKNOWN = -1.0  # in compiled programs, where jax_debug_nans would take NaN for
 def _check_runs(method: Method, recipe: Recipe, runs: Sequence[SweepRun], max_steps: int | None) -> None:
     if not runs:
         raise ValueError("runs is empty: there is nothing to learn.")
-    _checks.check_method(method)
     _checks.check_positive_integer("max_steps", max_steps, optional=True)
-    checked = set()
     for index, run in enumerate(runs):
-        _checks.check_not_negative(f"runs[{index}].strength", run.strength)
+        if not isinstance(run, SweepRun):
+            raise TypeError(f"runs[{index}] is a {type(run).__name__}: pass a SweepRun(params, tasks, key, strength).")
+    check_tasks(method, recipe, runs[0].params, runs[0].tasks)
+    checked = {id(runs[0].tasks)}
+    for index, run in enumerate(runs):
         _checks.check_same_structure(f"runs[{index}].params", run.params, "runs[0].params", runs[0].params)
         if len(run.tasks) != len(runs[0].tasks):
             raise ValueError(f"runs[{index}] has {len(run.tasks)} tasks, but runs[0] has {len(runs[0].tasks)}.")
         for number, task in enumerate(run.tasks):
             _checks.check_same_structure(f"runs[{index}].tasks[{number}]", task, "runs[0].tasks[0]", runs[0].tasks[0])
         if id(run.tasks) not in checked:  # runs of one seed share their tasks
-            _checks.check_sequence(recipe, run.params, run.tasks)
+            check_tasks(method, recipe, run.params, run.tasks)
             checked.add(id(run.tasks))
-        check_penalty(method, recipe.optimizer_fn, run.params, run.strength)
+        check_start(method, recipe, run.params, run.key, run.strength, f"runs[{index}].")
 
 
 class _Start(NamedTuple):

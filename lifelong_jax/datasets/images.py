@@ -1,36 +1,45 @@
-"""Image files: reads, resizes and converts images with Pillow, and lists the images of a folder."""
+"""Image files: reads them as a viewer shows them, resizes and converts them, with Pillow."""
 
 import pathlib
-from typing import NamedTuple
 
 import numpy as np
 
 from lifelong_jax._extras import needs_extra
 
 with needs_extra("data"):
-    from PIL import Image
+    from PIL import Image, ImageOps
 
-_ENDINGS = (".jpg", ".jpeg", ".png")
-_READING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+_NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow names them, but leaves them to other software
 
 
-class LabelledFiles(NamedTuple):
-    """Image files and their classes.
+class UnreadableImageError(ValueError):
+    """A file that cannot be read as an image.
 
     Attributes:
-      paths: `[num_files]`.
-      labels: `[num_files]`, the number of each file's class, from 0; classes are numbered in alphabetical order.
+      path: the file.
     """
 
-    paths: list[pathlib.Path]
-    labels: list[int]
+    def __init__(self, path: pathlib.Path, reason: object) -> None:
+        """Makes the message."""
+        super().__init__(f"cannot read the image {path}: {reason}")
+        self.path = path
+
+
+def image_endings() -> set[str]:
+    """Returns the endings of the formats that Pillow reads, in lower case: ".jpg", ".png", ".webp" and so on."""
+    return {
+        ending
+        for ending, kind in Image.registered_extensions().items()
+        if kind in Image.OPEN and kind not in _NOT_DECODED
+    }
 
 
 def fit_image(image: np.ndarray, image_size: int | None, channels: int | None) -> np.ndarray:
     """Resizes one image and converts it to grey or colour.
 
     The whole image is resized, whatever its shape, by bilinear interpolation with antialiasing. A colour image becomes
-    grey by the luma of ITU-R 601. A grey image becomes a colour image of three equal channels. Transparency is dropped.
+    grey by the luma of ITU-R 601. A grey image becomes a colour image of three equal channels. An image of 4 channels,
+    the last of which is its opacity, is put on white before it is converted.
 
     Args:
       image: `[height, width, channels]`, unsigned bytes, or `[height, width, 1]`, float32.
@@ -55,7 +64,7 @@ def fit_image(image: np.ndarray, image_size: int | None, channels: int | None) -
     grey = image.shape[-1] == 1
     picture = Image.fromarray(image[..., 0] if grey else image)
     if channels is not None and not grey:
-        picture = picture.convert("L" if channels == 1 else "RGB")
+        picture = _on_white(picture).convert("L" if channels == 1 else "RGB")
     array = np.asarray(picture.resize(size[::-1], Image.Resampling.BILINEAR))
     if array.ndim == 2:
         array = array[..., None]
@@ -63,122 +72,49 @@ def fit_image(image: np.ndarray, image_size: int | None, channels: int | None) -
 
 
 def read_image(path: pathlib.Path) -> np.ndarray:
-    """Reads an image file in colour.
+    """Reads an image file in colour: the pixels that a viewer shows.
+
+    The image is turned as its EXIF orientation says. What is transparent is put on white. Palettes, CMYK, grey and
+    black-and-white become red, green and blue. 16 bits per channel become 8. Of several frames, the first is read.
+    Colour profiles are not applied.
 
     Args:
-      path: a file in any format that Pillow can read, with 8 bits per channel.
+      path: a file in any format that Pillow reads.
 
     Returns:
       `[height, width, 3]`, unsigned bytes.
 
     Raises:
-      ValueError: naming the file, if it is damaged, not an image, not a regular file, or has more than 8 bits per
-        channel.
+      UnreadableImageError: naming the file, if it is damaged, not an image, not a regular file, or if its pixels are
+        32-bit numbers.
     """
     try:
         if path.exists() and not path.is_file():  # to open a named pipe would wait for ever
             raise ValueError("it is not a regular file")
         with Image.open(path) as picture:
-            if picture.mode[0] in "IF":  # Pillow would clip the values at 255
-                raise ValueError("it has more than 8 bits per channel")
-            return np.asarray(picture.convert("RGB"))
-    except _READING_ERRORS as error:
-        raise ValueError(f"cannot read the image {path}: {error}. Repair or remove the file.") from error
+            return np.asarray(_on_white(_eight_bits(_upright(picture))).convert("RGB"))
+    except Exception as error:  # a damaged file can raise any
+        raise UnreadableImageError(path, error) from error
 
 
-def list_folder(root: pathlib.Path) -> tuple[LabelledFiles, LabelledFiles, list[str]]:
-    """Lists the images of a folder in the layout of TFDS's ImageFolder: `root/split/class/*.jpg`, or jpeg or png.
-
-    Args:
-      root: the folder, with subfolders "train" and "test". Names that begin with a dot are ignored.
-
-    Returns:
-      The training files, the test files, and the names of the classes in alphabetical order.
-
-    Raises:
-      FileNotFoundError: if the folder, or the subfolder of a split, does not exist.
-      ValueError: if a class has no images, or the splits have different classes.
-    """
-    splits = {}
-    for split in ("train", "test"):
-        if not (root / split).is_dir():
-            raise FileNotFoundError(
-                f"no folder {(root / split).absolute()}: images must be in {root}/train/<class>/ and "
-                f"{root}/test/<class>/."
-            )
-        splits[split] = {
-            folder.name: [file for file in _visible(folder) if file.suffix.lower() in _ENDINGS]
-            for folder in _visible(root / split)
-            if folder.is_dir()
-        }
-        for name, files in splits[split].items():
-            if not files:
-                raise ValueError(
-                    f"the folder of the class {root / split / name} has no images (files {', '.join(_ENDINGS)})."
-                )
-    names = _common_classes(f"{root}/train", splits["train"], f"{root}/test", splits["test"])
-    train, test = (
-        LabelledFiles(
-            [file for name in names for file in split[name]],
-            [label for label, name in enumerate(names) for _ in split[name]],
-        )
-        for split in splits.values()
-    )
-    return train, test, names
+def _upright(picture: Image.Image) -> Image.Image:
+    picture.load()  # here, so that an error below is one of its EXIF data alone
+    try:
+        return ImageOps.exif_transpose(picture)
+    except Exception:  # damaged EXIF data can raise any; viewers then show the image as it is stored
+        return picture
 
 
-def list_mit_scenes(root: pathlib.Path) -> tuple[LabelledFiles, LabelledFiles, list[str]]:
-    """Lists the images of MIT Indoor Scenes in the layout in which its authors publish it.
-
-    The images are in `root/Images/<class>/*.jpg`. The lists `root/TrainImages.txt` and `root/TestImages.txt` select 80
-    and 20 images of each of the 67 classes. Each line of a list is `<class>/<file>`.
-
-    Args:
-      root: the folder.
-
-    Returns:
-      The training files, the test files, and the names of the classes in alphabetical order.
-
-    Raises:
-      FileNotFoundError: if a list, or an image on it, does not exist.
-      ValueError: if a list is empty or has a line of another form, or if the lists have different classes.
-
-    Quattoni and Torralba 2009, "Recognizing indoor scenes", CVPR, https://web.mit.edu/torralba/www/indoor.html
-    """
-    splits = []
-    for file in (root / "TrainImages.txt", root / "TestImages.txt"):
-        if not file.is_file():
-            raise FileNotFoundError(f"no file {file.absolute()}: MIT Indoor Scenes needs its lists beside Images/.")
-        lines = [line.strip() for line in file.read_text().splitlines() if line.strip()]
-        for line in lines:
-            if line.count("/") != 1:
-                raise ValueError(f"{file} has the line {line!r}, but each line must be <class>/<file>.")
-        missing = [line for line in lines if not (root / "Images" / line).is_file()]
-        if missing:
-            raise FileNotFoundError(
-                f"{len(missing)} of the {len(lines)} images listed in {file} are missing in {root / 'Images'}; the "
-                f"first is {missing[0]}."
-            )
-        splits.append(lines)
-    train_classes, test_classes = ({line.split("/")[0] for line in lines} for lines in splits)
-    names = _common_classes(f"{root}/TrainImages.txt", train_classes, f"{root}/TestImages.txt", test_classes)
-    train, test = (
-        LabelledFiles([root / "Images" / line for line in lines], [names.index(line.split("/")[0]) for line in lines])
-        for lines in splits
-    )
-    return train, test, names
+def _eight_bits(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", "PPM")):
+        return picture.point(lambda value: value / 257).convert("L")  # without it, Pillow clips the values at 255
+    if picture.mode in ("I", "F"):
+        raise ValueError("its pixels are 32-bit numbers, which have no known white")
+    return picture
 
 
-def _visible(folder: pathlib.Path) -> list[pathlib.Path]:
-    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-
-
-def _common_classes(train_name: str, train: dict | set, test_name: str, test: dict | set) -> list[str]:
-    if not train:
-        raise ValueError(f"{train_name} has no classes.")
-    for name, classes, others in ((train_name, train, test), (test_name, test, train)):
-        missing = sorted(set(others) - set(classes))
-        if missing:
-            shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-            raise ValueError(f"{name} is missing {len(missing)} classes of the other split: {shown}.")
-    return sorted(train)
+def _on_white(picture: Image.Image) -> Image.Image:
+    if not picture.has_transparency_data:
+        return picture
+    picture = picture.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)

@@ -1,9 +1,8 @@
 """Image-classification data sets by name: bundled with a dependency, prepared by TFDS, or in folders of images.
 
-`load_dataset` reads all images into arrays. `open_dataset` reads none of them: `streaming` reads them when needed.
+`load_dataset` reads all images into arrays. `open_dataset` keeps none of them: `streaming` reads them when needed.
 """
 
-import hashlib
 import os
 import pathlib
 import warnings
@@ -14,15 +13,23 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lifelong_jax import _checks, _files
+from lifelong_jax import _checks
 from lifelong_jax._extras import needs_extra
-from lifelong_jax.datasets.images import list_folder, list_mit_scenes
+from lifelong_jax.datasets.cache import cache_file, read_cache, write_cache
+from lifelong_jax.datasets.folders import (
+    Listing,
+    files_below,
+    find_unreadable,
+    list_folder,
+    list_mit_scenes,
+    without_unreadable,
+)
+from lifelong_jax.datasets.images import UnreadableImageError
 from lifelong_jax.datasets.letters import render_letters
 from lifelong_jax.datasets.sources import ArraySource, FileSource, FittedSource, Source, Subset, open_tfds
 from lifelong_jax.types import Batch
 
 with needs_extra("data"):
-    import platformdirs
     import tqdm
 
 
@@ -47,6 +54,7 @@ def load_dataset(
     *,
     image_size: int | None = None,
     channels: int | None = None,
+    skip_unreadable: bool = False,
 ) -> Dataset:
     """Loads a data set by its name.
 
@@ -54,14 +62,18 @@ def load_dataset(
     requested size, uncompressed, so that it loads fast the next time. If its files change, it is decoded again; with a
     warning, also if the cache is damaged or cannot be written.
 
+    Images in folders are what a viewer shows: turned as their EXIF orientation says, on white where they are
+    transparent, the first of several frames, 8 bits per channel. Colour profiles are not applied. A warning counts the
+    files that are left out, and names some.
+
     Args:
       name: one of
 
         - "digits": 1,797 handwritten digits, 8×8, from scikit-learn; a fifth of them are test examples;
         - "letters": 4,576 letters A to Z, rendered from matplotlib's fonts, 8×8 unless `image_size` is given. Test
           examples have typefaces that are not in the training examples; see `render_letters`;
-        - "folder:PATH": jpg or png images in `PATH/train/<class>/` and `PATH/test/<class>/`, in colour unless
-          `channels` is 1;
+        - "folder:PATH": images in `PATH/train/<class>/` and `PATH/test/<class>/`, at any depth, in any format that
+          Pillow reads, in colour unless `channels` is 1. Hidden files are left out;
         - "mit_scenes:PATH": MIT Indoor Scenes as published, with `PATH/Images/<class>/*.jpg`, `PATH/TrainImages.txt`
           and `PATH/TestImages.txt`;
         - the name of an image-classification data set that TFDS has prepared, such as "mnist" or "caltech_birds2011".
@@ -73,14 +85,16 @@ def load_dataset(
         images' size, which must then be the same for all.
       channels: 1 for grey or 3 for red, green and blue, so that several data sets can share a network. None keeps the
         images' channels.
+      skip_unreadable: whether images in folders that cannot be read are left out. A warning counts them, and names ten.
 
     Returns:
       The data set, with its arrays on the device.
 
     Raises:
       FileNotFoundError: if a folder does not exist, or TFDS has not prepared the data set.
-      ValueError: if an example is not one image with one label, if an image cannot be read, if images differ in shape
-        and `image_size` is None, or if training and test examples have different classes.
+      ValueError: if an example is not one image with one label, if images differ in shape and `image_size` is None, if
+        training and test examples have different classes, or if what TFDS has prepared is damaged or is another
+        version. Also, unless `skip_unreadable`, if images cannot be read: the message counts them, and names ten.
 
     Example:
       >>> load_dataset("digits").train.inputs.shape
@@ -92,14 +106,19 @@ def load_dataset(
     """
     _check_shape(image_size, channels)
     if name in _BUNDLED:
-        arrays = _read(name, open_dataset(name, image_size=image_size, channels=channels))
+        arrays = _read(name, _open(name, None, data_dir, image_size, channels), None, skip_unreadable)
     else:
-        cache = _cache_file(name, data_dir, image_size, channels)
-        cached = _read_cache(cache)
+        prefix, files = _cached_files(name, data_dir)
+        cache = cache_file(prefix, [name, image_size, channels, skip_unreadable], files)
+        cached = read_cache(cache, _CACHED)
         if cached is None:
-            cached = _read(name, open_dataset(name, data_dir, image_size=image_size, channels=channels))
-            _write_cache(cache, cached)
+            listing = _list(name)
+            opened = _open(name, listing, data_dir, image_size, channels)
+            cached = _read(name, opened, listing, skip_unreadable)
+            write_cache(cache, cached)
         arrays = cached
+    for note in arrays["notes"].tolist():
+        warnings.warn(f"{name}: {note}", stacklevel=2)
     num_classes = int(arrays["num_classes"])
     train, test = (
         make_batch(arrays[f"{split}_images"], arrays[f"{split}_labels"], num_classes) for split in ("train", "test")
@@ -113,22 +132,27 @@ def open_dataset(
     *,
     image_size: int | None = None,
     channels: int | None = None,
+    skip_unreadable: bool = False,
 ) -> Dataset:
-    """Opens a data set by its name without reading its images. An image is read and resized when it is indexed.
+    """Opens a data set by its name. An image is read and resized when it is indexed.
+
+    Images in folders are all read once, in threads, when the data set is opened first, to find those that cannot be
+    read. What was found is kept in the user's cache folder until the files change.
 
     Args:
       name: as for `load_dataset`.
       data_dir: as for `load_dataset`.
       image_size: as for `load_dataset`.
       channels: as for `load_dataset`.
+      skip_unreadable: as for `load_dataset`.
 
     Returns:
       A data set whose `train` and `test` are sources: sequences of examples, for `streaming`.
 
     Raises:
       FileNotFoundError: if a folder does not exist, or TFDS has not prepared the data set.
-      ValueError: if the data set does not have one image and one label per example, or if training and test examples
-        have different classes.
+      ValueError: as for `load_dataset`, but that images differ in shape, or that a file of TFDS is damaged, is noticed
+        when they are read.
 
     Example:
       >>> digits = open_dataset("digits", image_size=16)
@@ -136,16 +160,12 @@ def open_dataset(
       (1437, (16, 16, 1))
     """
     _check_shape(image_size, channels)
-    kind, _, path = name.partition(":")
-    if name in _BUNDLED:
-        train, test, num_classes = _BUNDLED[name](image_size)
-    elif kind in _FOLDERS:
-        train_files, test_files, names = _FOLDERS[kind](_folder(kind, path))
-        train, test, num_classes = FileSource(train_files), FileSource(test_files), len(names)
-    else:
-        _prepared_files(name, data_dir)
-        train, test, num_classes = open_tfds(name, _tfds_folder(data_dir))
-    return Dataset(FittedSource(train, image_size, channels), FittedSource(test, image_size, channels), num_classes)
+    listing = _list(name)
+    if listing is not None:
+        listing = without_unreadable(listing, _unreadable(name, listing), skip=skip_unreadable)
+        for note in listing.notes:
+            warnings.warn(f"{name}: {note}", stacklevel=2)
+    return _open(name, listing, data_dir, image_size, channels)
 
 
 def hold_out_validation(dataset: Dataset, fraction: float, key: jax.Array) -> Dataset:
@@ -264,6 +284,31 @@ def _check_shape(image_size: int | None, channels: int | None) -> None:
         raise ValueError(f"channels must be 1, 3 or None, not {channels!r}.")
 
 
+def _list(name: str) -> Listing | None:
+    """Lists the images of a data set that is a folder of them."""
+    kind, _, path = name.partition(":")
+    return _FOLDERS[kind](_folder(kind, path)) if kind in _FOLDERS else None
+
+
+def _open(
+    name: str,
+    listing: Listing | None,
+    data_dir: str | os.PathLike | None,
+    image_size: int | None,
+    channels: int | None,
+) -> Dataset:
+    train: Source
+    test: Source
+    if listing is not None:
+        train, test, num_classes = FileSource(listing.train), FileSource(listing.test), len(listing.names)
+    elif name in _BUNDLED:
+        train, test, num_classes = _BUNDLED[name](image_size)
+    else:
+        _prepared_files(name, data_dir)
+        train, test, num_classes = open_tfds(name, _tfds_folder(data_dir))
+    return Dataset(FittedSource(train, image_size, channels), FittedSource(test, image_size, channels), num_classes)
+
+
 def _folder(kind: str, path: str) -> pathlib.Path:
     folder = pathlib.Path(path).expanduser()
     if not path or not folder.is_dir():
@@ -291,58 +336,53 @@ def _prepared_files(name: str, data_dir: str | os.PathLike | None) -> list[pathl
     return prepared
 
 
-_DECODING = 1  # to be increased whenever decoding, resizing or splitting changes
+_CACHED = ("num_classes", "train_images", "train_labels", "test_images", "test_labels", "notes")
 
 
-def _cache_file(
-    name: str, data_dir: str | os.PathLike | None, image_size: int | None, channels: int | None
-) -> pathlib.Path:
-    # The name depends on the files' sizes and times: when a file changes, the data set is decoded again.
+def _cached_files(name: str, data_dir: str | os.PathLike | None) -> tuple[str, list[pathlib.Path]]:
+    """Returns the beginning of a cache's name, and the files that it depends on."""
     kind, _, path = name.partition(":")
     if kind in _FOLDERS:
-        files, prefix = sorted(file for file in _folder(kind, path).rglob("*") if file.is_file()), kind
-    else:
-        files, prefix = _prepared_files(name, data_dir), name.replace("/", "-").replace(":", "-")
-    stats = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    digest = hashlib.sha256(repr((_DECODING, name, image_size, channels, stats)).encode()).hexdigest()[:16]
-    return platformdirs.user_cache_path("lifelong_jax") / f"{prefix}-{digest}.npz"
+        return kind, [file for file in files_below(_folder(kind, path)) if file.is_file()]
+    return name.replace("/", "-").replace(":", "-"), _prepared_files(name, data_dir)
 
 
-def _read(name: str, dataset: Dataset) -> dict[str, Any]:
-    arrays = {"num_classes": np.array(dataset.num_classes)}
+def _unreadable(name: str, listing: Listing) -> dict[str, str]:
+    """Finds the images that cannot be read; keeps what was found in the user's cache folder."""
+    kind, files = _cached_files(name, None)
+    cache = cache_file(f"{kind}-unreadable", [name], files)
+    cached = read_cache(cache, ("paths", "messages"))
+    if cached is None:
+        found = find_unreadable([*listing.train.paths, *listing.test.paths], f"checking {name}")
+        cached = {"paths": np.array([*found], np.str_), "messages": np.array([*found.values()], np.str_)}
+        write_cache(cache, cached)
+    return dict(zip(cached["paths"].tolist(), cached["messages"].tolist(), strict=True))
+
+
+def _read(name: str, dataset: Dataset, listing: Listing | None, skip_unreadable: bool) -> dict[str, Any]:
+    arrays: dict[str, Any] = {"num_classes": np.array(dataset.num_classes)}
+    shape: tuple[int, ...] | None = None
+    unreadable: dict[str, str] = {}
     sources: dict[str, Any] = {"train": dataset.train, "test": dataset.test}
-    shape = sources["train"][0].inputs.shape
     for split, source in sources.items():
-        images = np.empty((len(source), *shape), source[0].inputs.dtype)
-        labels = np.empty(len(source), np.int32)
+        images = np.empty(0, np.uint8)
+        labels: list[int] = []
         for index in tqdm.tqdm(range(len(source)), f"reading {name} {split}", disable=None):
-            image, labels[index], *_ = source[index]
+            try:
+                image, label, *_ = source[index]
+            except UnreadableImageError as error:
+                unreadable[str(error.path)] = str(error)
+                continue
+            shape = shape or image.shape
             if image.shape != shape:
                 raise ValueError(
                     f"data set {name!r} has images of shapes {shape} and {image.shape}, but all must have the same "
                     f"shape: set image_size, or channels if only the channels differ."
                 )
-            images[index] = image
-        arrays[f"{split}_images"], arrays[f"{split}_labels"] = images, labels
-    return arrays
-
-
-def _read_cache(file: pathlib.Path) -> dict[str, Any] | None:
-    """Returns the arrays, checked by their CRC; None, with a warning, if the file is damaged; None if there is none."""
-    names = ("num_classes", "train_images", "train_labels", "test_images", "test_labels")
-    try:
-        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as cached:
-            return {name: cached[name] for name in names}
-    except FileNotFoundError:
-        return None
-    except Exception as error:  # a damaged file can raise any
-        warnings.warn(f"{file} is damaged or cannot be read, and is decoded again: {error}", stacklevel=3)
-        return None
-
-
-def _write_cache(file: pathlib.Path, arrays: dict[str, Any]) -> None:
-    try:
-        with _files.writing(file, sync=True) as opened:
-            np.savez(opened, **arrays)
-    except OSError as error:
-        warnings.warn(f"what was decoded is not kept for the next time: {error}", stacklevel=3)
+            if not labels:
+                images = np.empty((len(source), *shape), image.dtype)
+            images[len(labels)] = image
+            labels.append(label)
+        arrays[f"{split}_images"], arrays[f"{split}_labels"] = images[: len(labels)], np.array(labels, np.int32)
+    notes = [] if listing is None else without_unreadable(listing, unreadable, skip=skip_unreadable).notes
+    return {**arrays, "notes": np.array(notes, np.str_)}

@@ -11,7 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from lifelong_jax._extras import needs_extra
-from lifelong_jax.datasets.images import LabelledFiles, fit_image, read_image
+from lifelong_jax.datasets.folders import LabelledFiles
+from lifelong_jax.datasets.images import fit_image, read_image
 from lifelong_jax.types import Batch
 
 
@@ -92,14 +93,21 @@ class TfdsSource:
         return len(self.records)
 
     def __getitem__(self, index: int) -> Batch:
-        """Reads one example. If its label is not a class, it raises a ValueError."""
-        record = self.records[index]
+        """Reads one example. If it is damaged, or its label is not a class, a ValueError names it."""
+        if index >= len(self):
+            raise IndexError(index)
+        try:
+            record = self.records[index]
+        except Exception as error:  # a damaged file can raise any
+            raise ValueError(
+                f"example {index} of {self.name} cannot be read: {_first_line(error)}. Prepare the data set again."
+            ) from error
         if not 0 <= record["label"] < self.num_classes:
             raise ValueError(
                 f"example {index} of {self.name} has label {record['label']}, but classes are 0 to "
                 f"{self.num_classes - 1}: the labels of this split may not be public."
             )
-        return _example(record["image"], record["label"])
+        return _example(np.atleast_3d(record["image"]), record["label"])  # grey ones may lack the axis of channels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,28 +171,32 @@ def open_tfds(name: str, folder: pathlib.Path) -> tuple[Source, Source, int]:
       then no training example.
 
     Raises:
-      ValueError: if the data set has no split "train", or does not have one image and one label per example.
+      ValueError: if the data set has no split "train", or does not have one image and one label per example; if it is
+        damaged, or not prepared in this version.
     """
     with needs_extra("data"):
         import tensorflow_datasets as tfds  # here, because it is slow to import and cached data sets do not need it
 
+    prepared = sorted({file.parent for file in (folder / name.split(":")[0].split("/")[0]).rglob("*.array_record*")})
+    there = ", ".join(f"{path.parent.relative_to(folder)}:{path.name}" for path in prepared)
     try:
         builder = tfds.builder(name, data_dir=folder)
-    except AssertionError as error:  # TFDS does not know the version
-        raise ValueError(f"data set {name!r}: {error}") from error
-    features, splits = builder.info.features, builder.info.splits
-    if not {"image", "label"} <= set(features):
-        raise ValueError(f"data set {name!r} has features {sorted(features)}, but 'image' and 'label' are needed.")
-    num_classes = getattr(features["label"], "num_classes", None)
-    if num_classes is None:
-        raise ValueError(f"data set {name!r} has labels that are not classes: {features['label']}.")
-    if features["image"].np_dtype != np.uint8:
-        raise ValueError(f"data set {name!r} has images of dtype {features['image'].np_dtype}, but uint8 is needed.")
+        features, splits = builder.info.features, builder.info.splits
+    except Exception as error:  # for what it does not know, or cannot read, TFDS raises errors of many kinds
+        raise ValueError(
+            f"data set {name!r} cannot be opened: {_first_line(error)}. Prepared in {folder}: {there}."
+        ) from error
+    _check_features(name, features)
     if "train" not in splits:
-        raise ValueError(f"data set {name!r} has splits {sorted(splits)}, but 'train' is needed.")
+        found = f"splits {sorted(splits)}, but 'train' is needed" if splits else "not been prepared in this version"
+        raise ValueError(f"data set {name!r} has {found}. Prepared in {folder}: {there}.")
+    num_classes = features["label"].num_classes
 
     def source(split: str) -> Source:
-        return TfdsSource(builder.as_data_source(split), f"{name}, split {split!r}", num_classes)
+        try:
+            return TfdsSource(builder.as_data_source(split), f"{name}, split {split!r}", num_classes)
+        except Exception as error:  # as above
+            raise ValueError(f"data set {name!r}, split {split!r}, cannot be opened: {_first_line(error)}.") from error
 
     for split in ("test", "validation"):
         if split in splits:
@@ -192,6 +204,29 @@ def open_tfds(name: str, folder: pathlib.Path) -> tuple[Source, Source, int]:
     everything = source("train")
     fifth = np.arange(len(everything)) % 5 == 4
     return Subset(everything, np.flatnonzero(~fifth)), Subset(everything, np.flatnonzero(fifth)), num_classes
+
+
+def _check_features(name: str, features: Any) -> None:
+    if not {"image", "label"} <= set(features):
+        raise ValueError(f"data set {name!r} has features {sorted(features)}, but 'image' and 'label' are needed.")
+    image, label = features["image"], features["label"]
+    if getattr(label, "num_classes", None) is None:
+        raise ValueError(f"data set {name!r} has labels that are not classes: {label}.")
+    if label.shape != ():
+        raise ValueError(
+            f"data set {name!r} has several labels for an example, of shape {label.shape}, but 1 is needed."
+        )
+    if len(image.shape) != 3:
+        raise ValueError(
+            f"data set {name!r} has an 'image' of shape {image.shape}, such as a video, but [height, width, channels] "
+            f"is needed."
+        )
+    if image.np_dtype != np.uint8:
+        raise ValueError(f"data set {name!r} has images of dtype {image.np_dtype}, but uint8 is needed.")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0].removesuffix(".")
 
 
 def _example(image: Any, label: Any) -> Batch:

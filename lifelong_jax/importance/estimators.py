@@ -22,6 +22,7 @@ from lifelong_jax._numerics import refuse_to_differentiate, scale_weights, vary_
 from lifelong_jax.importance import cotangents, reference, structured
 from lifelong_jax.importance.cotangents import Cotangents
 from lifelong_jax.importance.layers import layer_outputs
+from lifelong_jax.importance.meshes import sum_over_mesh
 from lifelong_jax.importance.microbatches import Reduction
 from lifelong_jax.types import Example, Examples, LogitsFn, LossFn, OutputFn, Params
 
@@ -276,14 +277,8 @@ def mean_over_examples(
     arguments = (Partial(_of_one_example, output_fn), params, examples, key, weights)
     output_fn, params, examples, key, weights = vary_with(arguments, like=arguments)
     weights = None if weights is None else scale_weights(weights)
-    total = sum_over_examples(
-        output_fn,
-        Partial(keyed_cotangents, key),
-        params,
-        examples,
-        weights=weights,
-        microbatch_size=microbatch_size,
-    )
+    sum_fn = functools.partial(sum_over_examples, microbatch_size=microbatch_size)
+    total = sum_over_mesh(sum_fn, output_fn, Partial(keyed_cotangents, key), params, examples, weights)
     count = jax.tree.leaves(examples)[0].shape[0] if weights is None else jnp.sum(weights)
     return jax.tree.map(lambda leaf: leaf / jnp.asarray(count, leaf.dtype), total)
 

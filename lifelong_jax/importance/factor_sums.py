@@ -13,12 +13,13 @@ Both are exact for a single example with one position. A vector, such as a bias,
 matrix of its whole gradients, which is exact. Other leaves keep the diagonal.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable
-from typing import Literal, NamedTuple, TypeAlias
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -140,7 +141,7 @@ def _matrices(tap: Tap, indices: np.ndarray) -> np.ndarray:
     factors, num_stacked = tap.factors, sum(tap.use.stacked)
     groups = 1 if isinstance(factors, Lookup) else factors.groups
     shape = (groups, factors.rows, factors.columns)
-    with jax.ensure_compile_time_eval():  # the indices are known, though this is traced
+    with _known():
         moved = np.asarray(tap.use.move(jnp.asarray(indices)))
         places = np.asarray(factors.restore(jnp.arange(math.prod(shape), dtype=jnp.int32).reshape(shape)))
     moved = moved.reshape(math.prod(moved.shape[:num_stacked]), -1)
@@ -149,11 +150,18 @@ def _matrices(tap: Tap, indices: np.ndarray) -> np.ndarray:
     return matrices.reshape(-1, *shape[1:])
 
 
+@contextlib.contextmanager
+def _known() -> Iterator[None]:
+    """Computes at once what depends on no traced array, on one device, though this is traced for a mesh perhaps."""
+    with jax.ensure_compile_time_eval(), jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+        yield
+
+
 def _row_vectors(plan: Plan, number: int, indices: np.ndarray) -> np.ndarray | None:
     """Maps a vector, or a stack of a scan's vectors, to `[groups, 1, columns]`; returns None for other leaves."""
     use = tapping.find_use(plan.jaxpr.jaxpr, number)
     if isinstance(use, tapping.Use) and any(use.stacked):
-        with jax.ensure_compile_time_eval():
+        with _known():
             indices = np.asarray(use.move(jnp.asarray(indices)))
         stack, shape = np.split(indices.shape, [sum(use.stacked)])
         indices = indices.reshape(math.prod(stack), *(size for size in shape if size > 1))
@@ -206,9 +214,10 @@ def _sum_microbatch(
         if block is None:
             return jnp.tensordot(weights.astype(array.dtype), jnp.square(array), axes=1)
         if number not in taps:
-            return _outer(jax.vmap(block.layout.to_matrices)(array), weights, block.full_columns)
+            return _outer(jax.vmap(block.layout.to_matrices)(array), weights, block.full_columns, None)
         columns = columns_of(taps[number], array)
-        return _outer(jnp.sum(columns, 2, keepdims=True) if reduce else columns, weights, block.full_columns)
+        columns = jnp.sum(columns, 2, keepdims=True) if reduce else columns
+        return _outer(columns, weights, block.full_columns, _precision(taps[number]))
 
     def row_sum(number: int, block: _Block, dtype: np.dtype) -> jax.Array:
         if number not in taps:
@@ -216,10 +225,10 @@ def _sum_microbatch(
         tap, operand = taps[number], operands[number]
         if isinstance(tap.factors, Lookup):
             return _count_tokens(tokens_of(tap, operand), weights.astype(dtype), tap.factors.rows, reduce)[None]
-        rows = widen(rows_of(tap, operand, dtype))
+        rows, precision = widen(rows_of(tap, operand, dtype)), _precision(tap)
         if reduce:
-            return _outer(jnp.mean(rows, axis=2, keepdims=True), weights, block.full_rows)
-        return _outer(rows, weights, block.full_rows) / rows.shape[2]
+            return _outer(jnp.mean(rows, axis=2, keepdims=True), weights, block.full_rows, precision)
+        return _outer(rows, weights, block.full_rows, precision) / rows.shape[2]
 
     columns = sum_cotangents(column_sums, cotangent_at, cotangents.num, functools.partial(jax.tree.map, jnp.add))
     columns |= {number: columns[tap] for number, tap in biases.items()}
@@ -233,7 +242,11 @@ def _sum_microbatch(
     return jax.tree.unflatten(structure, sums)
 
 
-def _outer(vectors: jax.Array, weights: jax.Array, full: bool) -> jax.Array:
+def _precision(tap: Tap) -> Any:
+    return None if isinstance(tap.factors, Lookup) else tap.factors.precision
+
+
+def _outer(vectors: jax.Array, weights: jax.Array, full: bool, precision: Any) -> jax.Array:
     """Sums the outer products of vectors, `[num_examples, groups, positions, size]`, or only their diagonals.
 
     Of the matrices, only the blocks on and above the diagonal are computed; the others are 0.
@@ -247,8 +260,8 @@ def _outer(vectors: jax.Array, weights: jax.Array, full: bool) -> jax.Array:
     def products(start: int, end: int) -> jax.Array:
         rows, columns = left[:, :, start:end], right[:, :, start:]
         if groups == 1:  # a plain product: on a CPU, a batched one is slower, even with a batch of one
-            return jnp.matmul(rows[0].T, columns[0])[None]
-        return jnp.einsum("gmi,gmj->gij", rows, columns)
+            return jnp.matmul(rows[0].T, columns[0], precision=precision)[None]
+        return jnp.einsum("gmi,gmj->gij", rows, columns, precision=precision)
 
     bounds = np.linspace(0, size, 1 + max(1, min(_MAX_BLOCKS, size // 64))).astype(int).tolist()
     blocks = [jnp.pad(products(start, end), ((0, 0), (0, 0), (start, 0))) for start, end in itertools.pairwise(bounds)]

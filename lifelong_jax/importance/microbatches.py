@@ -16,8 +16,6 @@ from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
-from jax.tree_util import Partial
 
 from lifelong_jax._numerics import equal_size
 from lifelong_jax.importance.cotangents import Cotangents
@@ -43,10 +41,6 @@ def sum_microbatches(
 
     All microbatches have one size, so the function is compiled once; the last one is padded with examples of weight 0.
 
-    The types of the examples may say that they are sharded over axes of a mesh (`jax.make_mesh` makes such axes). Each
-    shard then sums its own examples, with the parameters replicated, and one `psum` adds the shards. In this case the
-    functions must not close over arrays of that mesh: pass a `jax.tree_util.Partial`, whose arrays are arguments.
-
     Args:
       sum_microbatch: `(output_fn, cotangents_fn, params, examples, indices, weights) -> tree`; the last three arguments
         have a leading axis of the microbatch's size. It must be linear in the weights.
@@ -56,58 +50,27 @@ def sum_microbatches(
       params: a tree of floating-point arrays.
       examples: a tree of arrays `[num_examples, ...]`.
       weights: `[num_examples]`, or None for ones.
-      microbatch_size: the largest number of examples per call, and per shard.
+      microbatch_size: the largest number of examples per call.
 
     Returns:
       The sum, a tree like those of `sum_microbatch`.
     """
-
-    def sum_shard(
-        functions: tuple[Any, Any], params: Params, examples: Examples, weights: jax.Array | None, shard: jax.Array
-    ) -> Any:
-        num_examples = jax.tree.leaves(examples)[0].shape[0]  # of this shard
-        size = equal_size(num_examples, microbatch_size)
-
-        def add_microbatch(total: Any, start: jax.Array) -> tuple[Any, None]:
-            positions = start + jnp.arange(size, dtype=jnp.int32)
-            rows = jnp.minimum(positions, num_examples - 1)
-            row_weights = jnp.where(positions < num_examples, 1.0 if weights is None else weights[rows], 0)
-            if weights is not None:  # an example of weight 0 is absent, even if it is NaN: another one is in its place
-                rows = jnp.where(row_weights > 0, rows, jnp.argmax(weights > 0).astype(rows.dtype))
-            microbatch = jax.tree.map(lambda x: x[rows], examples)
-            indices = shard * num_examples + rows  # among the examples of all shards, for random keys
-            term = sum_microbatch(*functions, params, microbatch, indices, row_weights)
-            return jax.tree.map(jnp.add, total, term), None
-
-        starts = jnp.arange(0, num_examples, size, dtype=jnp.int32)
-        total, _ = jax.lax.scan(add_microbatch, zeros_fn(params), starts)
-        if weights is None:
-            return total
-        return jax.tree.map(lambda leaf: jnp.where(jnp.any(weights > 0), leaf, 0), total)  # a shard may have none
-
     examples, weights = jax.tree.map(jnp.asarray, (examples, weights))
-    mesh, axes = _sharded_over((examples, weights))
-    if mesh is None:
-        return sum_shard((output_fn, cotangents_fn), params, examples, weights, jnp.int32(0))
-    functions = tuple(f if isinstance(f, Partial) else Partial(f) for f in (output_fn, cotangents_fn))
-    replicated, by_shard = PartitionSpec(), PartitionSpec(axes)
-    return jax.shard_map(
-        lambda *arguments: jax.lax.psum(sum_shard(*arguments, jax.lax.axis_index(axes)), axes),  # type: ignore[call-arg]
-        mesh=mesh,
-        in_specs=(replicated, replicated, by_shard, by_shard),
-        out_specs=replicated,
-        check_vma=False,  # each shard differentiates with respect to its own copy of the parameters
-    )(
-        *jax.sharding.reshard((functions, params), NamedSharding(mesh, replicated)),
-        *jax.sharding.reshard((examples, weights), NamedSharding(mesh, by_shard)),
-    )
+    num_examples = jax.tree.leaves(examples)[0].shape[0]
+    size = equal_size(num_examples, microbatch_size)
 
+    def add_microbatch(total: Any, start: jax.Array) -> tuple[Any, None]:
+        positions = start + jnp.arange(size, dtype=jnp.int32)
+        rows = jnp.minimum(positions, num_examples - 1)
+        row_weights = jnp.where(positions < num_examples, 1.0 if weights is None else weights[rows], 0)
+        if weights is not None:  # an example of weight 0 is absent, even if it is NaN: another one is in its place
+            rows = jnp.where(row_weights > 0, rows, jnp.argmax(weights > 0).astype(rows.dtype))
+        microbatch = jax.tree.map(lambda x: x[rows], examples)
+        term = sum_microbatch(output_fn, cotangents_fn, params, microbatch, rows, row_weights)
+        return jax.tree.map(jnp.add, total, term), None
 
-def _sharded_over(examples: tuple[Examples, jax.Array | None]) -> tuple[AbstractMesh | None, tuple[str, ...]]:
-    """Returns the mesh and its axes that the types of the examples or weights name, or None and no axes."""
-    for leaf in jax.tree.leaves(examples):
-        sharding = jax.typeof(leaf).sharding
-        axes = sharding.spec[0] if sharding.spec else None
-        if axes is not None:
-            return sharding.mesh, axes if isinstance(axes, tuple) else (axes,)
-    return None, ()
+    starts = jnp.arange(0, num_examples, size, dtype=jnp.int32)
+    total, _ = jax.lax.scan(add_microbatch, zeros_fn(params), starts)
+    if weights is None:
+        return total
+    return jax.tree.map(lambda leaf: jnp.where(jnp.any(weights > 0), leaf, 0), total)  # a shard may have none

@@ -77,16 +77,22 @@ class LeafRule(NamedTuple):
 
 
 class Explanation(tuple[LeafRule, ...]):
-    """A tuple with a `LeafRule` for each leaf, which prints as a table."""
+    """A tuple with a `LeafRule` for each leaf, which prints as a table.
+
+    Attributes:
+      shapes: what one example and its outputs were taken for, a sentence.
+    """
+
+    shapes: str
 
     def __str__(self) -> str:
-        """Returns the table, in Markdown."""
+        """Returns the shapes and the table, in Markdown."""
         rows = [
             (rule.leaf, str(rule.shape), rule.rule, rule.reason, _thousands(rule.multiply_adds), f"{rule.floats:,}")
             for rule in self
         ]
         header = ("leaf", "shape", "rule", "reason", "multiply-adds", "floats held")
-        return markdown_table(header, rows, num_text_columns=4).rstrip()
+        return f"{self.shapes}\n\n{markdown_table(header, rows, num_text_columns=4).rstrip()}"
 
     __repr__ = __str__
 
@@ -100,12 +106,15 @@ def explain(output_fn: Callable[[Params, Example], jax.Array], params: Params, e
       example: one example, without example axis: arrays, or `jax.ShapeDtypeStruct`s.
 
     Returns:
-      A tuple with a `LeafRule` for each leaf, in the order of `jax.tree.leaves(params)`, which prints as a table.
+      A tuple with a `LeafRule` for each leaf, in the order of `jax.tree.leaves(params)`, which prints as a table. Above
+      the table stand the shapes of one example and its outputs: a batch that is given as one example has many labels.
 
     Example:
       >>> dense = lambda params, x: x @ params["kernel"] + params["bias"]
       >>> params = {"bias": jnp.zeros(3), "kernel": jnp.zeros((2, 3))}
       >>> explain(dense, params, jnp.zeros(2))
+      One example, (2,), has the outputs (3,). As categorical logits, they are 1 label of 3 classes.
+      <BLANKLINE>
       | leaf       | shape  | rule     | reason      | multiply-adds | floats held |
       | ---------- | ------ | -------- | ----------- | ------------: | ----------: |
       | ['bias']   | (3,)   | gradient | used by add |               |           3 |
@@ -113,10 +122,21 @@ def explain(output_fn: Callable[[Params, Example], jax.Array], params: Params, e
     """
     plan = make_plan(output_fn, params, example)
     leaves = jax.tree.leaves_with_path(params)
-    return Explanation(
+    explanation = Explanation(
         _rule(jax.tree_util.keystr(path), leaf.shape, leaf_plan)
         for (path, leaf), leaf_plan in zip(leaves, plan.leaf_plans, strict=True)
     )
+    explanation.shapes = _describe(jax.tree.map(jnp.shape, example), plan.jaxpr.out_avals[0].shape)
+    return explanation
+
+
+def _describe(example: Any, outputs: tuple[int, ...]) -> str:
+    described = f"One example, {example}, has the outputs {outputs}."
+    if not outputs:
+        return described
+    num_labels, num_classes = math.prod(outputs[:-1]), outputs[-1]
+    plural = "s" * (num_labels != 1)
+    return f"{described} As categorical logits, they are {num_labels} label{plural} of {num_classes} classes."
 
 
 def default_microbatch_size(

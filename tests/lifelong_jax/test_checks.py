@@ -6,9 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from lifelong_jax import (
     Task,
+    consolidate,
     evaluate,
     fisher_diagonal,
     init_consolidation,
@@ -132,6 +134,40 @@ jax.tree_util.register_dataclass(Module, data_fields=["weight", "activation"], m
 def test_a_whole_module_is_told_how_to_be_split(run):
     with pytest.raises(TypeError, match=r"params\.activation is a .*, not an array: .*eqx\.partition\(model"):
         run(Module(jnp.ones((6, 3)), jnp.tanh))
+
+
+class Normalised(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.BatchNorm(use_running_average=True)(nn.Dense(3)(x))
+
+
+class NormalisedInNnx(nnx.Module):
+    def __init__(self, rngs):
+        self.norm = nnx.BatchNorm(3, rngs=rngs)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda tree: start(one_task(), params=tree),
+        lambda tree: init_training(optax.sgd(0.1), tree, KEY),
+        init_consolidation,
+        lambda tree: consolidate(init_consolidation({}), tree, tree),
+        lambda tree: fisher_diagonal(lambda params, x: x, tree, BATCH.inputs),
+    ],
+)
+def test_running_statistics_are_no_parameters(run):
+    variables = Normalised().init(KEY, jnp.ones(6))
+    for tree, name in ((variables, "batch_stats'"), (nnx.state(NormalisedInNnx(nnx.Rngs(0))), "norm'.*mean'")):
+        with pytest.raises(ValueError, match=rf"params\['{name}\].* is a running statistic of batch normalisation"):
+            run(tree)
+
+
+def test_parameters_beside_running_statistics_are_taken():
+    variables = Normalised().init(KEY, jnp.ones(6))
+    for params in (variables["params"], nnx.state(NormalisedInNnx(nnx.Rngs(0)), nnx.Param)):
+        init_consolidation(params)
 
 
 def test_weights_are_ones_where_there_are_none():

@@ -364,6 +364,8 @@ def test_bad_input():
         learn(methods.ewc(), tasks=[])
     with pytest.raises(ValueError, match="strength must be finite and not negative, not -1"):
         learn(methods.ewc(), strength=-1.0)
+    with pytest.raises(ValueError, match="strength must be finite and not negative, not -1000"):
+        learn(methods.ewc(), strength=-(10**30))  # beyond 64 bits
     for wrong in (jnp.ones(2), jnp.ones(1), [1.0], "1", None):
         with pytest.raises(ValueError, match="strength must be a number, not "):
             learn(methods.ewc(), strength=wrong)
@@ -392,6 +394,10 @@ def test_bad_input():
             {"recipe": RECIPE._replace(optimizer_fn=optax.sgd(0.1))},
             r"optimizer_fn is not a function: pass lambda stren",
         ),
+        (
+            {"recipe": RECIPE._replace(optimizer_fn=lambda strength: None)},
+            "recipe.optimizer_fn must return an optax optimiser, not a NoneType",
+        ),
         ({"key": 0}, r"key must be one random key, such as jax\.random\.key\(0\), not 0"),
         ({"key": None}, "key must be one random key, .*, not None"),
         ({"key": jax.random.split(KEY, 3)}, "key must be one random key"),
@@ -403,6 +409,11 @@ def test_arguments_of_another_type_or_in_another_order_are_named(function, argum
     usual = {"method": methods.ewc(), "recipe": RECIPE, "params": make_params(), "tasks": TASKS, "key": KEY}
     with pytest.raises(TypeError, match=message):
         function(**usual | arguments, strength=1.0)
+
+
+def test_a_start_of_another_type_is_named():
+    with pytest.raises(TypeError, match="start is a int: pass a state that a callback got, or init_sequence made"):
+        learn(methods.ewc(), start=3)
 
 
 def test_keys_of_the_older_kind_are_taken():

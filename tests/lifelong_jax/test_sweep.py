@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from lifelong_jax import SweepRun, Task, learn_sweep, learn_tasks, methods
@@ -207,6 +208,18 @@ def test_methods_and_steps_are_checked(method, options, message):
         learn_sweep(method, DOMAIN, make_runs(), **options)
 
 
-def test_a_sweep_needs_a_recipe():
-    with pytest.raises(TypeError, match=r"recipe is a tuple: pass a Recipe\("):
-        learn_sweep(METHODS["ewc"], tuple(DOMAIN), make_runs())
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": methods.ewc}, "method is a function: pass one from methods"),
+        ({"recipe": tuple(DOMAIN)}, r"recipe is a tuple: pass a Recipe\("),
+        ({"recipe": DOMAIN._replace(optimizer_fn=optax.sgd(0.1))}, "optimizer_fn is not a function"),
+        ({"recipe": DOMAIN._replace(optimizer_fn=lambda strength: None)}, "must return an optax optimiser, not a None"),
+        ({"runs": [make_params()]}, r"runs\[0\] is a dict: pass a SweepRun\(params, tasks, key, strength\)"),
+        ({"runs": changed(tasks=lambda run: dict(enumerate(run.tasks)))[1:]}, "tasks is a dict: pass a list"),
+        ({"runs": changed(key=lambda run: 3)}, r"runs\[1\]\.key must be one random key, .*, not 3"),
+    ],
+)
+def test_arguments_of_another_type_are_named_as_by_learn_tasks(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        learn_sweep(**{"method": METHODS["ewc"], "recipe": DOMAIN, "runs": make_runs()} | arguments)

@@ -24,13 +24,23 @@ def test_rule_of_each_leaf(name: str) -> None:
 def test_explain_prints_a_table() -> None:
     output_fn, params, examples, _ = made("mlp")
     table = explain(output_fn, params, examples[0])
-    lines = str(table).splitlines()
+    shapes, *lines = [line for line in str(table).splitlines() if line]
+    assert shapes == "One example, (6,), has the outputs (4,). As categorical logits, they are 1 label of 4 classes."
     assert len(lines) == 2 + 4
     assert len({len(line) for line in lines}) == 1
     kernel = next(rule for rule in table if "layers_0" in rule.leaf and "kernel" in rule.leaf)
     assert (kernel.shape, kernel.rule, kernel.multiply_adds, kernel.floats) == ((6, 5), "outer", 30, 11)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (params, examples[0]))
     assert explain(output_fn, *shapes) == table
+
+
+def test_a_batch_that_is_given_as_one_example_is_seen_in_the_explanation() -> None:
+    output_fn, params, examples, _ = made("mlp")
+    batches = np.stack(
+        [examples, examples]
+    )  # [num_batches, batch_size, num_features] in the place of [num_examples, ...]
+    assert "they are 3 labels of 4 classes" in explain(output_fn, params, batches[0]).shapes
+    assert explain(lambda *data: jnp.sum(output_fn(*data)), params, examples[0]).shapes.endswith("has the outputs ().")
 
 
 def test_default_microbatch_is_wide_for_vectors_and_narrow_for_tokens() -> None:
