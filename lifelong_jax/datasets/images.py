@@ -1,5 +1,6 @@
 """Image files: reads them as a viewer shows them, resizes and converts them, with Pillow."""
 
+import contextlib
 import pathlib
 
 import numpy as np
@@ -92,17 +93,16 @@ def read_image(path: pathlib.Path) -> np.ndarray:
         if path.exists() and not path.is_file():  # to open a named pipe would wait for ever
             raise ValueError("it is not a regular file")
         with Image.open(path) as picture:
-            return np.asarray(_on_white(_eight_bits(_upright(picture))).convert("RGB"))
+            _turn_upright(picture)
+            return np.asarray(_on_white(_eight_bits(picture)).convert("RGB"))
     except Exception as error:  # a damaged file can raise any
         raise UnreadableImageError(path, error) from error
 
 
-def _upright(picture: Image.Image) -> Image.Image:
+def _turn_upright(picture: Image.Image) -> None:
     picture.load()  # here, so that an error below is one of its EXIF data alone
-    try:
-        return ImageOps.exif_transpose(picture)
-    except Exception:  # damaged EXIF data can raise any; viewers then show the image as it is stored
-        return picture
+    with contextlib.suppress(Exception):  # damaged EXIF data can raise any; viewers then show the image as it is stored
+        ImageOps.exif_transpose(picture, in_place=True)
 
 
 def _eight_bits(picture: Image.Image) -> Image.Image:

@@ -2,25 +2,17 @@
 
 import os
 import pathlib
-import sys
 
 import chex
 import jax
 import numpy as np
 import pytest
-from PIL import Image
 
 from lifelong_jax import datasets
 from lifelong_jax.datasets import named
-from lifelong_jax.datasets.images import fit_image, read_image
 from lifelong_jax.streaming import stream_batches
 from tests.obstacles import OBSTACLES
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(named.platformdirs, "user_cache_path", lambda name: tmp_path / "cache")
-    return tmp_path / "cache"
+from tests.pictures import break_image, write_image
 
 
 def test_digits():
@@ -122,43 +114,6 @@ def test_bad_shapes(settings, message):
             door("digits", **settings)
 
 
-def test_images_are_resized_with_antialiasing_and_change_colours():
-    stripes = np.tile(np.array([[0], [0], [0], [240]], np.uint8), (4, 16))[..., None]
-    # Every fourth row alone would be 0 or 240.
-    np.testing.assert_allclose(fit_image(stripes, 4, None)[1:-1], 60, atol=12)
-    wide = np.repeat(stripes, 3, axis=1)
-    assert fit_image(wide, 16, 3).shape == (16, 16, 3)
-    assert fit_image(wide, None, None) is wide
-    assert fit_image(wide, None, 3).shape == (16, 48, 3)
-    colour = np.zeros((2, 2, 3), np.uint8) + np.array([255, 0, 100], np.uint8)
-    np.testing.assert_array_equal(fit_image(colour, None, 1), round(0.299 * 255 + 0.114 * 100))
-    np.testing.assert_array_equal(fit_image(colour, 5, None), np.broadcast_to(colour[:1, :1], (5, 5, 3)))
-    transparent = np.concatenate([colour, np.zeros((2, 2, 1), np.uint8)], axis=-1)
-    np.testing.assert_array_equal(fit_image(transparent, None, 3), colour)
-    with pytest.raises(ValueError, match="only images of 1, 3 or 4 channels can be resized or converted, not 2"):
-        fit_image(colour[..., :2], 4, None)
-
-
-def write_image(path, shape, value, mode="RGB"):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.full((*shape, 3), value, np.uint8)
-    Image.fromarray(pixels).convert(mode).save(path, quality=95)
-
-
-@pytest.fixture
-def folder(tmp_path):
-    root = tmp_path / "animals"
-    write_image(root / "train" / "cat" / "b.png", (6, 9), 250)
-    write_image(root / "train" / "cat" / "a.jpg", (9, 6), 200, "L")
-    write_image(root / "train" / "ant" / "c.JPEG", (5, 5), 100)
-    write_image(root / "test" / "cat" / "d.png", (7, 7), 51, "P")
-    write_image(root / "test" / "ant" / "e.png", (40, 3), 20, "RGBA")
-    (root / "train" / "cat" / "._a.jpg").write_bytes(b"what another system left behind")
-    (root / "train" / ".thumbnails").mkdir()
-    (root / "train" / "cat" / "notes.txt").write_text("not an image")
-    return root
-
-
 def test_a_folder_of_images(folder, own_cache, monkeypatch):
     animals = datasets.load_dataset(f"folder:{folder}", image_size=4)
     assert animals.num_classes == 2
@@ -172,7 +127,7 @@ def test_a_folder_of_images(folder, own_cache, monkeypatch):
     assert grey.train.inputs.shape == (3, 4, 4, 1)
     assert len(list(own_cache.glob("folder-*.npz"))) == 2
     with monkeypatch.context() as patch:
-        patch.setattr(named, "open_dataset", None)  # what is cached is not opened
+        patch.setattr(named, "_open", None)  # what is cached is not opened
         chex.assert_trees_all_equal(datasets.load_dataset(f"folder:{folder}", image_size=4), animals)
     write_image(folder / "test" / "cat" / "f.png", (7, 7), 130)
     assert datasets.load_dataset(f"folder:{folder}", image_size=4).test.labels.tolist() == [0, 1, 1]
@@ -186,65 +141,43 @@ def test_a_folder_of_images(folder, own_cache, monkeypatch):
         datasets.load_dataset(f"folder:{folder}")
 
 
-def test_folders_that_cannot_be_read(folder):
+def test_what_is_left_out_of_a_folder_is_said_once_also_of_what_is_cached(folder):
+    (folder / "train" / "cat" / "notes.txt").write_text("not an image")
+    for load in (datasets.load_dataset, datasets.load_dataset, datasets.open_dataset):
+        with pytest.warns(UserWarning, match=r"folder:.*: 1 of 6 files are left out .*: train/cat/notes\.txt\."):
+            assert load(f"folder:{folder}", image_size=4).num_classes == 2
+
+
+def test_all_images_that_cannot_be_read_are_named_at_once(folder, monkeypatch):
+    for number in range(6):
+        for split in ("train", "test"):
+            break_image(folder / split / "cat" / f"broken{number}.png")
     name = f"folder:{folder}"
-    with pytest.raises(FileNotFoundError, match=r"no folder 'nowhere': a data set folder:PATH"):
-        datasets.load_dataset("folder:nowhere")
-    with pytest.raises(FileNotFoundError, match=r"a data set folder:PATH needs the path of a folder"):
-        datasets.open_dataset("folder:")
-    broken = folder / "train" / "cat" / "b.png"
-    Image.fromarray(np.random.default_rng(0).integers(256, size=(9, 9, 3), dtype=np.uint8)).save(broken)
-    broken.write_bytes(broken.read_bytes()[:200])
-    with pytest.raises(ValueError, match=r"cannot read the image .*/train/cat/b\.png: .*\. Repair or remove"):
-        datasets.load_dataset(name, image_size=4)
-    deep = np.arange(4, dtype=np.uint16).reshape(2, 2) * 1000
-    Image.fromarray(deep).save(broken)
-    with pytest.raises(ValueError, match=r"b\.png: it has more than 8 bits per channel"):
-        read_image(broken)
-    pipe = broken.with_name("pipe.jpg")
-    os.mkfifo(pipe)
-    with pytest.raises(ValueError, match=r"cannot read the image .*pipe\.jpg: it is not a regular file"):
-        read_image(pipe)
-    pipe.unlink()
-    (folder / "train" / "dog").mkdir()
-    with pytest.raises(ValueError, match=r"the folder of the class .*/train/dog has no images"):
-        datasets.open_dataset(name)
-    write_image(folder / "train" / "dog" / "a.png", (3, 3), 5)
-    with pytest.raises(ValueError, match=r"/test is missing 1 classes of the other split: dog\."):
-        datasets.open_dataset(name)
-    (folder / "test").rename(folder / "tests")
-    with pytest.raises(FileNotFoundError, match=r"no folder .*/test: images must be in"):
-        datasets.open_dataset(name)
-    (folder / "test").mkdir()
-    with pytest.raises(ValueError, match=r"/test is missing 3 classes"):
-        datasets.open_dataset(name)
+    for load in (datasets.load_dataset, datasets.open_dataset):
+        with pytest.raises(ValueError, match=r"12 of 17 images cannot be read:\n(.|\n)*leave them out with") as error:
+            load(name, image_size=4)
+        assert str(error.value).count("cannot read the image") == 10
+        assert "/train/cat/broken0.png: " in str(error.value)
+        assert "\nand 2 more\n" in str(error.value)
+    monkeypatch.setattr(named, "find_unreadable", None)  # what is cached is not read again
+    for load in (datasets.load_dataset, datasets.load_dataset, datasets.open_dataset):
+        with pytest.warns(UserWarning, match=r"12 of 17 images are left out:\n(.|\n)*/train/cat/broken0\.png"):
+            animals = load(name, image_size=4, skip_unreadable=True)
+        if load is datasets.open_dataset:
+            (batch,) = stream_batches(animals.train, 3)
+            labels = [animals.test[index].labels for index in range(len(animals.test))]
+        else:
+            batch, labels = animals.train, animals.test.labels.tolist()
+        assert batch.labels.tolist() == [0, 1, 1]
+        assert labels == [0, 1]
+        np.testing.assert_allclose(255 * batch.inputs[:, 1, 2, 1], [100, 200, 250], atol=3)
 
 
-def test_mit_scenes(tmp_path):
-    root = tmp_path / "scenes"
-    files = ("mall/shopping mall.jpg", "bar/bar_0026.jpg", "mall/m.jpg", "bar/b.jpg", "bar/unlisted.jpg")
-    for number, file in enumerate(files):
-        write_image(root / "Images" / file, (8, 6 + number), 10 * number)
-    (root / "TrainImages.txt").write_text("mall/shopping mall.jpg\r\nbar/bar_0026.jpg\r\n")
-    (root / "TestImages.txt").write_text("bar/b.jpg\nmall/m.jpg")
-    scenes = datasets.load_dataset(f"mit_scenes:{root}", image_size=5)
-    assert scenes.num_classes == 2
-    assert scenes.train.labels.tolist() == [1, 0]
-    assert scenes.test.labels.tolist() == [0, 1]
-    np.testing.assert_allclose(255 * scenes.train.inputs[:, 2, 2, 0], [0, 10], atol=2)
-    np.testing.assert_allclose(255 * scenes.test.inputs[:, 2, 2, 0], [30, 20], atol=2)
-
-    for lines, error, message in (
-        ("bar/b.jpg\nbar/x.jpg", FileNotFoundError, r"1 of the 2 images listed .* the first is bar/x\.jpg"),
-        ("bar.jpg", ValueError, r"the line 'bar\.jpg', but each line must be <class>/<file>"),
-        ("bar/b.jpg", ValueError, r"TestImages\.txt is missing 1 classes of the other split: mall"),
-    ):
-        (root / "TestImages.txt").write_text(lines)
-        with pytest.raises(error, match=message):
-            datasets.open_dataset(f"mit_scenes:{root}")
-    (root / "TrainImages.txt").unlink()
-    with pytest.raises(FileNotFoundError, match=r"no file .*TrainImages\.txt"):
-        datasets.open_dataset(f"mit_scenes:{root}")
+def test_a_class_without_readable_images_is_named(folder):
+    break_image(folder / "test" / "ant" / "e.png")
+    for load in (datasets.load_dataset, datasets.open_dataset):
+        with pytest.raises(ValueError, match=r"no test image of the classes ant can be read:\n.*ant/e\.png"):
+            load(f"folder:{folder}", image_size=4, skip_unreadable=True)
 
 
 def test_a_data_set_that_is_not_there(tmp_path, monkeypatch):
@@ -259,31 +192,14 @@ def test_a_data_set_that_is_not_there(tmp_path, monkeypatch):
         datasets.open_dataset("mnist")
 
 
-def test_birds_as_tfds_mocks_them(mocked_birds):
-    tensorflow_was_there = "tensorflow" in sys.modules
-    birds = datasets.load_dataset("caltech_birds2011", mocked_birds, image_size=12)
-    opened = datasets.open_dataset("caltech_birds2011", mocked_birds, image_size=12)
-    batches = list(stream_batches(opened.test, 2))
-    first = opened.train.source.records[0]
-    with pytest.raises(ValueError, match="all must have the same shape: set image_size"):
-        datasets.load_dataset("caltech_birds2011", mocked_birds)
-    assert birds.num_classes == 200
-    assert birds.train.inputs.shape == birds.test.inputs.shape == (5, 12, 12, 3)
-    assert first["image"].shape != (12, 12, 3)
-    expected = np.asarray(Image.fromarray(first["image"]).resize((12, 12), Image.Resampling.BILINEAR)) / np.float32(255)
-    np.testing.assert_allclose(birds.train.inputs[0], expected, rtol=1e-6)
-    assert birds.train.labels[0] == first["label"]
-    streamed = np.concatenate([batch.inputs for batch in batches])[:5]
-    np.testing.assert_array_equal(streamed, birds.test.inputs)
-    assert tensorflow_was_there or "tensorflow" not in sys.modules
-
-
 class FakeBuilder:
     """Stands for TFDS's builder of a prepared data set of three classes."""
 
     def __init__(self, examples, features=("image", "label"), dtype=np.uint8, num_classes=3):
-        feature = type("Feature", (), {"num_classes": num_classes, "np_dtype": dtype})
-        self.info = type("Info", (), {"features": dict.fromkeys(features, feature), "splits": examples})
+        image = type("Image", (), {"np_dtype": dtype, "shape": (None, None, None)})
+        label = type("Label", (), {"num_classes": num_classes, "shape": ()})
+        features = dict(zip(features, (image, label), strict=True))
+        self.info = type("Info", (), {"features": features, "splits": examples})
         self.examples = examples
         self.reads = 0
 
@@ -352,14 +268,14 @@ def test_without_a_cache_a_data_set_is_loaded_all_the_same(tmp_path, monkeypatch
     builder = FakeBuilder({"train": images(*[SQUARE] * 6), "test": images(SQUARE)})
     fake_tfds(monkeypatch, tmp_path, builder)
     own_cache.mkdir()
-    write_cache = named._write_cache
+    write_cache = named.write_cache
 
     def hindered(*arguments):
         with obstacle(own_cache, monkeypatch):
             write_cache(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(named, "_write_cache", hindered)
+        patch.setattr(named, "write_cache", hindered)
         with pytest.warns(UserWarning, match=rf"what was decoded is not kept for the next time: .*{reason}"):
             first = datasets.load_dataset("fake", tmp_path)
     assert list(own_cache.iterdir()) == []
