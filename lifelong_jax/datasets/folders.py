@@ -76,9 +76,10 @@ def list_folder(root: pathlib.Path) -> Listing:
     for file in files_below(root):
         parts = file.relative_to(root).parts
         hidden = any(part.startswith(".") for part in parts)
-        if len(parts) > 2 and parts[0] in splits and not hidden and file.suffix.lower() in endings:
+        is_image = file.suffix.lower() in endings
+        if len(parts) > 2 and parts[0] in splits and is_image and not hidden:
             splits[parts[0]][parts[1]].append(file)
-        else:
+        elif parts[0] in splits or is_image:  # a licence beside the splits is no part of the data
             left_out.append("/".join(parts))
     for split, listed in splits.items():
         for name, files in listed.items():

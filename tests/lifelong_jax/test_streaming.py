@@ -157,7 +157,7 @@ def test_class_masks_pass_through():
     np.testing.assert_array_equal(batch.class_mask, np.arange(3) <= LABELS[:, None])
 
 
-def test_what_cannot_be_streamed(tmp_path):
+def test_what_cannot_be_streamed(tmp_path, monkeypatch):
     none = init_consolidation(PARAMS)
     learn = functools.partial(learn_stream, LOSS_FN, OPTIMIZER, start(), none)
     with pytest.raises(ValueError, match="source is empty"):
@@ -171,6 +171,7 @@ def test_what_cannot_be_streamed(tmp_path):
         ValueError, match=r"example 1 has shape \(3, 2, 1\), but others have \(2, 2, 1\): open the data"
     ):
         list(stream_batches(mixed, 2))
+    monkeypatch.setattr("platformdirs.user_cache_path", lambda name: tmp_path / "cache")
     for split in ("train", "test"):
         (tmp_path / split / "one").mkdir(parents=True)
         (tmp_path / split / "one" / "broken.png").write_bytes(b"no image")
@@ -251,6 +252,7 @@ def test_a_stream_is_larger_than_what_the_process_may_hold(tmp_path, monkeypatch
     here = pathlib.Path(__file__).parent
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     environment |= {"PYTHONPATH": f"{here.parents[1]}{os.pathsep}{here}", "MALLOC_ARENA_MAX": "2"}
+    environment |= {"XDG_CACHE_HOME": str(tmp_path / "cache")}
     arguments = [sys.executable, "-c", CHILD, str(tmp_path), str(tmp_path / "params.npy")]
     child = subprocess.run(arguments, env=environment, capture_output=True, text=True)
     assert child.returncode == 0, child.stderr

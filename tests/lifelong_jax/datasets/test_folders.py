@@ -35,7 +35,7 @@ def test_links_to_folders_are_followed(folder, tmp_path):
 
 
 def test_what_is_left_out_is_counted_and_some_of_it_is_named(folder):
-    for name in ("train/cat/._a.jpg", "train/cat/notes.txt", "train/a.jpg", "val/cat/a.jpg", "labels.csv"):
+    for name in ("train/cat/._a.jpg", "train/cat/notes.txt", "train/a.jpg", "val/cat/a.jpg", "license.txt"):
         write_image(folder / "some.png", (3, 3), 1)
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / "some.png").rename(folder / name)
@@ -45,8 +45,9 @@ def test_what_is_left_out_is_counted_and_some_of_it_is_named(folder):
     train, test, names, notes = list_folder(folder)
     assert (len(train.paths), len(test.paths), names) == (3, 2, ["ant", "cat"])
     assert notes == [
-        "13 of 18 files are left out (hidden, in no class's folder, or of no format that Pillow reads): "
-        f"labels.csv, {', '.join(f'train/.thumbnails/{number}.jpg' for number in range(8))}, train/a.jpg, and 3 more."
+        "12 of 17 files are left out (hidden, in no class's folder, or of no format that Pillow reads): "
+        f"{', '.join(f'train/.thumbnails/{number}.jpg' for number in range(8))}, train/a.jpg, train/cat/._a.jpg, "
+        "and 2 more."
     ]
 
 
