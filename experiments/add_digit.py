@@ -53,7 +53,7 @@ class Config(Settings):
 
 def main(config: Config) -> None:
     """Runs the comparison."""
-    dataset = load_or_exit(config.dataset, config.data_dir)
+    dataset = load_or_exit(config.dataset, config)
     network = make_network(config, dataset.num_classes + max(config.addends))
     experiment = Experiment(
         name="add_digit",

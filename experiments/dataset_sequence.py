@@ -47,7 +47,7 @@ class Config(Settings):
     def __post_init__(self) -> None:
         """Validates before computing."""
         super().__post_init__()
-        check_settings(positive={"image_size": self.image_size}, distinct={"datasets": self.datasets})
+        check_settings(distinct={"datasets": self.datasets})
         if self.pretrained is not None and self.network != "alexnet":
             raise ValueError(f"pretrained parameters are for network alexnet, not {self.network}.")
         if self.pretrained is not None and not pathlib.Path(self.pretrained).expanduser().is_file():
@@ -61,10 +61,7 @@ class Config(Settings):
 
 def main(config: Config) -> None:
     """Runs the comparison."""
-    datasets = [
-        load_or_exit(name, config.data_dir, image_size=config.image_size, channels=config.channels)
-        for name in config.datasets
-    ]
+    datasets = [load_or_exit(name, config) for name in config.datasets]
     network = make_trunk_and_heads(config, sum(dataset.num_classes for dataset in datasets))
 
     def init_params(key: jax.Array, x: Example) -> Params:

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 
 from experiments.harness.experiment import Experiment, Settings, Strength, load_or_exit, make_network, run_experiment
-from experiments.harness.settings import check_num_tasks, parse_settings
+from experiments.harness.settings import DatasetName, check_num_tasks, parse_settings
 from lifelong_jax import permuted_tasks
 from lifelong_jax.models import init_network
 
@@ -21,9 +21,7 @@ STRENGTH = Strength(
 class Config(Settings):
     """Compare how much methods forget of a sequence of permuted-image tasks."""
 
-    dataset: str = "digits"
-    """digits and letters (both bundled), folder:PATH and mit_scenes:PATH (with images of one size), or the name of an
-    image-classification data set that TFDS has prepared, such as mnist."""
+    dataset: DatasetName = "digits"
 
     num_tasks: int = 5
     """How many tasks."""
@@ -38,7 +36,7 @@ class Config(Settings):
 
 def main(config: Config) -> None:
     """Runs the comparison."""
-    dataset = load_or_exit(config.dataset, config.data_dir)
+    dataset = load_or_exit(config.dataset, config)
     network = make_network(config, dataset.num_classes)
     experiment = Experiment(
         name="permuted",

@@ -20,7 +20,14 @@ from experiments.harness.pipelines import interval_of, momentum_with_penalty, st
 from experiments.harness.report import Estimate, Outcome, estimate, fail_if_all_diverged, format_estimate, report_tables
 from experiments.harness.runs import Run, open_run
 from experiments.harness.sequences import ResumableSequence, learn_resumably
-from experiments.harness.settings import RunSettings, Seeds, check_num_tasks, check_settings, parse_settings
+from experiments.harness.settings import (
+    DatasetName,
+    DataSettings,
+    Seeds,
+    check_num_tasks,
+    check_settings,
+    parse_settings,
+)
 from lifelong_jax import Recipe, SequenceState, methods, permuted_tasks
 from lifelong_jax.checkpoint import load_consolidation
 from lifelong_jax.consolidation import Rule
@@ -31,15 +38,10 @@ from lifelong_jax.models import MLP, init_network
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(RunSettings):
+class Config(DataSettings):
     """Learn the last of several tasks again, at other strengths and by other rules of consolidation."""
 
-    dataset: str = "digits"
-    """digits and letters (both bundled), folder:PATH and mit_scenes:PATH (with images of one size), or the name of an
-    image-classification data set that TFDS has prepared, such as mnist."""
-
-    data_dir: str | None = None
-    """Where TFDS keeps prepared data sets; by default TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+    dataset: DatasetName = "digits"
 
     method: Literal["ewc", "mas", "kfac"] = "ewc"
     """The importance: the Fisher diagonal (ewc), the output's sensitivity (mas), or the Fisher with Kronecker factors
@@ -74,6 +76,7 @@ class Config(RunSettings):
 
     def __post_init__(self) -> None:
         """Validates before computing."""
+        super().__post_init__()
         names = ("hidden_sizes", "num_epochs", "batch_size", "learning_rate")
         check_settings(
             positive={name: getattr(self, name) for name in names},
@@ -90,7 +93,7 @@ class Config(RunSettings):
 def main(config: Config) -> None:
     """Learns all tasks once, then the last one again by each rule and at each strength."""
     console = rich.console.Console()
-    dataset = load_or_exit(config.dataset, config.data_dir)
+    dataset = load_or_exit(config.dataset, config)
     dataset = hold_out_validation(dataset, 0.2, jax.random.key(0))  # so that no choice is made on test data
     model = MLP(config.hidden_sizes, dataset.num_classes)
     makers = {"ewc": methods.ewc, "mas": methods.mas, "kfac": methods.kfac}

@@ -20,7 +20,7 @@ import rich.console
 from experiments.harness.experiment import load_or_exit
 from experiments.harness.report import Estimate, estimate, fail_if_all_diverged, print_table
 from experiments.harness.runs import Run, open_run, to_json
-from experiments.harness.settings import RunSettings, Seeds, check_settings, parse_settings
+from experiments.harness.settings import DataSettings, RunSettings, Seeds, check_settings, parse_settings
 from experiments.harness.tune import SweepLearner, average_accuracies, best_strength, sweep_strengths, warn_at_edge
 from experiments.published import ROWS, Protocol, Published, PublishedRange
 from lifelong_jax import (
@@ -87,7 +87,7 @@ class Config(RunSettings):
 def main(config: Config) -> None:
     """Runs the rows, and writes the tables and the pictures."""
     console = rich.console.Console()
-    dataset = load_or_exit("mnist", config.data_dir)
+    dataset = load_or_exit("mnist", DataSettings(data_dir=config.data_dir))
     accuracies = []
     with open_run(config, "reproduce", console, [dataset]) as run:
         for row in config.rows:

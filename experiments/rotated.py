@@ -10,7 +10,7 @@ import functools
 import numpy as np
 
 from experiments.harness.experiment import Experiment, Settings, Strength, load_or_exit, make_network, run_experiment
-from experiments.harness.settings import check_num_tasks, check_settings, parse_settings
+from experiments.harness.settings import DatasetName, check_num_tasks, check_settings, parse_settings
 from lifelong_jax import rotated_tasks
 from lifelong_jax.models import init_network
 
@@ -21,9 +21,7 @@ STRENGTH = Strength(l2=0.0316, ewc=100.0, mas=0.1, kfac=100.0, local_mas=0.316, 
 class Config(Settings):
     """Compare transfer and forgetting on images that are rotated a little further in every task."""
 
-    dataset: str = "digits"
-    """digits and letters (both bundled), folder:PATH and mit_scenes:PATH (with images of one size), or the name of an
-    image-classification data set that TFDS has prepared, such as mnist."""
+    dataset: DatasetName = "digits"
 
     num_tasks: int = 5
     """How many tasks."""
@@ -42,7 +40,7 @@ class Config(Settings):
 
 def main(config: Config) -> None:
     """Runs the comparison."""
-    dataset = load_or_exit(config.dataset, config.data_dir)
+    dataset = load_or_exit(config.dataset, config)
     network = make_network(config, dataset.num_classes)
     angles = np.linspace(0, config.max_angle, config.num_tasks)
     experiment = Experiment(

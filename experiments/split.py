@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from experiments.harness.experiment import Experiment, Settings, Strength, load_or_exit, make_network, run_experiment
-from experiments.harness.settings import check_settings, parse_settings, refuse
+from experiments.harness.settings import DatasetName, check_settings, parse_settings, refuse
 from lifelong_jax import Task, split_tasks
 from lifelong_jax.datasets import Dataset
 from lifelong_jax.models import init_network
@@ -34,9 +34,7 @@ class Config(Settings):
     """task: the task is known at test time. domain: all tasks share their outputs. class: every class seen so far can
     be the answer; parameter importance alone does not solve this."""
 
-    dataset: str = "digits"
-    """digits and letters (both bundled), folder:PATH and mit_scenes:PATH (with images of one size), or the name of an
-    image-classification data set that TFDS has prepared, such as mnist."""
+    dataset: DatasetName = "digits"
 
     classes_per_task: int = 2
     """How many classes each task has; the last task may have fewer."""
@@ -57,7 +55,7 @@ class Config(Settings):
 
 def main(config: Config) -> None:
     """Runs the comparison."""
-    dataset = load_or_exit(config.dataset, config.data_dir)
+    dataset = load_or_exit(config.dataset, config)
     if config.classes_per_task >= dataset.num_classes:
         refuse(
             f"classes_per_task must be below {dataset.num_classes}, the number of classes of {config.dataset}, so that "

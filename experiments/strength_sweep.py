@@ -18,7 +18,15 @@ import tyro
 from experiments.harness.experiment import load_or_exit
 from experiments.harness.report import Estimate, fail_if_all_diverged, format_estimate, report_tables
 from experiments.harness.runs import Run, open_run
-from experiments.harness.settings import Numbers, RunSettings, Seeds, check_num_tasks, check_settings, parse_settings
+from experiments.harness.settings import (
+    DatasetName,
+    DataSettings,
+    Numbers,
+    Seeds,
+    check_num_tasks,
+    check_settings,
+    parse_settings,
+)
 from experiments.harness.tune import average_accuracies, sweep_strengths
 from lifelong_jax import (
     Recipe,
@@ -35,15 +43,10 @@ from lifelong_jax.types import OptimizerFn
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(RunSettings):
+class Config(DataSettings):
     """Learn permuted tasks at strengths over twelve decades, with the penalty at each place in the pipeline."""
 
-    dataset: str = "digits"
-    """digits and letters (both bundled), folder:PATH and mit_scenes:PATH (with images of one size), or the name of an
-    image-classification data set that TFDS has prepared, such as mnist."""
-
-    data_dir: str | None = None
-    """Where TFDS keeps prepared data sets; by default TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+    dataset: DatasetName = "digits"
 
     method: Literal["l2", "ewc", "mas", "kfac"] = "ewc"
     """The importance: equal for all parameters (l2), the Fisher diagonal (ewc), the output's sensitivity (mas), or the
@@ -78,6 +81,7 @@ class Config(RunSettings):
 
     def __post_init__(self) -> None:
         """Validates before computing."""
+        super().__post_init__()
         names = ("hidden_sizes", "num_epochs", "batch_size", "sgd_learning_rate", "adam_learning_rate")
         check_settings(
             positive={name: getattr(self, name) for name in names},
@@ -90,7 +94,7 @@ class Config(RunSettings):
 def main(config: Config) -> None:
     """Runs the sweep."""
     console = rich.console.Console()
-    dataset = load_or_exit(config.dataset, config.data_dir)
+    dataset = load_or_exit(config.dataset, config)
     dataset = hold_out_validation(dataset, 0.2, jax.random.key(0))  # so that no choice is made on test data
     model = MLP(config.hidden_sizes, dataset.num_classes)
     method = {"l2": methods.l2(), "ewc": methods.ewc(), "mas": methods.mas(), "kfac": methods.kfac()}[config.method]

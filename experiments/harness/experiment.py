@@ -18,7 +18,7 @@ from experiments.harness.pipelines import MOMENTUM, interval_of, momentum_with_p
 from experiments.harness.report import fail_if_all_diverged, report_comparison
 from experiments.harness.runs import Run, open_run
 from experiments.harness.sequences import learn_resumably
-from experiments.harness.settings import Numbers, RunSettings, Seeds, check_memory, check_settings, refuse
+from experiments.harness.settings import DataSettings, Numbers, Seeds, check_memory, check_settings, refuse
 from experiments.harness.tune import choose_strengths, sweep_strengths
 from lifelong_jax import methods
 from lifelong_jax.datasets.named import Dataset, hold_out_validation, load_dataset
@@ -59,7 +59,7 @@ class Strength:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings(RunSettings):
+class Settings(DataSettings):
     """The settings that all comparisons have; a script's own dataclass adds to them."""
 
     methods: tuple[Literal["finetune", "l2", "ewc", "mas", "kfac", "local_mas", "si", "rwalk", "joint"], ...] = (
@@ -130,14 +130,12 @@ class Settings(RunSettings):
     tune: bool = False
     """Compare 21 strengths over ten decades in this way."""
 
-    data_dir: str | None = None
-    """Where TFDS keeps prepared data sets; by default TFDS_DATA_DIR, else ~/tensorflow_datasets."""
-
     keep_tasks: bool = True
     """Keep each task's own parameters and importance, to try another strength or rule: see reconsolidate."""
 
     def __post_init__(self) -> None:
         """Validates before computing."""
+        super().__post_init__()
         names = ("hidden_sizes", "features", "num_epochs", "batch_size", "learning_rate")
         strengths = {f"strength.{name}": value for name, value in dataclasses.asdict(self.strength).items()}
         check_settings(
@@ -247,13 +245,12 @@ def check_network(experiment: Experiment) -> None:
         refuse(error)
 
 
-def load_or_exit(name: str, data_dir: str | None, **options: object) -> Dataset:
+def load_or_exit(name: str, settings: DataSettings) -> Dataset:
     """Loads a data set, or ends the program with a message if that fails.
 
     Args:
       name: as for `load_dataset`.
-      data_dir: where TFDS keeps prepared data sets.
-      **options: as for `load_dataset`.
+      settings: where prepared data sets are, and what images become.
 
     Returns:
       The data set.
@@ -262,7 +259,13 @@ def load_or_exit(name: str, data_dir: str | None, **options: object) -> Dataset:
       SystemExit: if the data set cannot be found or read.
     """
     try:
-        return load_dataset(name, data_dir, **options)
+        return load_dataset(
+            name,
+            settings.data_dir,
+            image_size=settings.image_size,
+            channels=settings.channels,
+            skip_unreadable=settings.skip_unreadable,
+        )
     except (OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error
 

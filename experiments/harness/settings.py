@@ -12,7 +12,7 @@ import shlex
 import sys
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, NoReturn, TypeAlias, TypeVar
+from typing import Annotated, Any, Literal, NoReturn, TypeAlias, TypeVar
 
 import numpy as np
 import tyro
@@ -116,6 +116,38 @@ class RunSettings:
     resume: str | None = None
     """Resume a run that was stopped, with its own settings: its folder, or nothing for the newest run of this
     experiment. Seeds and methods that are given beside it are added to the run's."""
+
+
+DatasetName: TypeAlias = Annotated[
+    str,
+    tyro.conf.arg(
+        help="digits and letters (both bundled), folder:PATH and mit_scenes:PATH (with --image-size, where the images "
+        "differ in size), or the name of an image-classification data set that TFDS has prepared, such as mnist."
+    ),
+]
+"""The name of a data set as a setting."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataSettings(RunSettings):
+    """The settings of all scripts that load data sets by name."""
+
+    data_dir: str | None = None
+    """Where TFDS keeps prepared data sets; by default TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+
+    image_size: int | None = None
+    """All images are resized to this height and width, in pixels; by default, they stay as they are."""
+
+    channels: Literal[1, 3] | None = None
+    """1 for grey, 3 for colour; by default, images stay as they are."""
+
+    skip_unreadable: bool = False
+    """Leave out image files that cannot be read, and say how many; by default, they end the program."""
+
+    def __post_init__(self) -> None:
+        """Validates before computing."""
+        if self.image_size is not None:
+            check_settings(positive={"image_size": self.image_size})
 
 
 def check_settings(

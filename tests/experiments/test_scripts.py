@@ -1,5 +1,6 @@
 """What all scripts have in common: the list of them, a help that comes soon, and equal files of equal runs."""
 
+import importlib
 import json
 import pathlib
 import subprocess
@@ -9,7 +10,7 @@ import pytest
 
 from experiments import permuted, reconsolidate, rotated, split, strength_sweep
 from experiments.__main__ import scripts
-from experiments.harness.settings import parse_settings
+from experiments.harness.settings import DataSettings, parse_settings
 
 NAMES = {
     path.stem
@@ -47,6 +48,13 @@ def test_the_help_names_every_kind_of_data_set(script, capsys):
     printed = capsys.readouterr().out
     for name in ("digits", "letters", "folder:PATH", "mit_scenes:PATH", "TFDS"):
         assert name in printed
+
+
+def test_every_script_that_takes_a_data_set_has_the_flags_of_images():
+    configs = [importlib.import_module(f"experiments.{name}").Config for name in sorted(NAMES - {"track"})]
+    taking = [config for config in configs if {"dataset", "datasets"} & config.__dataclass_fields__.keys()]
+    assert len(taking) == 7
+    assert all(issubclass(config, DataSettings) for config in taking)
 
 
 @pytest.mark.usefixtures("standard_promotion")

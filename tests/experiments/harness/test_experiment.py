@@ -9,9 +9,10 @@ import pytest
 from experiments import permuted
 from experiments.harness import experiment
 from experiments.harness.runs import Run, read_rows
-from experiments.harness.settings import parse_settings
+from experiments.harness.settings import DataSettings, parse_settings
 from lifelong_jax import add_quadratic_penalty, plotting
 from lifelong_jax.models import MLP
+from tests.pictures import break_image, write_image
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -106,3 +107,20 @@ def test_until_strengths_are_chosen_added_seeds_have_a_say(call, monkeypatch):
         call(*SMALL, "--seeds", "0", "--methods", "ewc", "--strength", "1,100")
     _, added = call("--resume", "--seeds", "1")
     assert places(row for row in added if row.get("split") == "validation") == [("ewc 1", 1), ("ewc 100", 1)]
+
+
+def test_images_of_folders_become_what_the_settings_say(tmp_path, monkeypatch):
+    monkeypatch.setattr("platformdirs.user_cache_path", lambda name: tmp_path / "cache")
+    for number, split in enumerate(("train", "test")):
+        write_image(tmp_path / split / "a" / "image.png", (6, 7 + number), 51)
+    name = f"folder:{tmp_path}"
+    with pytest.raises(SystemExit, match=r"^error: .* all must have the same shape: set image_size"):
+        experiment.load_or_exit(name, DataSettings())
+    break_image(tmp_path / "train" / "a" / "broken.png")
+    with pytest.raises(SystemExit, match=r"^error: 1 of 3 images cannot be read:\n.*a/broken\.png"):
+        experiment.load_or_exit(name, DataSettings(image_size=4))
+    with pytest.warns(UserWarning, match="1 of 3 images are left out"):
+        dataset = experiment.load_or_exit(name, DataSettings(image_size=4, channels=1, skip_unreadable=True))
+    assert dataset.train.inputs.shape == (1, 4, 4, 1)
+    with pytest.raises(ValueError, match="image_size must be finite and above 0, not 0"):
+        DataSettings(image_size=0)
