@@ -171,6 +171,8 @@ def test_all_images_that_cannot_be_read_are_named_at_once(folder, monkeypatch):
         assert batch.labels.tolist() == [0, 1, 1]
         assert labels == [0, 1]
         np.testing.assert_allclose(255 * batch.inputs[:, 1, 2, 1], [100, 200, 250], atol=3)
+    with pytest.raises(ValueError, match="12 of 17 images cannot be read"):  # what was skipped is not served
+        datasets.load_dataset(name, image_size=4)
 
 
 def test_a_class_without_readable_images_is_named(folder):
