@@ -10,7 +10,7 @@ import json
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -22,21 +22,27 @@ from experiments.harness.report import Estimate, estimate, fail_if_all_diverged,
 from experiments.harness.runs import Run, open_run, to_json
 from experiments.harness.settings import DataSettings, RunSettings, Seeds, check_settings, parse_settings
 from experiments.harness.tune import SweepLearner, average_accuracies, best_strength, sweep_strengths, warn_at_edge
-from experiments.published import ROWS, Protocol, Published, PublishedRange
+from experiments.published import ROWS, Entry, Protocol, Published, PublishedRange
 from lifelong_jax import (
     Recipe,
     SweepRun,
+    Task,
     add_quadratic_penalty,
+    evaluate,
+    init_consolidation,
+    init_training,
     learn_jointly,
     learn_sweep,
+    learn_task,
     proximal_quadratic_penalty,
 )
 from lifelong_jax._tables import markdown_table
 from lifelong_jax.datasets import Dataset, hold_out_validation
-from lifelong_jax.methods import Method
+from lifelong_jax.methods import cross_entropy
 from lifelong_jax.models import MLP
+from lifelong_jax.scenarios import joint_examples
 from lifelong_jax.sweep import SweepAccuracies
-from lifelong_jax.types import OptimizerFn
+from lifelong_jax.types import OptimizerFn, Params
 
 HEADER = """# Published tables, and what this library gets
 
@@ -127,7 +133,7 @@ def run_row(
         pipeline = coupled(optimizer) if entry.every is None else proximal(optimizer, rate, entry.every)
         optimizer_fn = optimizer_fns.setdefault((rate, entry.every), pipeline)
         recipe = Recipe(apply_fn, optimizer_fn, protocol.num_epochs, protocol.batch_size, protocol.scenario)
-        learner = make_learner(entry.method, recipe, protocol.max_steps)
+        learner = make_learner(entry, recipe, protocol.max_steps)
         name = f"row {row}, {entry.name}"
         strength, validation = entry.strengths[0], {}
         if len(entry.strengths) > 1:
@@ -155,19 +161,40 @@ def proximal(optimizer: optax.GradientTransformation, rate: float, every: int) -
     return lambda strength: optax.chain(optimizer, proximal_quadratic_penalty(rate, strength, every))
 
 
-def make_learner(method: Method | None, recipe: Recipe, max_steps: int | None) -> SweepLearner:
-    """Makes the learner of a method, or of joint training, which ends with its epochs."""
-    if method is not None:
-        return functools.partial(learn_sweep, method, recipe, max_steps=max_steps, forward_transfer=False)
+def make_learner(entry: Entry, recipe: Recipe, max_steps: int | None) -> SweepLearner:
+    """Makes the learner of a method, or of joint training; on all tasks, that ends with its epochs."""
+    if entry.method is not None:
+        return functools.partial(learn_sweep, entry.method, recipe, max_steps=max_steps, forward_transfer=False)
+    learn = functools.partial(learn_so_far, max_steps=max_steps) if entry.so_far else learn_jointly
 
     def learn_all(runs: Sequence[SweepRun]) -> SweepAccuracies:
-        learned = [learn_jointly(recipe, run.params, run.tasks, run.key) for run in runs]
-        return SweepAccuracies(
-            np.stack([state.accuracy_matrix for state in learned]),
-            np.stack([state.initial_accuracies for state in learned]),
-        )
+        matrices = [learn(recipe, run.params, run.tasks, run.key).accuracy_matrix for run in runs]
+        return SweepAccuracies(np.stack(matrices), np.full((len(runs), len(runs[0].tasks)), np.nan))
 
     return learn_all
+
+
+class LearnedSoFar(NamedTuple):
+    """The accuracies of training on the tasks so far: `[num_tasks, num_tasks]`, of which only the last row is known."""
+
+    accuracy_matrix: np.ndarray
+
+
+def learn_so_far(
+    recipe: Recipe, params: Params, tasks: Sequence[Task], key: jax.Array, max_steps: int | None
+) -> LearnedSoFar:
+    """Takes each task's steps on the data of all tasks so far; the optimiser keeps its state."""
+    optimizer, none = recipe.optimizer_fn(0.0), init_consolidation(params)
+    learn = functools.partial(learn_task, cross_entropy(recipe.apply_fn), optimizer, num_epochs=recipe.num_epochs)
+    learn = jax.jit(functools.partial(learn, batch_size=recipe.batch_size, max_steps=max_steps))
+    state = init_training(optimizer, params, key)
+    for count in range(1, len(tasks) + 1):
+        examples = joint_examples(tasks[:count], recipe.scenario)
+        state = state._replace(key=jax.random.fold_in(key, count))
+        state, _ = learn(state, none, examples, weights=examples.weights)
+    matrix = np.full((len(tasks), len(tasks)), np.nan)
+    matrix[-1] = evaluate(recipe.apply_fn, state.params, tasks, recipe.scenario)
+    return LearnedSoFar(matrix)
 
 
 def percent(accuracy: Estimate) -> list[float]:

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from experiments import published, published_importances, reproduce
-from lifelong_jax import Batch, Task, init_training, methods
+from lifelong_jax import Batch, Recipe, Task, init_training, methods, permuted_tasks
 from lifelong_jax.datasets import load_dataset
 from lifelong_jax.sweep import SweepAccuracies, learn_sweep
 from tests.experiments.files import read_table
@@ -166,6 +166,27 @@ def test_images_are_padded_and_normalised():
     np.testing.assert_allclose(
         published.pad_and_normalize(images)[0, [0, 16], [0, 16], 0], [-0.1 / 0.2752, 0.9 / 0.2752]
     )
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_joint_training_on_the_tasks_so_far_keeps_the_optimisers_state(monkeypatch):
+    train = Batch(jax.random.normal(KEY, (6, 4)), jnp.arange(6) % 3, jnp.ones(6))
+    tasks = permuted_tasks(train, train, 2, KEY)
+    recipe = Recipe(lambda w, x: x @ w, lambda strength: optax.adam(0.1), num_epochs=9, batch_size=99)
+    params, learned = jnp.zeros((4, 3)), []
+    monkeypatch.setattr(reproduce, "evaluate", lambda apply_fn, params, tasks, scenario: learned.append(params) or 0.0)
+    reproduce.learn_so_far(recipe, params, tasks, KEY, max_steps=2)
+
+    def loss_fn(w, seen):
+        labels = jnp.tile(train.labels, len(seen))
+        logits = jnp.concatenate([train.inputs[:, task.permutation] for task in seen]) @ w
+        return optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    opt_state = optax.adam(0.1).init(params)
+    for seen in (tasks[:1], tasks[:1], tasks, tasks):  # two steps on the first task, then two on both
+        updates, opt_state = optax.adam(0.1).update(jax.grad(loss_fn)(params, seen), opt_state)
+        params = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(learned[0], params, rtol=1e-5)
 
 
 def pretend(method, recipe, runs, **options):
