@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import optax
 
 from lifelong_jax import _checks
-from lifelong_jax._numerics import widened_zeros
+from lifelong_jax._numerics import vary_with, widened_zeros
 from lifelong_jax.importance import _steps
 from lifelong_jax.types import Params
 
@@ -91,11 +91,12 @@ def path_integral(optimizer: optax.GradientTransformation) -> optax.GradientTran
         updates, inner_state = optimizer.update(grads, state.inner_state, params, **extra_args)
         moved = _steps.apply(params, updates)
         path = _steps.add_contribution(state.path, grads, params, moved)
+        operands = (state.fidelity, params, state.start, moved)
         fidelity = jax.lax.cond(
             _steps.is_unknown(state.fidelity),
             _steps.update_fidelity,
             _keep_fidelity,
-            *(state.fidelity, params, state.start, moved),
+            *vary_with(operands, like=operands),  # both branches' results must vary alike inside of `jax.shard_map`
         )
         return updates, PathIntegralState(state.start, path, fidelity, inner_state)
 

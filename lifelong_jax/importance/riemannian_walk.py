@@ -22,7 +22,7 @@ import optax
 from jax.tree_util import Partial
 
 from lifelong_jax import _checks
-from lifelong_jax._numerics import widened_zeros
+from lifelong_jax._numerics import vary_with, widened_zeros
 from lifelong_jax.importance import _steps
 from lifelong_jax.importance.estimators import empirical_fisher_diagonal
 from lifelong_jax.importance.normalization import normalize_importance
@@ -134,12 +134,10 @@ def riemannian_walk(
                 "loss_fn=loss_fn, examples=batch, **consolidation._asdict())."
             )
         grads = updates
-        fisher, started = jax.lax.cond(
-            state.count == 0,
-            _average_fisher,
-            _keep_fisher,
-            *(state.fisher, state.started, jnp.asarray(alpha), params, Partial(loss_fn), examples, weights),
-        )
+        # Inside of `jax.shard_map`, a shard has the Fisher information of its own examples: both branches' must vary.
+        averaged = vary_with((state.fisher, state.started), like=(state.fisher, params, examples, weights))
+        others = (jnp.asarray(alpha), params, Partial(loss_fn), examples, weights)
+        fisher, started = jax.lax.cond(state.count == 0, _average_fisher, _keep_fisher, *averaged, *others)
         extra_args |= {"loss_fn": loss_fn, "examples": examples, "weights": weights}
         updates, inner_state = optimizer.update(grads, state.inner_state, params, **extra_args)
         moved = _steps.apply(params, updates)
@@ -278,7 +276,8 @@ def _count_step(state: RiemannianWalkState, interval: int, params: Params, moved
     count = (state.count + 1) % interval
     # A loop of one round or none, because a `cond` would copy the whole state in every step.
     num_rounds = ((count == 0) | _steps.is_unknown(state.fidelity)).astype(jnp.int32)
-    state, *_ = jax.lax.fori_loop(0, num_rounds, _end_step, (state._replace(count=count), params, moved))
+    carry = (state._replace(count=count), params, moved)
+    state, *_ = jax.lax.fori_loop(0, num_rounds, _end_step, vary_with(carry, like=carry))
     # The count from before the loop: under vmap, the loop's result is batched, and then `update_fn` would compute both
     # branches of its `cond` in every step.
     return state._replace(count=count)

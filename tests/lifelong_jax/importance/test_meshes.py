@@ -22,6 +22,8 @@ from lifelong_jax import (
     kronecker_fisher,
     learn_task,
     mas_importance,
+    path_integral,
+    riemannian_walk,
 )
 from tests.lifelong_jax.importance.models import assert_close, made, normal
 
@@ -190,3 +192,37 @@ def test_shards_of_a_users_own_shard_map_are_squared_one_by_one(method, check_vm
     specs = {"in_specs": (PartitionSpec(), PartitionSpec("x")), "out_specs": PartitionSpec()}
     sharded = jax.jit(jax.shard_map(of_shard, mesh=mesh, check_vma=check_vma, **specs))(params, inputs)
     chex.assert_trees_all_close(sharded, importances(params, inputs), rtol=1e-5)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("wrap", [path_integral, riemannian_walk])
+def test_walks_inside_of_a_users_own_shard_map(wrap, check_vma):
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    optimizer = wrap(optax.chain(add_quadratic_penalty(1.0), optax.sgd(0.1)))
+    params, inputs = make_params(), normal(5, 12, 8)
+
+    def loss_fn(params, x):
+        return jnp.sum(jnp.square(jnp.tanh(x @ params["w"] + params["b"]) @ params["o"]))
+
+    def learn(params, inputs, examples, mean=lambda grads: grads):
+        state, none = optimizer.init(params), init_consolidation(params)
+        of_batch = {"loss_fn": loss_fn, "examples": examples} if wrap is riemannian_walk else {}
+        for _ in range(3):
+            grads = mean(
+                jax.tree.map(lambda leaf: leaf.mean(0), jax.vmap(jax.grad(loss_fn), (None, 0))(params, inputs))
+            )
+            updates, state = optimizer.update(grads, state, params, **none._asdict(), **of_batch)
+            params = optax.apply_updates(params, updates)
+        return params, state
+
+    def of_shard(params, inputs):
+        copies = jax.tree.map(lambda leaf: jax.lax.pcast(leaf, "x", to="varying"), params) if check_vma else params
+        mean = lambda grads: jax.tree.map(lambda leaf: jax.lax.pmean(leaf, "x"), grads)  # noqa: E731
+        _, state = learn(copies, inputs, inputs, mean)
+        return jax.tree.map(lambda leaf: leaf[None], state)
+
+    specs = {"in_specs": (PartitionSpec(), PartitionSpec("x")), "out_specs": PartitionSpec("x")}
+    states = jax.jit(jax.shard_map(of_shard, mesh=mesh, check_vma=check_vma, **specs))(params, inputs)
+    _, expected = learn(params, inputs, inputs[3:6])  # the second shard's own examples
+    chex.assert_trees_all_close(jax.tree.map(lambda leaf: leaf[1], states), expected, rtol=1e-4, atol=1e-6)
