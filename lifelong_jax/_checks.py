@@ -103,11 +103,12 @@ def check_batch(name: str, batch: Batch, num_classes: int) -> None:
 
 
 def check_logits(logits: Any) -> None:
-    """Raises ValueError unless a network's output for one example, or its shape, is a single array with one axis."""
-    if not isinstance(logits, (jax.Array, jax.ShapeDtypeStruct)) or logits.ndim != 1 or logits.size == 0:
+    """Raises ValueError unless a network's output for one example, or its shape, is one array `[num_classes]`."""
+    if not isinstance(logits, (jax.Array, jax.ShapeDtypeStruct)) or logits.ndim != 1 or logits.size < 2:
         raise ValueError(
-            f"apply_fn must return [num_classes] for one example, which comes without batch axis, with one class or "
-            f"more, not arrays of shape {jax.tree.map(jnp.shape, logits)}."
+            f"apply_fn must return [num_classes] for one example, which comes without batch axis, with two classes or "
+            f"more, not arrays of shape {jax.tree.map(jnp.shape, logits)}. For one logit z of a binary label, return "
+            f"jnp.stack([0, z])."
         )
 
 

@@ -249,7 +249,7 @@ def cross_entropy(apply_fn: OutputFn) -> LossFn:
 
     Returns:
       `loss_fn(params, example) -> scalar`, for an example that is a `Batch` without example axis. It raises
-      ValueError where the example has not one label.
+      ValueError where the example has not one label, or the outputs are not `[num_classes]` with two classes or more.
 
     Example:
       >>> from lifelong_jax import Batch, methods
@@ -264,7 +264,9 @@ def cross_entropy(apply_fn: OutputFn) -> LossFn:
                 f"labels has shape {jnp.shape(example.labels)} for one example, but must be one class: "
                 f"{_checks.ONE_CLASS_EACH}."
             )
-        logits = mask_logits(apply_fn(params, example.inputs), example.class_mask)
+        logits = apply_fn(params, example.inputs)
+        _checks.check_logits(logits)
+        logits = mask_logits(logits, example.class_mask)
         return optax.losses.softmax_cross_entropy_with_integer_labels(logits, example.labels)
 
     return loss_fn

@@ -71,7 +71,7 @@ def _exact_categorical(logits: jax.Array, key: None) -> Cotangents:
     from_here = jax.lax.cumlogsumexp(log_p, axis=log_p.ndim - 1, reverse=True)
     later = jnp.concatenate([from_here[..., 1:], jnp.full_like(log_p[..., :1], _LOG_OF_ZERO)], axis=-1)
     spread = jnp.exp((log_p - from_here + later) / 2)
-    num = math.prod(logits.shape[:-1]) * max(1, logits.shape[-1] - 1)
+    num = math.prod(logits.shape[:-1]) * (logits.shape[-1] - 1)
     return Cotangents((log_p, spread, later), _cholesky_column, num, logits.dtype)
 
 
@@ -79,7 +79,7 @@ def _cholesky_column(values: tuple[jax.Array, jax.Array, jax.Array], index: jax.
     """Returns column k of the factor of one label's covariance, and 0 for all other labels."""
     log_p, spread, later = (array.reshape(-1, array.shape[-1]) for array in values)
     num_labels, num_classes = log_p.shape
-    label, k = jnp.divmod(index, max(1, num_classes - 1))
+    label, k = jnp.divmod(index, num_classes - 1)
     classes = jnp.arange(num_classes, dtype=jnp.int32)
     p_if_later = jnp.exp(jnp.where(classes > k, log_p[label] - later[label, k], _LOG_OF_ZERO))
     column = spread[label, k] * jnp.where(classes == k, 1, -p_if_later)
@@ -135,5 +135,8 @@ def sampled(likelihood: str, num_samples: int) -> Callable[[jax.Array, jax.Array
 
 
 def _check_has_classes(logits: jax.Array) -> None:
-    if logits.ndim == 0:
-        raise ValueError("logits_fn must return [..., num_classes] for one example, not a scalar.")
+    if logits.ndim == 0 or logits.shape[-1] == 1:  # the label of one class is certain: the importance would be 0
+        raise ValueError(
+            f"logits_fn must return [..., num_classes] for one example, of two classes or more, not {logits.shape}. "
+            f"For one logit of a binary label, pass likelihood='bernoulli'."
+        )

@@ -16,6 +16,7 @@ from lifelong_jax import (
     init_consolidation,
     init_sequence,
     init_training,
+    kronecker_fisher,
     learn_jointly,
     learn_task,
     learn_tasks,
@@ -91,9 +92,26 @@ def test_test_inputs_are_like_training_inputs():
         start([Task(BATCH, other)])
 
 
-def test_a_network_without_classes():
-    with pytest.raises(ValueError, match=r"with one class or more, not arrays of shape \(0,\)"):
-        start(one_task(), params=make_params(0))
+@pytest.mark.parametrize("num_classes", [0, 1])
+def test_a_network_without_classes_or_with_one(num_classes):
+    """With one class, every loss and every importance would be 0."""
+    params = make_params(num_classes)
+    example = jax.tree.map(lambda leaf: leaf[0], BATCH)
+    for run in (
+        lambda: start(one_task(labels=jnp.zeros(9, int)), params=params),
+        lambda: evaluate(apply_fn, params, one_task(labels=jnp.zeros(9, int)), "domain"),
+        lambda: methods.cross_entropy(apply_fn)(params, example),
+    ):
+        with pytest.raises(ValueError, match=rf"with two classes or more, not arrays of shape \({num_classes},\)"):
+            run()
+
+
+@pytest.mark.parametrize("estimator", [fisher_diagonal, kronecker_fisher])
+@pytest.mark.parametrize("sampling", [{}, {"num_samples": 1, "key": KEY}])
+def test_the_categorical_fisher_of_one_logit_names_bernoulli(estimator, sampling):
+    with pytest.raises(ValueError, match=r"of two classes or more, not \(1,\)\. For one .* likelihood='bernoulli'"):
+        estimator(apply_fn, make_params(1), BATCH.inputs, **sampling)
+    estimator(apply_fn, make_params(1), BATCH.inputs, likelihood="bernoulli", **sampling)
 
 
 @pytest.mark.usefixtures("standard_promotion")

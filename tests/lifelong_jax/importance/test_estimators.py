@@ -346,7 +346,7 @@ def test_same_function_is_traced_once():
         ({"key": jax.random.key(0)}, ValueError, "num_samples and key go together"),
         ({"method": "fast"}, ValueError, "method must be one of structured, reference"),
         ({"likelihood": "poisson"}, ValueError, "likelihood must be one of categorical, gaussian, bernoulli"),
-        ({"logits_fn": lambda params, x: x.sum()}, ValueError, "not a scalar"),
+        ({"logits_fn": lambda params, x: x.sum()}, ValueError, r"of two classes or more, not \(\)"),
         ({"logits_fn": lambda params, x: (x, x)}, ValueError, "one floating-point array"),
         ({"logits_fn": lambda params, x: jnp.argmax(x)}, ValueError, "one floating-point array"),
     ],

@@ -73,7 +73,6 @@ def test_sample_does_not_depend_on_the_microbatch_size_but_on_the_key():
 # The exact expectation over classes, by a factor of their covariance.
 
 LOGITS = [
-    [3.0],
     [0.5, -1.0],
     [0.3, -1.0, 2.0, 0.1],
     [-200.0, 0.0, 1.0, -200.0],  # where no class before, or none after, is possible
