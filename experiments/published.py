@@ -295,7 +295,8 @@ ROWS = {
         remark="Images of 32×32; 5,000 steps per task; Adam keeps its state; the Fisher at the predicted label; online "
         "EWC with γ = 0.9. The source multiplies the importance by γ once more in the penalty; our λ includes that. "
         "kfac is not the source's: EWC with Kronecker factors, exact over all 60,000 examples, with a proximal step "
-        "after every 50 steps; we chose its λ on validation data, from one seed.",
+        "after every 50 steps; we chose its λ on validation data, from one seed. The source's joint training takes "
+        "each task's steps on the data of all tasks so far.",
         deviation="standard error",
         published_runs=20,
         num_seeds=3,

@@ -61,7 +61,7 @@ class Config(RunSettings):
 
     rows: Seeds = (1, 2, 3, 4, 5, 6)
     """The rows of the table to run, from 1 to 6, such as 1-3 or 1,5. On two CPU cores, rows 1, 2, 5 and 6 take half an
-    hour, row 3 takes two hours, and row 4 takes two hours."""
+    hour, row 3 takes two hours, and row 4 takes four hours."""
 
     entries: tuple[str, ...] = ()
     """The methods to run, by their names in the table; by default all of each row."""
