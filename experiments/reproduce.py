@@ -10,7 +10,7 @@ import json
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -165,26 +165,22 @@ def make_learner(entry: Entry, recipe: Recipe, max_steps: int | None) -> SweepLe
     """Makes the learner of a method, or of joint training; on all tasks, that ends with its epochs."""
     if entry.method is not None:
         return functools.partial(learn_sweep, entry.method, recipe, max_steps=max_steps, forward_transfer=False)
-    learn = functools.partial(learn_so_far, max_steps=max_steps) if entry.so_far else learn_jointly
+
+    def learn_one(run: SweepRun) -> np.ndarray:
+        arguments = (recipe, run.params, run.tasks, run.key)
+        return learn_so_far(*arguments, max_steps) if entry.so_far else learn_jointly(*arguments).accuracy_matrix
 
     def learn_all(runs: Sequence[SweepRun]) -> SweepAccuracies:
-        matrices = [learn(recipe, run.params, run.tasks, run.key).accuracy_matrix for run in runs]
-        return SweepAccuracies(np.stack(matrices), np.full((len(runs), len(runs[0].tasks)), np.nan))
+        return SweepAccuracies(np.stack([*map(learn_one, runs)]), np.full((len(runs), len(runs[0].tasks)), np.nan))
 
     return learn_all
 
 
-class LearnedSoFar(NamedTuple):
-    """The accuracies of training on the tasks so far: `[num_tasks, num_tasks]`, of which only the last row is known."""
-
-    accuracy_matrix: np.ndarray
-
-
 def learn_so_far(
     recipe: Recipe, params: Params, tasks: Sequence[Task], key: jax.Array, max_steps: int | None
-) -> LearnedSoFar:
-    """Takes each task's steps on the data of all tasks so far; the optimiser keeps its state."""
-    optimizer, none = recipe.optimizer_fn(0.0), init_consolidation(params)
+) -> np.ndarray:
+    """Takes each task's steps on the data of all tasks so far. In the accuracy matrix, only the last row is known."""
+    optimizer, none = recipe.optimizer_fn(0.0), init_consolidation(params)  # the optimiser keeps its state
     learn = functools.partial(learn_task, cross_entropy(recipe.apply_fn), optimizer, num_epochs=recipe.num_epochs)
     learn = jax.jit(functools.partial(learn, batch_size=recipe.batch_size, max_steps=max_steps))
     state = init_training(optimizer, params, key)
@@ -194,7 +190,7 @@ def learn_so_far(
         state, _ = learn(state, none, examples, weights=examples.weights)
     matrix = np.full((len(tasks), len(tasks)), np.nan)
     matrix[-1] = evaluate(recipe.apply_fn, state.params, tasks, recipe.scenario)
-    return LearnedSoFar(matrix)
+    return matrix
 
 
 def percent(accuracy: Estimate) -> list[float]:

@@ -59,15 +59,15 @@ def check_tasks(method: Method | None, recipe: Recipe, params: Params, tasks: Se
     _checks.check_sequence(recipe, params, tasks)
 
 
-def check_start(
-    method: Method | None, recipe: Recipe, params: Params, key: jax.Array, strength: float, run: str = ""
+def check_run(
+    method: Method | None, recipe: Recipe, params: Params, key: jax.Array, strength: float, prefix: str = ""
 ) -> None:
-    """Raises an error that names the argument unless a sequence can start: with this key, strength and optimiser."""
+    """Raises an error that names the argument unless key, strength and optimiser are valid; `prefix` names the run."""
     try:
         jax.eval_shape(jax.random.fold_in, key, 0)
     except (TypeError, ValueError):
-        raise TypeError(f"{run}key must be one random key, such as jax.random.key(0), not {key!r}.") from None
-    _checks.check_not_negative(f"{run}strength", strength)
+        raise TypeError(f"{prefix}key must be one random key, such as jax.random.key(0), not {key!r}.") from None
+    _checks.check_not_negative(f"{prefix}strength", strength)
     if not callable(recipe.optimizer_fn):
         raise TypeError("recipe.optimizer_fn is not a function: pass lambda strength: optax.chain(...).")
     if method is not None:

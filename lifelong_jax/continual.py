@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lifelong_jax import _checks
-from lifelong_jax._sequences import begin_task, check_start, check_tasks, make_optimizer, task_keys
+from lifelong_jax._sequences import begin_task, check_run, check_tasks, make_optimizer, task_keys
 from lifelong_jax.consolidation import consolidate, init_consolidation
 from lifelong_jax.evaluation import evaluate
 from lifelong_jax.methods import ImportanceFn, Method, WrapOptimizer, cross_entropy
@@ -421,7 +421,7 @@ def _check_arguments(
     start: SequenceState | None = None,
 ) -> None:
     check_tasks(method, recipe, params, tasks)
-    check_start(method, recipe, params, key, strength)
+    check_run(method, recipe, params, key, strength)
     if start is None:
         return
     if not isinstance(start, SequenceState):

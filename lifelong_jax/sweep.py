@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lifelong_jax import _checks
-from lifelong_jax._sequences import begin_task, check_start, check_tasks, make_optimizer, task_keys
+from lifelong_jax._sequences import begin_task, check_run, check_tasks, make_optimizer, task_keys
 from lifelong_jax.consolidation import consolidate, init_consolidation
 from lifelong_jax.evaluation import accuracy
 from lifelong_jax.methods import Method, cross_entropy
@@ -130,7 +130,7 @@ def _check_runs(method: Method, recipe: Recipe, runs: Sequence[SweepRun], max_st
         if id(run.tasks) not in checked:  # runs of one seed share their tasks
             check_tasks(method, recipe, run.params, run.tasks)
             checked.add(id(run.tasks))
-        check_start(method, recipe, run.params, run.key, run.strength, f"runs[{index}].")
+        check_run(method, recipe, run.params, run.key, run.strength, f"runs[{index}].")
 
 
 class _Start(NamedTuple):

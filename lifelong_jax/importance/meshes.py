@@ -46,15 +46,13 @@ def sum_over_mesh(
 
     def sum_shard(*arguments: Any) -> Any:
         output_fn, cotangents_fn, params, examples, weights = arguments
-        first = jax.lax.axis_index(axes) * jax.tree.leaves(examples)[0].shape[0] if axes else 0
-        total = sum_over_examples(
-            output_fn, Partial(_numbered_from, cotangents_fn, first), params, examples, weights=weights
-        )
-        return jax.lax.psum(total, axes)
+        first = jax.lax.axis_index(axes) * jax.tree.leaves(examples)[0].shape[0]
+        numbered = Partial(_numbered_from, cotangents_fn, first)
+        return jax.lax.psum(sum_over_examples(output_fn, numbered, params, examples, weights=weights), axes)
 
     def sum_shards(*arguments: Any) -> Any:
         if not axes:
-            return sum_shard(*arguments)
+            return sum_over_examples(*arguments[:-1], weights=arguments[-1])
         replicated, by_shard = PartitionSpec(), PartitionSpec(axes)
         return jax.shard_map(
             sum_shard,

@@ -31,6 +31,11 @@ METHODS = ("structured", "reference")
 MASK = np.array([True, True, False, True])
 
 
+def place(mesh: jax.sharding.Mesh, tree: Any, *axes: Any) -> Any:
+    """Shards all arrays of a tree over axes of a mesh; replicates them if there are none."""
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec(*axes)))
+
+
 # Examples and weights that are sharded over an explicit axis.
 
 
@@ -61,9 +66,8 @@ def sharding_problem() -> tuple[tuple[Any, ...], dict[str, Any]]:
 def sharded_results(inside_jit: bool, sharded: str) -> dict[str, Any]:
     (params, examples, weights, mask), _ = sharding_problem()
     mesh = jax.make_mesh((2, 2), ("data", "model"))
-    place = lambda tree, *axes: jax.device_put(tree, NamedSharding(mesh, PartitionSpec(*axes)))  # noqa: E731
     axes = ("data",) if sharded == "both" else ()
-    placed = (place(params), place(examples, *axes), place(weights, "data"), place(mask))
+    placed = (place(mesh, params), place(mesh, examples, *axes), place(mesh, weights, "data"), place(mesh, mask))
     return jax.device_get((jax.jit(run_all) if inside_jit else run_all)(*placed))
 
 
@@ -132,9 +136,8 @@ def unsharded_importances() -> dict[str, Any]:
 )
 def test_sharded_parameters_and_features(params: str, examples: tuple[Any, ...]) -> None:
     mesh = jax.make_mesh((2, 2), ("data", "model"))
-    place = lambda leaf, axes: jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(*axes)))  # noqa: E731
-    placed = {name: place(leaf, SHARDINGS[params][name]) for name, leaf in make_params().items()}
-    inputs = place(normal(5, 12, 8), examples)
+    placed = {name: place(mesh, leaf, *SHARDINGS[params][name]) for name, leaf in make_params().items()}
+    inputs = place(mesh, normal(5, 12, 8), *examples)
     with jax.set_mesh(mesh):
         actual = importances(placed, inputs)
     assert_close(dense(actual), unsharded_importances(), 1e-5)
@@ -159,10 +162,9 @@ def learn_two_tasks(params: Any, inputs: Any) -> Any:
 
 def test_two_tasks_with_tensor_parallel_parameters() -> None:
     mesh, inputs = jax.make_mesh((2, 2), ("data", "model")), normal(5, 10, 8)
-    place = lambda leaf, axes: jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(*axes)))  # noqa: E731
-    placed = {name: place(leaf, SHARDINGS["tensor-parallel"][name]) for name, leaf in make_params().items()}
+    placed = {name: place(mesh, leaf, *SHARDINGS["tensor-parallel"][name]) for name, leaf in make_params().items()}
     with jax.set_mesh(mesh):
-        params, consolidation = learn_two_tasks(placed, place(inputs, ()))
+        params, consolidation = learn_two_tasks(placed, place(mesh, inputs))
     chex.assert_trees_all_close((params, consolidation), learn_two_tasks(make_params(), inputs), rtol=1e-4, atol=1e-6)
     for tree in (params, *consolidation[:2]):
         assert shardings(tree) == shardings(placed)
