@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from benchmarks.timing import device, quartiles, take_turns, time_call
 from lifelong_jax import empirical_fisher_diagonal, models
 from lifelong_jax._tables import markdown_table
-from lifelong_jax.methods import cross_entropy
+from lifelong_jax.losses import cross_entropy
 from lifelong_jax.types import Batch, Params
 
 MODEL = models.CNN(features=(32, 64), num_outputs=10)

@@ -37,7 +37,7 @@ from lifelong_jax import (
     riemannian_walk,
 )
 from lifelong_jax._tables import markdown_table
-from lifelong_jax.methods import cross_entropy
+from lifelong_jax.losses import cross_entropy
 from lifelong_jax.models import MLP
 from lifelong_jax.types import Params
 

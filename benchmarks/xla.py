@@ -24,7 +24,7 @@ from benchmarks.importance import Transformer
 from benchmarks.timing import device, quartiles, take_turns
 from lifelong_jax import Batch, Consolidation, add_quadratic_penalty, empirical_fisher_diagonal, learn_task
 from lifelong_jax._tables import markdown_table
-from lifelong_jax.methods import cross_entropy
+from lifelong_jax.losses import cross_entropy
 from lifelong_jax.models import MLP, init_network
 from lifelong_jax.tasks import permute_features, with_permutation
 from lifelong_jax.training import init_training

@@ -29,7 +29,7 @@ from experiments.harness.runs import Run, compute_once, open_run
 from experiments.harness.settings import RunSettings, Seeds, check_settings, parse_settings
 from lifelong_jax import Batch, TrainingState, forms, init_consolidation, init_training, kronecker_fisher, learn_task
 from lifelong_jax.datasets import hold_out_validation, load_dataset
-from lifelong_jax.methods import cross_entropy
+from lifelong_jax.losses import cross_entropy
 from lifelong_jax.models import MLP, init_network
 from lifelong_jax.tasks import with_permutation
 from lifelong_jax.types import Params

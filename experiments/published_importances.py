@@ -1,6 +1,7 @@
 """The importances of published sources, as their code computes them, where they differ from this library's.
 
-Each function has the signature `importance_fn(apply_fn, state, batch, key)` of a method, or makes such a function.
+Each function has the signature `importance_fn(apply_fn, objective, state, batch, key)` of a method, or makes such a
+function.
 """
 
 from collections.abc import Callable
@@ -9,11 +10,15 @@ import jax
 import jax.numpy as jnp
 
 from lifelong_jax import Batch, TrainingState, empirical_fisher_diagonal, methods
+from lifelong_jax.losses import cross_entropy
+from lifelong_jax.objectives import Objective
 from lifelong_jax.scenarios import mask_logits, mask_outputs
 from lifelong_jax.types import OutputFn, Params
 
 
-def fisher_at_prediction(apply_fn: OutputFn, state: TrainingState, batch: Batch, key: jax.Array) -> Params:
+def fisher_at_prediction(
+    apply_fn: OutputFn, objective: Objective, state: TrainingState, batch: Batch, key: jax.Array
+) -> Params:
     """Computes mean_n g_n², with g_n the gradient of −log p at the label that the model predicts."""
 
     def predict(x: jax.Array, class_mask: jax.Array | None) -> jax.Array:
@@ -21,14 +26,16 @@ def fisher_at_prediction(apply_fn: OutputFn, state: TrainingState, batch: Batch,
 
     labels = jax.lax.map(lambda x: predict(*x), (batch.inputs, batch.class_mask), batch_size=512)
     predicted = batch._replace(labels=labels.astype(batch.labels.dtype))
-    return empirical_fisher_diagonal(methods.cross_entropy(apply_fn), state.params, predicted, weights=batch.weights)
+    return empirical_fisher_diagonal(cross_entropy(apply_fn), state.params, predicted, weights=batch.weights)
 
 
-def fisher_of_500(apply_fn: OutputFn, state: TrainingState, batch: Batch, key: jax.Array) -> Params:
+def fisher_of_500(
+    apply_fn: OutputFn, objective: Objective, state: TrainingState, batch: Batch, key: jax.Array
+) -> Params:
     """Computes the exact Fisher diagonal on 500 random examples."""
     order = jax.random.permutation(key, len(batch.labels))
     chosen = order[jnp.argsort(batch.weights[order] == 0, stable=True)][:500]
-    return methods.ewc("exact").importance_fn(apply_fn, state, jax.tree.map(lambda x: x[chosen], batch), key)
+    return methods.ewc("exact").importance_fn(apply_fn, objective, state, jax.tree.map(lambda x: x[chosen], batch), key)
 
 
 def mean_over_batches(
@@ -68,11 +75,13 @@ def weighted_mean(values: jax.Array, weights: jax.Array) -> jax.Array:
     return jnp.sum(values * weights) / jnp.maximum(jnp.sum(weights), 1)
 
 
-def squared_batch_gradient(apply_fn: OutputFn, state: TrainingState, batch: Batch, key: jax.Array) -> Params:
+def squared_batch_gradient(
+    apply_fn: OutputFn, objective: Objective, state: TrainingState, batch: Batch, key: jax.Array
+) -> Params:
     """Computes the mean of the squared gradients of batches of 128. This is not the Fisher diagonal."""
 
     def loss_fn(params: Params, part: Batch) -> jax.Array:
-        losses = jax.vmap(methods.cross_entropy(apply_fn), in_axes=(None, 0))(params, part)
+        losses = jax.vmap(cross_entropy(apply_fn), in_axes=(None, 0))(params, part)
         return weighted_mean(losses, part.weights)
 
     return mean_over_batches(jnp.square, loss_fn, state.params, batch, key, batch_size=128)
@@ -81,7 +90,9 @@ def squared_batch_gradient(apply_fn: OutputFn, state: TrainingState, batch: Batc
 def mas_of_batches(batch_size: int, over_outputs: Callable[[jax.Array, jax.Array | None], jax.Array]) -> Callable:
     """Makes MAS with absolute gradients of batches; `over_outputs(squares, class_mask)` reduces the outputs."""
 
-    def importance_fn(apply_fn: OutputFn, state: TrainingState, batch: Batch, key: jax.Array) -> Params:
+    def importance_fn(
+        apply_fn: OutputFn, objective: Objective, state: TrainingState, batch: Batch, key: jax.Array
+    ) -> Params:
         def loss_fn(params: Params, part: Batch) -> jax.Array:
             def squares(x: jax.Array, class_mask: jax.Array | None) -> jax.Array:
                 return over_outputs(jnp.square(mask_outputs(apply_fn(params, x), class_mask)), class_mask)
@@ -103,16 +114,18 @@ def sum_of_all(squares: jax.Array, class_mask: jax.Array | None) -> jax.Array:
     return jnp.sum(squares)
 
 
-def scaled_mas(apply_fn: OutputFn, state: TrainingState, batch: Batch, key: jax.Array) -> Params:
+def scaled_mas(apply_fn: OutputFn, objective: Objective, state: TrainingState, batch: Batch, key: jax.Array) -> Params:
     """Computes MAS on batches of 10, scaled so that the smallest importance is 0 and the largest is 1."""
-    importance = mas_of_batches(10, sum_of_all)(apply_fn, state, batch, key)
+    importance = mas_of_batches(10, sum_of_all)(apply_fn, objective, state, batch, key)
     leaves = jax.tree.leaves(importance)
     least, largest = (jnp.stack([f(leaf) for leaf in leaves]) for f in (jnp.min, jnp.max))
     least, largest = least.min(), largest.max()
     return jax.tree.map(lambda x: (x - least) / (largest - least), importance)
 
 
-def unclipped_si(apply_fn: OutputFn, state: TrainingState, batch: Batch, key: jax.Array) -> Params:
+def unclipped_si(
+    apply_fn: OutputFn, objective: Objective, state: TrainingState, batch: Batch, key: jax.Array
+) -> Params:
     """Computes Synaptic Intelligence's importance, path / (distance² + 0.1), without clipping it at 0."""
     path = state.opt_state
     return jax.tree.map(lambda w, old, new: w / (jnp.square(new - old) + 0.1), path.path, path.start, state.params)

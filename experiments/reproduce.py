@@ -38,7 +38,7 @@ from lifelong_jax import (
 )
 from lifelong_jax._tables import markdown_table
 from lifelong_jax.datasets import Dataset, hold_out_validation
-from lifelong_jax.methods import cross_entropy
+from lifelong_jax.losses import cross_entropy
 from lifelong_jax.models import MLP
 from lifelong_jax.scenarios import joint_examples
 from lifelong_jax.sweep import SweepAccuracies

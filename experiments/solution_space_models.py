@@ -10,7 +10,7 @@ import numpy as np
 
 from lifelong_jax import Batch, permuted_tasks
 from lifelong_jax.datasets import load_dataset
-from lifelong_jax.methods import cross_entropy
+from lifelong_jax.losses import cross_entropy
 from lifelong_jax.models import MLP, init_network
 from lifelong_jax.scenarios import joint_examples
 from lifelong_jax.types import LogitsFn, LossFn, Params

@@ -32,6 +32,7 @@ from lifelong_jax import (
 from lifelong_jax.datasets import Dataset, hold_out_validation, load_dataset
 from lifelong_jax.methods import Method
 from lifelong_jax.models import MLP, init_network
+from lifelong_jax.objectives import Objective
 from lifelong_jax.types import OutputFn, Params
 
 HALF_DECADES = {"none": range(0, 11), "mean": range(-8, 3), "max": range(-2, 9)}
@@ -144,8 +145,10 @@ def report(
 def normalized(method: Method, to: Literal["mean", "max"]) -> Method:
     """Makes a method that normalises each task's importance."""
 
-    def importance_fn(apply_fn: OutputFn, state: TrainingState, batch: Batch, key: jax.Array) -> Params:
-        return normalize_importance(method.importance_fn(apply_fn, state, batch, key), to)
+    def importance_fn(
+        apply_fn: OutputFn, objective: Objective, state: TrainingState, batch: Batch, key: jax.Array
+    ) -> Params:
+        return normalize_importance(method.importance_fn(apply_fn, objective, state, batch, key), to)
 
     return method._replace(importance_fn=importance_fn)
 

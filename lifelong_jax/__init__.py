@@ -4,7 +4,7 @@ import importlib
 import warnings
 from typing import Any
 
-from lifelong_jax import forms, methods, metrics, scenarios, tasks
+from lifelong_jax import forms, losses, methods, metrics, objectives, scenarios, tasks
 from lifelong_jax.consolidation import consolidate, init_consolidation, merge
 from lifelong_jax.continual import Progress, SequenceState, init_sequence, learn_jointly, learn_tasks
 from lifelong_jax.evaluation import evaluate
@@ -25,10 +25,11 @@ from lifelong_jax.importance import (
     si_importance,
 )
 from lifelong_jax.penalty import add_quadratic_penalty, proximal_adam, proximal_quadratic_penalty, quadratic_penalty
+from lifelong_jax.recipes import Recipe
 from lifelong_jax.sweep import SweepRun, learn_sweep
 from lifelong_jax.tasks import dataset_tasks, permuted_tasks, rotated_tasks, split_tasks
 from lifelong_jax.training import TrainingState, init_training, learn_task
-from lifelong_jax.types import Batch, Consolidation, Recipe, Task
+from lifelong_jax.types import Batch, Consolidation, Task
 
 __version__ = "0.1.0"
 
@@ -61,11 +62,13 @@ __all__ = [
     "learn_task",
     "learn_tasks",
     "local_mas_importance",
+    "losses",
     "mas_importance",
     "merge",
     "methods",
     "metrics",
     "normalize_importance",
+    "objectives",
     "path_integral",
     "permuted_tasks",
     "proximal_adam",
@@ -81,7 +84,8 @@ __all__ = [
 ]
 
 _MOVED = {
-    "methods": "Method cross_entropy ewc finetune l2 local_mas mas rwalk si",
+    "methods": "Method ewc finetune l2 local_mas mas rwalk si",
+    "losses": "cross_entropy",
     "metrics": "average_accuracy average_incremental_accuracy backward_transfer forgetting forgetting_ratio "
     "forgetting_since_learned forward_transfer intransigence",
     "scenarios": "active_classes joint_examples mask_logits mask_outputs with_class_mask",

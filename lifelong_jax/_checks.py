@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lifelong_jax.forms import is_form
-from lifelong_jax.types import Batch, Example, Examples, Params, Recipe, Scenario, Task
+from lifelong_jax.types import Batch, Example, Examples, Params
 
 
 def check_params(name: str, params: Params) -> None:
@@ -74,41 +74,37 @@ def check_examples(name: str, examples: Examples, weights: jax.Array | None, wei
             )
 
 
-ONE_CLASS_EACH = "use labels[:, 0] for a column, or labels.argmax(axis=1) for one-hot rows"
+def check_batch(name: str, batch: Batch) -> None:
+    """Raises ValueError or TypeError, naming the field, unless a batch's sizes agree and are not 0."""
+    check_examples(name, batch._replace(weights=None), batch.weights, f"{name}.weights")
+
+
+ONE_CLASS_EACH = "Use labels[:, 0] for a column, or labels.argmax(axis=1) for one-hot rows"
 """How to make labels of columns and of one-hot rows."""
 
 
-def check_labelled(name: str, batch: Batch) -> None:
-    """Raises ValueError or TypeError, naming the field, unless a batch's sizes agree and its labels are integers."""
-    check_examples(name, batch._replace(weights=None), batch.weights, f"{name}.weights")
+def check_classes(name: str, batch: Batch, num_classes: int | None = None) -> None:
+    """Raises ValueError or TypeError, naming the field, unless each example has one class, below `num_classes`."""
+    check_batch(name, batch)
     if np.ndim(batch.labels) != 1:
         raise ValueError(
-            f"{name}.labels has shape {np.shape(batch.labels)}, but must be [num_examples], one class per example: "
+            f"{name}.labels has shape {np.shape(batch.labels)}, but must be [num_examples], one class per example. "
             f"{ONE_CLASS_EACH}."
         )
-    if not jnp.issubdtype(batch.labels.dtype, jnp.integer):
-        raise TypeError(f"{name}.labels has dtype {batch.labels.dtype}, but labels must be integers.")
+    check_class_numbers(name, batch.labels, num_classes)
 
 
-def check_batch(name: str, batch: Batch, num_classes: int) -> None:
-    """Raises ValueError or TypeError, naming the field, unless labels are classes and inputs and weights are finite."""
-    check_labelled(name, batch)
-    if is_concrete(batch.labels):
-        labels = np.asarray(batch.labels)
-        if not 0 <= labels.min() <= labels.max() < num_classes:
-            raise ValueError(
-                f"{name}.labels has labels from {labels.min()} to {labels.max()}, but there are {num_classes} classes."
-            )
-    check_finite(f"{name}.inputs", batch.inputs, hint="Clean the data.")
-
-
-def check_logits(logits: Any) -> None:
-    """Raises ValueError unless a network's output for one example, or its shape, is one array `[num_classes]`."""
-    if not isinstance(logits, (jax.Array, jax.ShapeDtypeStruct)) or logits.ndim != 1 or logits.size < 2:
+def check_class_numbers(name: str, labels: Any, num_classes: int | None) -> None:
+    """Raises TypeError or ValueError, naming the field, unless labels are integers from 0 to below `num_classes`."""
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise TypeError(f"{name}.labels has dtype {labels.dtype}, but labels must be integers.")
+    if num_classes is None or not is_concrete(labels) or not labels.size:
+        return
+    labels = np.asarray(labels)
+    if not 0 <= labels.min() <= labels.max() < num_classes:
         raise ValueError(
-            f"apply_fn must return [num_classes] for one example, which comes without batch axis, with two classes or "
-            f"more, not arrays of shape {jax.tree.map(jnp.shape, logits)}. For one logit z of a binary label, return "
-            f"jnp.stack([0, z])."
+            f"{name}.labels has labels from {labels.min()} to {labels.max()}, but there are {num_classes} classes, "
+            f"numbered from 0."
         )
 
 
@@ -263,84 +259,3 @@ def check_method(method: Any) -> None:
     """Raises ValueError unless the rule and the decay of a `Method` are valid."""
     check_choice("method.rule", method.rule, ("separate", "latest"))
     check_not_negative("method.decay", method.decay)
-
-
-def check_sequence(recipe: Recipe, params: Params, tasks: Sequence[Task]) -> None:
-    """Checks, before computing, that a recipe, parameters and tasks fit each other; see `learn_tasks`."""
-    if not isinstance(recipe, Recipe):
-        raise TypeError(
-            f"recipe is a {type(recipe).__name__}: pass a Recipe(apply_fn, optimizer_fn, num_epochs, batch_size)."
-        )
-    if not tasks:
-        raise ValueError("tasks is empty: there is nothing to learn.")
-    check_choice("recipe.scenario", recipe.scenario, ("task", "domain", "class"))
-    check_positive_integer("recipe.num_epochs", recipe.num_epochs)
-    check_positive_integer("recipe.batch_size", recipe.batch_size)
-    check_params("params", params)
-    for index, task in enumerate(tasks):
-        parts = (task, task.train, task.test) if isinstance(task, Task) else (task,)
-        if any(not isinstance(part, kind) for part, kind in zip(parts, (Task, Batch, Batch), strict=False)):
-            kinds = ", ".join(type(part).__name__ for part in parts)
-            raise TypeError(f"tasks[{index}] must be a Task(train, test) of two Batch(inputs, labels), not: {kinds}.")
-    check_labelled("tasks[0].train", tasks[0].train)
-    x = first_example(tasks[0].train.inputs)
-    with for_one_example("recipe.apply_fn", x):
-        logits = jax.eval_shape(recipe.apply_fn, params, x)
-    check_logits(logits)
-    (num_classes,) = logits.shape
-    checked: dict[tuple[int, ...], Batch] = {}  # by the ids of its arrays, which stay valid while it holds the batch
-    for index, task in enumerate(tasks):
-        try:
-            check_same_structure(f"tasks[{index}]", task, "tasks[0]", tasks[0])
-        except ValueError as error:
-            raise ValueError(
-                f"{error} One compilation serves all tasks: tasks.pad_tasks pads them to equal numbers of examples."
-            ) from None
-        _check_task(f"tasks[{index}]", task, recipe.scenario, x, num_classes, checked)
-
-
-def _check_task(
-    name: str,
-    task: Task,
-    scenario: Scenario,
-    x: Example,
-    num_classes: int,
-    checked: dict[tuple[int, ...], Batch],
-) -> None:
-    if task.permutation is not None:
-        _check_permutation(f"{name}.permutation", task.permutation, x)
-    if (task.class_mask is None) != (scenario == "domain"):
-        has, takes = ("no", "needs one") if task.class_mask is None else ("a", "takes none")
-        raise ValueError(
-            f"{name} has {has} class_mask, but scenario {scenario!r} {takes}: class masks are for 'task' and 'class'."
-        )
-    if task.class_mask is not None and task.class_mask.shape != (num_classes,):
-        raise ValueError(
-            f"{name}.class_mask has shape {task.class_mask.shape}, but apply_fn returns {num_classes} outputs."
-        )
-    if task.class_mask is not None and task.class_mask.dtype != bool:
-        raise TypeError(f"{name}.class_mask has dtype {task.class_mask.dtype}, but must have bools.")
-    for part, batch in (("train", task.train), ("test", task.test)):
-        if batch.class_mask is not None:
-            raise ValueError(f"{name}.{part} has a class_mask: leave it None, and set the task's class_mask.")
-        arrays = tuple(map(id, jax.tree.leaves(batch)))
-        if arrays not in checked:  # permuted tasks share their examples
-            check_batch(f"{name}.{part}", batch, num_classes)
-            check_same_structure(f"an input of {name}.{part}", first_example(batch.inputs), "one of tasks[0].train", x)
-            checked[arrays] = batch
-        if task.class_mask is None or not is_concrete(batch.labels):
-            continue
-        if not task.class_mask[batch.labels].all():
-            raise ValueError(f"{name} has labels that are not among the classes of its class_mask.")
-
-
-def _check_permutation(name: str, permutation: jax.Array, x: Example) -> None:
-    if not isinstance(x, jax.ShapeDtypeStruct):
-        raise TypeError(f"{name} is for inputs that are one array, not a {type(x).__name__}: leave it None.")
-    num_features = math.prod(x.shape)
-    if permutation.shape != (num_features,):
-        raise ValueError(f"{name} has shape {permutation.shape}, but an input has {num_features} features.")
-    if not jnp.issubdtype(permutation.dtype, jnp.integer):
-        raise TypeError(f"{name} has dtype {permutation.dtype}, but must have integers.")
-    if is_concrete(permutation) and not np.array_equal(np.sort(permutation), np.arange(num_features)):
-        raise ValueError(f"{name} must hold each of 0 to {num_features - 1} once.")

@@ -1,10 +1,9 @@
-"""What `learn_tasks` and `learn_sweep` do alike: the checks of their arguments, and a task's optimiser, keys and state.
+"""What `learn_tasks` and `learn_sweep` do alike: the checks of a run, and a task's optimiser, keys and state.
 
 Before the first task, a trial of the optimiser tells whether it has a penalty, and in the right place.
 """
 
 import functools
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +14,9 @@ from jax.typing import ArrayLike
 from lifelong_jax import _checks
 from lifelong_jax._numerics import widen, with_extra_args
 from lifelong_jax.methods import Method, WrapOptimizer, finetune
+from lifelong_jax.recipes import Recipe
 from lifelong_jax.training import TrainingState, init_training
-from lifelong_jax.types import Consolidation, OptimizerFn, Params, Recipe, Task
+from lifelong_jax.types import Consolidation, OptimizerFn, Params
 
 
 def make_optimizer(
@@ -40,23 +40,12 @@ def begin_task(
     method: Method, optimizer: optax.GradientTransformation, previous: TrainingState, key: jax.Array, index: ArrayLike
 ) -> TrainingState:
     """Makes the state before a task's first step, with what the method carries over from the previous task."""
-    training = init_training(optimizer, previous.params, key)
+    training = init_training(optimizer, previous.params, key, previous.model_state)
     if method.carry is None:
         return training
     carried = method.carry(training.opt_state, previous.opt_state)
     opt_state = jax.tree.map(functools.partial(jnp.where, index > 0), carried, training.opt_state)  # type: ignore[operator]
     return training._replace(opt_state=opt_state)
-
-
-def check_tasks(method: Method | None, recipe: Recipe, params: Params, tasks: Sequence[Task]) -> None:
-    """Raises an error that names the argument unless method, recipe, parameters and tasks are valid, and fit."""
-    if not isinstance(method, Method | None):
-        raise TypeError(f"method is a {type(method).__name__}: pass one from methods, such as methods.ewc().")
-    if method is not None:
-        _checks.check_method(method)
-    if not isinstance(tasks, Sequence):
-        raise TypeError(f"tasks is a {type(tasks).__name__}: pass a list of Task(train, test).")
-    _checks.check_sequence(recipe, params, tasks)
 
 
 def check_run(

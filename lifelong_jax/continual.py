@@ -15,14 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from lifelong_jax import _checks
-from lifelong_jax._sequences import begin_task, check_run, check_tasks, make_optimizer, task_keys
+from lifelong_jax._sequences import begin_task, check_run, make_optimizer, task_keys
+from lifelong_jax._task_checks import check_tasks
 from lifelong_jax.consolidation import consolidate, init_consolidation
 from lifelong_jax.evaluation import evaluate
-from lifelong_jax.methods import ImportanceFn, Method, WrapOptimizer, cross_entropy
+from lifelong_jax.methods import ImportanceFn, Method, WrapOptimizer
+from lifelong_jax.objectives import label_counts
+from lifelong_jax.recipes import Recipe, network_of, training_loss
 from lifelong_jax.scenarios import active_classes, joint_examples, with_class_mask
-from lifelong_jax.tasks import with_permutation
 from lifelong_jax.training import TrainingInfo, TrainingState, init_training, learn_task
-from lifelong_jax.types import Batch, Consolidation, OptimizerFn, OutputFn, Params, Recipe, Scenario, Task
+from lifelong_jax.types import Batch, Consolidation, ModelState, Params, Scenario, Task
 
 
 class SequenceState(NamedTuple):
@@ -33,7 +35,7 @@ class SequenceState(NamedTuple):
       training: the training state of the current task, or of the task learned last.
       consolidation: what is kept of the tasks learned.
       accuracy_matrix: `[num_tasks, num_tasks]`; entry [i, j] is the accuracy on task j's test set after task i has been
-        learned, a fraction; NaN where not measured.
+        learned, a fraction, or what other score the recipe's objective has; NaN where not measured.
       initial_accuracies: `[num_tasks]`, the accuracy on each task before any was learned; NaN where not measured.
       training_seconds: the time spent on training, without compilation and evaluation.
       importance_seconds: the time spent on importances, without compilation.
@@ -90,6 +92,7 @@ def learn_tasks(
     key: jax.Array,
     *,
     strength: float,
+    model_state: ModelState = None,
     forward_transfer: bool = True,
     start: SequenceState | None = None,
     callback: Callback = lambda state, progress: None,
@@ -110,6 +113,7 @@ def learn_tasks(
       tasks: the sequence, in order; equal shapes.
       key: the random key of shuffling and of sampled labels.
       strength: λ, not negative.
+      model_state: with a `recipe.train_fn`, the model state to start from, () if there is none; otherwise None.
       forward_transfer: whether to measure the accuracy on tasks before they are learned, which forward transfer needs.
         Without it, num_tasks · (num_tasks + 1) / 2 fewer test sets are evaluated.
       start: a state to go on from, instead of starting with `params` at the first task: from a callback,
@@ -140,15 +144,14 @@ def learn_tasks(
       (3, 3)
     """
     if start is None:
-        start = init_sequence(method, recipe, params, tasks, key, strength=strength, forward_transfer=forward_transfer)
+        options = {"strength": strength, "model_state": model_state, "forward_transfer": forward_transfer}
+        start = init_sequence(method, recipe, params, tasks, key, **options)
     else:
-        _check_arguments(method, recipe, params, tasks, key, strength, start)
+        _check_arguments(method, recipe, params, _model_state_of(start), tasks, key, strength, start)
     state, scenario, num_epochs = start, recipe.scenario, recipe.num_epochs
     traced_strength = jnp.asarray(strength, jnp.float32)
     optimizer = make_optimizer(recipe.optimizer_fn, method.wrap_optimizer, traced_strength)
-    learn = functools.partial(
-        _learn_epoch, recipe.apply_fn, recipe.optimizer_fn, method.wrap_optimizer, batch_size=recipe.batch_size
-    )
+    learn = functools.partial(_learn_epoch, recipe, method.wrap_optimizer)
     for index in range(state.epochs // num_epochs, len(tasks)):
         train_key, importance_key = task_keys(key, index)
         data = _training_data(tasks, scenario, index)
@@ -157,12 +160,12 @@ def learn_tasks(
         for epoch in range(state.epochs - index * num_epochs, num_epochs):
             compiled = state.epochs > start.epochs
             state, loss = _train_epoch(learn, state, traced_strength, data, epoch, compiled)
-            accuracies = evaluate(recipe.apply_fn, state.params, tasks[: index + 1], scenario)
+            accuracies = _evaluate(recipe, state.training, tasks[: index + 1])
             learned = None
             if epoch + 1 == num_epochs:
                 state, learned = _end_task(method, recipe, state, data, importance_key)
                 ahead = tasks[index + 1 :] if forward_transfer and scenario != "class" else []
-                row = accuracies + evaluate(recipe.apply_fn, state.params, ahead, scenario)
+                row = accuracies + _evaluate(recipe, state.training, ahead)
                 state = state._replace(accuracy_matrix=_with_row(state.accuracy_matrix, index, row))
             callback(state, Progress(index, state.epochs, loss, accuracies, learned))
     return state
@@ -174,6 +177,7 @@ def learn_jointly(
     tasks: Sequence[Task],
     key: jax.Array,
     *,
+    model_state: ModelState = None,
     start: SequenceState | None = None,
     callback: Callback = lambda state, progress: None,
 ) -> SequenceState:
@@ -186,6 +190,7 @@ def learn_jointly(
       params: the parameters to start from.
       tasks: the tasks; equal shapes.
       key: the random key of shuffling.
+      model_state: as for `learn_tasks`.
       start: a state to go on from, as for `learn_tasks`.
       callback: `callback(state, progress)`, called after every epoch over all tasks.
 
@@ -208,16 +213,16 @@ def learn_jointly(
       array([ True,  True, False])
     """
     if start is None:
-        start = init_sequence(None, recipe, params, tasks, key)
+        start = init_sequence(None, recipe, params, tasks, key, model_state=model_state)
     else:
-        _check_arguments(None, recipe, params, tasks, key, 0.0, start)
+        _check_arguments(None, recipe, params, _model_state_of(start), tasks, key, 0.0, start)
     state, num_tasks, no_penalty = start, len(tasks), jnp.zeros(())
-    learn = functools.partial(_learn_epoch, recipe.apply_fn, recipe.optimizer_fn, None, batch_size=recipe.batch_size)
+    learn = functools.partial(_learn_epoch, recipe, None)
     data = TrainingData(joint_examples(tasks, recipe.scenario), None)
     for epoch in range(state.epochs // num_tasks, recipe.num_epochs):
         state, loss = _train_epoch(learn, state, no_penalty, data, epoch, compiled=state.epochs > start.epochs)
         state = state._replace(epochs=(epoch + 1) * num_tasks)
-        accuracies = evaluate(recipe.apply_fn, state.params, tasks, recipe.scenario)
+        accuracies = _evaluate(recipe, state.training, tasks)
         if epoch + 1 == recipe.num_epochs:
             state = state._replace(accuracy_matrix=_with_row(state.accuracy_matrix, num_tasks - 1, accuracies))
         callback(state, Progress(None, state.epochs, loss, accuracies))
@@ -232,6 +237,7 @@ def init_sequence(
     key: jax.Array,
     *,
     strength: float = 0.0,
+    model_state: ModelState = None,
     forward_transfer: bool = True,
 ) -> SequenceState:
     """Makes the state before the first epoch, which also is a template for restoring a saved state.
@@ -243,6 +249,7 @@ def init_sequence(
       tasks: the sequence.
       key: the random key of the sequence.
       strength: λ, not negative.
+      model_state: as for `learn_tasks`.
       forward_transfer: whether to measure the accuracy on each task before any is learned.
 
     Returns:
@@ -260,16 +267,16 @@ def init_sequence(
       >>> init_sequence(None, recipe, jnp.zeros((4, 2)), [Task(batch, batch)], jax.random.key(0)).epochs
       0
     """
-    _check_arguments(method, recipe, params, tasks, key, strength)
+    _check_arguments(method, recipe, params, model_state, tasks, key, strength)
     wrap_optimizer = None if method is None else method.wrap_optimizer
     optimizer = make_optimizer(recipe.optimizer_fn, wrap_optimizer, jnp.asarray(strength, jnp.float32))
+    training = init_training(optimizer, params, key, model_state)
     accuracies = [math.nan] * len(tasks)
     if method is not None and forward_transfer and recipe.scenario != "class":
-        accuracies = evaluate(recipe.apply_fn, params, tasks, recipe.scenario)
-    training = init_training(optimizer, params, key)
+        accuracies = _evaluate(recipe, training, tasks)
     importance = None
     if method is not None:  # its shapes, so that the first task's consolidation has the forms of the others
-        measure = functools.partial(_importance, recipe.apply_fn, method.importance_fn)
+        measure = functools.partial(_importance, recipe, method.importance_fn)
         importance = jax.eval_shape(measure, training, _training_data(tasks, recipe.scenario, 0), key)
     return SequenceState(
         epochs=0,
@@ -355,7 +362,7 @@ def _end_task(
     method: Method, recipe: Recipe, state: SequenceState, data: TrainingData, key: jax.Array
 ) -> tuple[SequenceState, Consolidation]:
     """Consolidates the task just learned; returns the state, and the task's own parameters and importance."""
-    measure = functools.partial(_importance, recipe.apply_fn, method.importance_fn)
+    measure = functools.partial(_importance, recipe, method.importance_fn)
     importance, seconds = _timed(measure, state.training, data, key)
     consolidation = consolidate(state.consolidation, state.params, importance, rule=method.rule, decay=method.decay)
     state = state._replace(consolidation=consolidation, importance_seconds=state.importance_seconds + seconds)
@@ -368,39 +375,38 @@ def _with_row(accuracy_matrix: np.ndarray, index: int, accuracies: list[float]) 
     return accuracy_matrix
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("apply_fn", "optimizer_fn", "wrap_optimizer", "batch_size"),
-    donate_argnames=("state",),
-)
+def _evaluate(recipe: Recipe, training: TrainingState, tasks: Sequence[Task]) -> list[float]:
+    options = {"objective": recipe.objective, "model_state": training.model_state}
+    return evaluate(recipe.apply_fn, training.params, tasks, recipe.scenario, **options)
+
+
+@functools.partial(jax.jit, static_argnames=("recipe", "wrap_optimizer"), donate_argnames=("state",))
 def _learn_epoch(
-    apply_fn: OutputFn,
-    optimizer_fn: OptimizerFn,
+    recipe: Recipe,
     wrap_optimizer: WrapOptimizer | None,
     state: TrainingState,
     consolidation: Consolidation,
     strength: jax.Array,
     data: TrainingData,
-    *,
-    batch_size: int,
 ) -> tuple[TrainingState, TrainingInfo]:
     return learn_task(
-        cross_entropy(with_permutation(apply_fn, data.permutation)),
-        make_optimizer(optimizer_fn, wrap_optimizer, strength),
+        training_loss(recipe, data.permutation),
+        make_optimizer(recipe.optimizer_fn, wrap_optimizer, strength),
         state,
         consolidation,
         data.examples,
         num_epochs=1,
-        batch_size=batch_size,
-        weights=data.examples.weights,
+        batch_size=recipe.batch_size,
+        weights=label_counts(recipe.objective, data.examples),
     )
 
 
-@functools.partial(jax.jit, static_argnames=("apply_fn", "importance_fn"))
+@functools.partial(jax.jit, static_argnames=("recipe", "importance_fn"))
 def _importance(
-    apply_fn: OutputFn, importance_fn: ImportanceFn, state: TrainingState, data: TrainingData, key: jax.Array
+    recipe: Recipe, importance_fn: ImportanceFn, state: TrainingState, data: TrainingData, key: jax.Array
 ) -> Params:
-    return importance_fn(with_permutation(apply_fn, data.permutation), state, data.examples, key)
+    network = network_of(recipe, state.model_state, data.permutation)
+    return importance_fn(network, recipe.objective, state, data.examples, key)
 
 
 def _timed(function: functools.partial, *args: object, compiled: bool = False) -> tuple[Any, float]:
@@ -411,21 +417,26 @@ def _timed(function: functools.partial, *args: object, compiled: bool = False) -
     return result, time.perf_counter() - start
 
 
+def _model_state_of(start: SequenceState) -> ModelState:
+    if not isinstance(start, SequenceState):
+        raise TypeError(f"start is a {type(start).__name__}: pass a state that a callback got, or init_sequence made.")
+    return start.training.model_state
+
+
 def _check_arguments(
     method: Method | None,
     recipe: Recipe,
     params: Params,
+    model_state: ModelState,
     tasks: Sequence[Task],
     key: jax.Array,
     strength: float,
     start: SequenceState | None = None,
 ) -> None:
-    check_tasks(method, recipe, params, tasks)
+    check_tasks(method, recipe, params, model_state, tasks)
     check_run(method, recipe, params, key, strength)
     if start is None:
         return
-    if not isinstance(start, SequenceState):
-        raise TypeError(f"start is a {type(start).__name__}: pass a state that a callback got, or init_sequence made.")
     _checks.check_same_structure("start.params", start.params, "params", params)
     num_tasks = len(start.initial_accuracies)
     if num_tasks != len(tasks) or start.epochs > num_tasks * recipe.num_epochs:

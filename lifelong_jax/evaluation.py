@@ -1,95 +1,120 @@
-"""The accuracy of a network on tasks: the evaluator, which alone sees the test sets."""
+"""The score of a network on tasks: the evaluator, which alone sees the test sets."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 
 from lifelong_jax import _checks
+from lifelong_jax._jaxprs import activation_floats
 from lifelong_jax._numerics import equal_size
-from lifelong_jax.scenarios import active_classes
+from lifelong_jax.losses import ExampleLoss, with_model_state
+from lifelong_jax.objectives import CLASSIFICATION, Objective, label_counts
+from lifelong_jax.scenarios import active_classes, with_class_mask
 from lifelong_jax.tasks import with_permutation
-from lifelong_jax.types import Batch, OutputFn, Params, Scenario, Task
+from lifelong_jax.types import Batch, Example, ModelState, OutputFn, Params, Scenario, Task
 
-_MAX_EVALUATED = 1024  # examples at once; a large network's activations on a whole test set could exceed the memory
+_MAX_EXAMPLES = 1024  # at once; more are no faster
+_MAX_FLOATS = 2**26  # of all activations of the examples at once: 256 MiB in float32
 
 
-@functools.partial(jax.jit, static_argnames=("apply_fn",))
-def accuracy(
-    apply_fn: OutputFn, params: Params, test: Batch, permutation: jax.Array | None, class_mask: jax.Array | None
+@functools.partial(jax.jit, static_argnames=("apply_fn", "objective"))
+def score(
+    apply_fn: OutputFn,
+    params: Params,
+    test: Batch,
+    permutation: jax.Array | None,
+    class_mask: jax.Array | None,
+    objective: Objective = CLASSIFICATION,
+    model_state: ModelState = None,
 ) -> jax.Array:
-    """Measures the accuracy on one test set.
+    """Measures the score on one test set: for classification, the accuracy.
 
-        Σ_n weights[n] · (argmax of the active outputs for example n = labels[n]) / Σ_n weights[n]
+        Σ_n weights[n] · score_fn(outputs for example n, example n) / Σ_n weights[n] · count_fn(example n)
+
+    Examples are evaluated together, as many as their activations allow.
 
     Args:
-      apply_fn: `apply_fn(params, x) -> [num_classes]`, one example's logits, without batch axis.
+      apply_fn: `apply_fn(params, x) -> outputs`, without batch axis, or `apply_fn(params, model_state, x)`.
       params: the parameters.
       test: the examples.
       permutation: a task's permutation of the features, or None; see `tasks.permute_features`.
       class_mask: `[num_classes]`, bool, the active outputs, or None for all of them.
+      objective: what the outputs mean.
+      model_state: the model state, or None.
 
     Returns:
-      A fraction. An example with an output that is NaN counts as wrong.
+      The mean score of a label: a fraction, if it is the accuracy. Where an output is NaN, a label counts as wrong.
 
     Raises:
-      TypeError: if labels are not integers.
-      ValueError: if there are no examples, if inputs, labels and weights differ in their number, if labels are not
-        `[num_examples]`, or if `apply_fn` does not return one example's logits.
+      TypeError: if labels are not what the objective takes.
+      ValueError: if there are no examples, if inputs, labels and weights differ in their number, or if labels do not
+        fit what `apply_fn` returns for one example.
 
     Example:
       >>> from lifelong_jax import Batch
       >>> test = Batch(jnp.eye(2), jnp.array([0, 0]), jnp.ones(2))
-      >>> accuracy(lambda params, x: params * x, jnp.array(1.0), test, None, None)
+      >>> score(lambda params, x: params * x, jnp.array(1.0), test, None, None)
       Array(0.5, dtype=float32)
     """
-    _checks.check_labelled("test", test)
-    output_fn = with_permutation(apply_fn, permutation)
+    _checks.check_batch("test", test)
+    output_fn = with_permutation(with_model_state(apply_fn, model_state), permutation)
+    ExampleLoss(objective, output_fn).check_examples("test", params, test)
     num_examples = len(test.labels)
-    weights = jnp.ones(num_examples) if test.weights is None else test.weights
-    weights = weights.astype(float)  # a sum of narrow floats would be rounded
-    test = test._replace(weights=weights)
-    size = equal_size(num_examples, _MAX_EVALUATED)
+    counts = label_counts(objective, test)
+    counts = jnp.ones(num_examples) if counts is None else counts.astype(float)  # a sum of narrow floats is rounded
+    weights = jnp.ones(num_examples) if test.weights is None else test.weights.astype(float)
+    test = with_class_mask(test, class_mask)._replace(weights=weights)
+    size = equal_size(num_examples, _examples_at_once(output_fn, params, _checks.first_example(test.inputs)))
 
-    def logits_fn(x: jax.Array) -> jax.Array:
-        with _checks.for_one_example("apply_fn", x):
-            logits = output_fn(params, x)
-        _checks.check_logits(logits)
-        return logits
+    def of_example(example: Batch) -> jax.Array:
+        return objective.score_fn(output_fn(params, example.inputs), example).astype(weights.dtype)
 
-    def correct_weights(start: jax.Array) -> jax.Array:
+    def scores(start: jax.Array) -> jax.Array:
         # All parts have one size: the last part overlaps the one before, and the overlap does not count again.
         first = jnp.minimum(start, num_examples - size)
         part = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, first, size), test)
-        outputs = jax.vmap(logits_fn)(part.inputs)
-        if class_mask is not None:  # below any active output, and no inactive NaN counts
-            outputs = jnp.where(class_mask, outputs, -jnp.inf)
-        predicted = jnp.argmax(outputs, axis=-1)
-        correct = predicted.astype(jnp.int32) == part.labels.astype(jnp.int32)
-        correct &= ~jnp.isnan(outputs).any(axis=-1)  # argmax returns the index of a NaN
-        correct &= first + jnp.arange(size) >= start
-        return jnp.where(correct, part.weights, 0)
+        counted = (first + jnp.arange(size) >= start) & (part.weights > 0)  # the scores of padding may be NaN
+        return jnp.where(counted, jax.vmap(of_example)(part) * part.weights, 0)
 
     # Summed like the weights below: a sum of the parts' rounded sums could exceed theirs.
-    return jnp.sum(jax.lax.map(correct_weights, jnp.arange(0, num_examples, size))) / jnp.sum(weights)
+    return jnp.sum(jax.lax.map(scores, jnp.arange(0, num_examples, size))) / jnp.sum(counts)
 
 
-def evaluate(apply_fn: OutputFn, params: Params, tasks: Sequence[Task], scenario: Scenario = "domain") -> list[float]:
-    """Measures the accuracy on each task's test set.
+def _examples_at_once(output_fn: OutputFn, params: Params, x: Example) -> int:
+    jaxpr = jax.make_jaxpr(output_fn)(params, x)
+    is_constant = [True] * len(jax.tree.leaves(params)) + [False] * len(jax.tree.leaves(x))
+    return max(1, min(_MAX_EXAMPLES, _MAX_FLOATS // max(1, activation_floats(jaxpr.jaxpr, is_constant))))
+
+
+def evaluate(
+    apply_fn: Callable[..., jax.Array],
+    params: Params,
+    tasks: Sequence[Task],
+    scenario: Scenario = "domain",
+    *,
+    objective: Objective = CLASSIFICATION,
+    model_state: ModelState = None,
+) -> list[float]:
+    """Measures the score on each task's test set: for classification, the accuracy.
 
     Args:
-      apply_fn: `apply_fn(params, x) -> [num_classes]`, one example's logits, without batch axis.
+      apply_fn: `apply_fn(params, x) -> outputs`, for one example, without batch axis; with a model state,
+        `apply_fn(params, model_state, x)`.
       params: the parameters.
       tasks: the tasks; in "class", those learned so far.
       scenario: which outputs are active; see `scenarios.active_classes`.
+      objective: what the outputs mean, and the score; from `objectives`.
+      model_state: the model state, or None for a network without.
 
     Returns:
-      A fraction for each task.
+      A score for each task: a fraction, if it is the accuracy.
 
     Raises:
-      TypeError: as for `accuracy`.
-      ValueError: as for `accuracy`, or if weights are negative, all 0, or too large or too small for float32.
+      TypeError: as for `score`.
+      ValueError: as for `score`, or if labels are out of range, or weights are negative, all 0, or too large or too
+        small for float32.
 
     Example:
       >>> from lifelong_jax import Batch, Task
@@ -97,11 +122,13 @@ def evaluate(apply_fn: OutputFn, params: Params, tasks: Sequence[Task], scenario
       >>> evaluate(lambda params, x: params * x, jnp.array(1.0), [Task(batch, batch)])
       [0.5]
     """
+    loss_fn = ExampleLoss(objective, with_model_state(apply_fn, model_state))
     for index, task in enumerate(tasks):
-        _checks.check_labelled(f"tasks[{index}].test", task.test)
+        _checks.check_batch(f"tasks[{index}].test", task.test)
+        loss_fn.check_examples(f"tasks[{index}].test", params, task.test)
     class_masks = [active_classes(tasks, scenario, index, len(tasks) - 1) for index in range(len(tasks))]
-    accuracies = [
-        accuracy(apply_fn, params, task.test, task.permutation, class_mask)
+    scores = [
+        score(apply_fn, params, task.test, task.permutation, class_mask, objective, model_state)
         for task, class_mask in zip(tasks, class_masks, strict=True)
     ]
-    return [float(accuracy) for accuracy in accuracies]
+    return [float(of_task) for of_task in scores]

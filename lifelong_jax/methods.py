@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lifelong_jax import _checks
+from lifelong_jax import _checks, forms
 from lifelong_jax.consolidation import Rule
 from lifelong_jax.importance.estimators import (
     empirical_fisher_diagonal,
@@ -20,15 +20,16 @@ from lifelong_jax.importance.factor_sums import WeightSharing
 from lifelong_jax.importance.kronecker import empirical_kronecker_fisher, kronecker_fisher
 from lifelong_jax.importance.path_integral import path_integral, si_importance
 from lifelong_jax.importance.riemannian_walk import continue_walk, riemannian_walk, rwalk_importance
-from lifelong_jax.scenarios import mask_logits, mask_outputs
+from lifelong_jax.objectives import Objective, active_outputs, label_counts
 from lifelong_jax.training import TrainingState
-from lifelong_jax.types import Batch, LossFn, OutputFn, Params
+from lifelong_jax.types import Batch, OutputFn, Params
 
-ImportanceFn: TypeAlias = Callable[[OutputFn, TrainingState, Batch, jax.Array], Params]
-"""`importance_fn(apply_fn, state, batch, key) -> importance`, a tree like `state.params`.
+ImportanceFn: TypeAlias = Callable[[OutputFn, Objective, TrainingState, Batch, jax.Array], Params]
+"""`importance_fn(apply_fn, objective, state, batch, key) -> importance`, a tree like `state.params`.
 
-`apply_fn(params, x) -> [num_classes]` computes one example's outputs, including inactive ones; `state` is the training
-state after the task's last step; `batch` has the task's training examples, with their class masks.
+`apply_fn(params, x) -> outputs` is the network as it predicts, on one example, with inactive outputs too; `objective`
+says what the outputs mean; `state` is the training state after the task's last step; `batch` has the task's training
+examples, with their class masks. The importance is a mean over labels.
 """
 
 WrapOptimizer: TypeAlias = Callable[[optax.GradientTransformation], optax.GradientTransformation]
@@ -145,11 +146,11 @@ def kfac(
     _checks.check_choice("fisher", fisher, tuple(_FISHERS))
     _checks.check_choice("weight_sharing", weight_sharing, ("expand", "reduce"))
     if fisher == "empirical":
-        return Method("kfac", _partial(_empirical_kronecker_fisher, weight_sharing=weight_sharing), "latest", decay)
+        estimator = _partial(empirical_kronecker_fisher, weight_sharing=weight_sharing)
+        return Method("kfac", _partial(_empirical_fisher, estimator=estimator), "latest", decay)
     estimator = _partial(kronecker_fisher, weight_sharing=weight_sharing)
     num_samples = 1 if fisher == "sampled" else None
-    importance_fn = _partial(_output_importance, estimator=estimator, mask=mask_logits, num_samples=num_samples)
-    return Method("kfac", importance_fn, "latest", decay)
+    return Method("kfac", _partial(_fisher, estimator=estimator, num_samples=num_samples), "latest", decay)
 
 
 def mas(rule: Rule = "latest", decay: float = 1.0) -> Method:
@@ -239,84 +240,86 @@ def rwalk(interval: int = 10, alpha: float = 0.2, damping: float = 1e-3) -> Meth
     return Method("rwalk", _walk_importance, "latest", 0.0, wrap_optimizer, continue_walk)
 
 
-def cross_entropy(apply_fn: OutputFn) -> LossFn:
-    """Makes the loss of one labelled example, for training and for the empirical Fisher information.
-
-        −log softmax(mask_logits(apply_fn(params, example.inputs), example.class_mask))[example.labels]
-
-    Args:
-      apply_fn: `apply_fn(params, x) -> [num_classes]`, one example's outputs, without batch axis.
-
-    Returns:
-      `loss_fn(params, example) -> scalar`, for an example that is a `Batch` without example axis. It raises
-      ValueError where the example has not one label, or the outputs are not `[num_classes]` with two classes or more.
-
-    Example:
-      >>> from lifelong_jax import Batch, methods
-      >>> example = Batch(jnp.zeros(2), jnp.array(1), jnp.array(1.0))
-      >>> methods.cross_entropy(lambda params, x: params + x)(jnp.zeros(2), example)
-      Array(0.6931472, dtype=float32)
-    """
-
-    def loss_fn(params: Params, example: Batch) -> jax.Array:
-        if jnp.ndim(example.labels) != 0:
-            raise ValueError(
-                f"labels has shape {jnp.shape(example.labels)} for one example, but must be one class: "
-                f"{_checks.ONE_CLASS_EACH}."
-            )
-        logits = apply_fn(params, example.inputs)
-        _checks.check_logits(logits)
-        logits = mask_logits(logits, example.class_mask)
-        return optax.losses.softmax_cross_entropy_with_integer_labels(logits, example.labels)
-
-    return loss_fn
-
-
-def _zeros(apply_fn: OutputFn, state: TrainingState, batch: Batch, key: jax.Array) -> Params:
+def _zeros(apply_fn: OutputFn, objective: Objective, state: TrainingState, batch: Batch, key: jax.Array) -> Params:
     return jax.tree.map(jnp.zeros_like, state.params)
 
 
-def _ones(apply_fn: OutputFn, state: TrainingState, batch: Batch, key: jax.Array) -> Params:
+def _ones(apply_fn: OutputFn, objective: Objective, state: TrainingState, batch: Batch, key: jax.Array) -> Params:
     return jax.tree.map(jnp.ones_like, state.params)
 
 
-def _output_importance(
+def _fisher(
     apply_fn: OutputFn,
+    objective: Objective,
     state: TrainingState,
     batch: Batch,
     key: jax.Array,
     *,
     estimator: Callable[..., Params],
-    mask: Callable[[jax.Array, jax.Array | None], jax.Array],
     num_samples: int | None = None,
 ) -> Params:
-    def output_fn(params: Params, x: tuple[jax.Array, jax.Array | None]) -> jax.Array:
-        inputs, class_mask = x
-        return mask(apply_fn(params, inputs), class_mask)
+    def logits_fn(params: Params, example: Batch) -> jax.Array:
+        return objective.logits_fn(apply_fn(params, example.inputs), example)
 
     sampling = {} if num_samples is None else {"num_samples": num_samples, "key": key}
-    return estimator(output_fn, state.params, (batch.inputs, batch.class_mask), weights=batch.weights, **sampling)
+    examples = _unlabelled(batch)
+    options = {"weights": batch.weights, "likelihood": objective.likelihood, **sampling}
+    return _per_label(estimator(logits_fn, state.params, examples, **options), objective, batch)
 
 
-def _empirical_fisher(apply_fn: OutputFn, state: TrainingState, batch: Batch, key: jax.Array) -> Params:
-    return empirical_fisher_diagonal(cross_entropy(apply_fn), state.params, batch, weights=batch.weights)
-
-
-def _empirical_kronecker_fisher(
-    apply_fn: OutputFn, state: TrainingState, batch: Batch, key: jax.Array, *, weight_sharing: WeightSharing
+def _empirical_fisher(
+    apply_fn: OutputFn,
+    objective: Objective,
+    state: TrainingState,
+    batch: Batch,
+    key: jax.Array,
+    *,
+    estimator: Callable[..., Params],
 ) -> Params:
-    return empirical_kronecker_fisher(
-        cross_entropy(apply_fn), state.params, batch, weights=batch.weights, weight_sharing=weight_sharing
-    )
+    def loss_fn(params: Params, example: Batch) -> jax.Array:
+        return objective.loss_fn(apply_fn(params, example.inputs), example)
+
+    return _per_label(estimator(loss_fn, state.params, batch, weights=batch.weights), objective, batch)
+
+
+def _output_sensitivity(
+    apply_fn: OutputFn,
+    objective: Objective,
+    state: TrainingState,
+    batch: Batch,
+    key: jax.Array,
+    *,
+    estimator: Callable[..., Params],
+) -> Params:
+    def output_fn(params: Params, example: Batch) -> jax.Array:
+        return active_outputs(apply_fn(params, example.inputs), example)
+
+    examples = _unlabelled(batch)
+    return _per_label(estimator(output_fn, state.params, examples, weights=batch.weights), objective, batch)
+
+
+def _unlabelled(batch: Batch) -> Any:
+    return batch._replace(labels=None, weights=None)  # type: ignore[arg-type]
+
+
+def _per_label(importance: Params, objective: Objective, batch: Batch) -> Params:
+    """Makes a mean over labels of a mean over examples, which have several labels each."""
+    counts = label_counts(objective, batch)
+    if counts is None or counts is batch.weights:
+        return importance
+    num_examples = len(batch.labels) if batch.weights is None else jnp.sum(batch.weights)
+    return forms.tree_map(lambda form: forms.scale(form, num_examples / jnp.sum(counts)), importance)
 
 
 def _path_importance(
-    apply_fn: OutputFn, state: TrainingState, batch: Batch, key: jax.Array, *, damping: float
+    apply_fn: OutputFn, objective: Objective, state: TrainingState, batch: Batch, key: jax.Array, *, damping: float
 ) -> Params:
     return si_importance(state.opt_state, state.params, damping=damping)
 
 
-def _walk_importance(apply_fn: OutputFn, state: TrainingState, batch: Batch, key: jax.Array) -> Params:
+def _walk_importance(
+    apply_fn: OutputFn, objective: Objective, state: TrainingState, batch: Batch, key: jax.Array
+) -> Params:
     return rwalk_importance(state.opt_state, state.params)
 
 
@@ -326,11 +329,10 @@ def _partial(function: Callable[..., Any], **settings: Any) -> Callable[..., Any
     return functools.partial(function, **settings)
 
 
-_mas = functools.partial(_output_importance, estimator=mas_importance, mask=mask_outputs)
-_local_mas = functools.partial(_output_importance, estimator=local_mas_importance, mask=mask_outputs)
-_exact_fisher = functools.partial(_output_importance, estimator=fisher_diagonal, mask=mask_logits)
+_mas = functools.partial(_output_sensitivity, estimator=mas_importance)
+_local_mas = functools.partial(_output_sensitivity, estimator=local_mas_importance)
 _FISHERS: dict[str, ImportanceFn] = {
-    "exact": _exact_fisher,
-    "sampled": functools.partial(_exact_fisher, num_samples=1),
-    "empirical": _empirical_fisher,
+    "exact": functools.partial(_fisher, estimator=fisher_diagonal),
+    "sampled": functools.partial(_fisher, estimator=fisher_diagonal, num_samples=1),
+    "empirical": functools.partial(_empirical_fisher, estimator=empirical_fisher_diagonal),
 }

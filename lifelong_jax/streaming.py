@@ -9,7 +9,7 @@ import functools
 import math
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -19,14 +19,31 @@ import optax
 from lifelong_jax import _checks, forms
 from lifelong_jax._extras import needs_extra
 from lifelong_jax._numerics import pad
-from lifelong_jax.datasets.named import scale_bytes
 from lifelong_jax.datasets.sources import Source
-from lifelong_jax.training import TrainingInfo, TrainingState, learn_task
-from lifelong_jax.types import Batch, Consolidation, LossFn
+from lifelong_jax.training import TrainingInfo, TrainingState, check_loss, example_keys, train_step
+from lifelong_jax.types import Batch, Consolidation, LossFn, TrainLossFn
 
 with needs_extra("data"):
     import grain
     import tqdm
+
+
+class StreamState(NamedTuple):
+    """The state within a stream: what the next step needs, and the losses so far.
+
+    Attributes:
+      training: the state after the last step; its key is that of the current epoch's beginning.
+      epoch: the number of epochs that are finished.
+      step: the number of steps taken in the current epoch.
+      losses: `[num_epochs, num_batches]`, the loss of each step so far; 0 for others.
+      num_steps: `[num_epochs]`, the number of steps of each epoch so far.
+    """
+
+    training: TrainingState
+    epoch: int
+    step: int
+    losses: np.ndarray
+    num_steps: np.ndarray
 
 
 def stream_batches(source: Source, batch_size: int, key: jax.Array | None = None) -> Iterator[Batch]:
@@ -41,8 +58,8 @@ def stream_batches(source: Source, batch_size: int, key: jax.Array | None = None
         order in an epoch for which it draws this key.
 
     Yields:
-      Batches `[batch_size, ...]` on the device, with float32 inputs. The last batch is padded with
-      examples of weight 0.
+      Batches `[batch_size, ...]` on the device, in the dtypes of the source. The last batch is padded with examples of
+      weight 0.
 
     Raises:
       ValueError: if there are no examples, if `batch_size` is not a positive integer, or if examples differ in shape.
@@ -53,66 +70,82 @@ def stream_batches(source: Source, batch_size: int, key: jax.Array | None = None
       >>> batches[0].inputs.shape, [int(batch.weights.sum()) for batch in batches]
       ((100, 8, 8, 1), [100, 100, 100, 60])
     """
+    for _, batch in _numbered_batches(source, batch_size, key):
+        yield batch
+
+
+def _numbered_batches(source: Source, batch_size: int, key: jax.Array | None) -> Iterator[tuple[jax.Array, Batch]]:
+    """Yields batches with the numbers of their examples in the source."""
     _check(source, batch_size)
     order = np.arange(len(source)) if key is None else np.asarray(jax.random.permutation(key, len(source)))
-    shape = source[int(order[0])].inputs.shape
+    first = source[int(order[0])]
+    shapes = jax.tree.map(np.shape, first)
 
-    def read(index: np.integer) -> Batch:
+    def read(index: np.integer) -> tuple[np.integer, Batch]:
         example = source[int(index)]
-        if example.inputs.shape != shape:
-            raise ValueError(
-                f"example {index} has shape {example.inputs.shape}, but others have {shape}: open the data set with "
-                f"image_size, or with channels if only the channels differ."
-            )
-        return example
+        if jax.tree.map(np.shape, example) != shapes:
+            try:
+                _checks.check_same_structure(f"example {index}", example, f"example {order[0]}", first)
+            except ValueError as error:
+                raise ValueError(
+                    f"{error} Open images with image_size, or with channels if only the channels differ."
+                ) from None
+        return index, example
 
     num_threads = min(16, os.cpu_count() or 1)
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(num_threads, 2 * batch_size))
     pipeline = grain.MapDataset.source(order).map(read).to_iter_dataset(options)
-    pipeline = pipeline.filter(lambda example: example.weights is None or example.weights > 0)  # as in memory
+    pipeline = pipeline.filter(lambda numbered: numbered[1].weights is None or numbered[1].weights > 0)  # as in memory
     with contextlib.closing(iter(pipeline.batch(batch_size, drop_remainder=False))) as batches:
-        for batch in batches:
-            batch = pad(batch, batch_size)
-            yield jax.tree.map(jnp.asarray, batch._replace(inputs=scale_bytes(batch.inputs)))
+        for indices, batch in batches:
+            indices = indices[np.arange(batch_size) % len(indices)]
+            yield jax.tree.map(jnp.asarray, (indices, pad(batch, batch_size)))
 
 
 def learn_stream(
-    loss_fn: LossFn,
+    loss_fn: LossFn | TrainLossFn,
     optimizer: optax.GradientTransformation,
-    state: TrainingState,
+    state: TrainingState | StreamState,
     consolidation: Consolidation,
     source: Source,
     *,
     num_epochs: int,
     batch_size: int,
+    interval: int | None = None,
+    callback: Callable[[StreamState], None] = lambda state: None,
 ) -> tuple[TrainingState, TrainingInfo]:
     """Trains on one task's examples while they are read.
 
     It takes the same batches in the same order as `learn_task` with the same examples in memory, and gives the same
-    result up to rounding. `learn_task` makes each step, and is compiled once. Progress is shown on standard error.
+    result up to rounding. A step is compiled once. Progress is shown on standard error.
 
     Args:
-      loss_fn: `loss_fn(params, example) -> scalar`, the loss of one example, a `Batch` without the example axis. Pass
-        the same function object to each call, and the same optimiser: for another object, the step is compiled again.
+      loss_fn: as for `learn_task`; an example is a `Batch` without the example axis. Pass the same function object to
+        each call, and the same optimiser: for another object, the step is compiled again.
       optimizer: as for `learn_task`.
-      state: from `init_training`, or from an earlier call.
+      state: from `init_training`, or from an earlier call; or a state that a callback got, to go on from. The examples
+        before it in its epoch are read again, and not used.
       consolidation: of the earlier tasks.
       source: the training examples of this task.
-      num_epochs: passes over the examples.
+      num_epochs: passes over the examples, with those before `state`.
       batch_size: examples per step.
+      interval: the number of steps after which the callback is called within an epoch, or None for an epoch's end only.
+      callback: `callback(state)`, called after every epoch, and every `interval` steps, to save a `StreamState`. It
+        must copy what it keeps: the next step frees the state.
 
     Returns:
       The state after the last step, and the losses `[num_epochs, num_steps]`.
 
     Raises:
-      ValueError: if there are no examples, if examples differ in shape, if `num_epochs` or `batch_size` is not a
-        positive integer, or if the loss is not a scalar.
+      TypeError: if labels are not what `loss_fn` takes.
+      ValueError: if there are no examples, if examples differ in shape, if a label is out of range, if `num_epochs`,
+        `batch_size` or `interval` is not a positive integer, or if the loss is not a scalar.
       FloatingPointError: if training diverged.
 
     Example:
       >>> from lifelong_jax import init_consolidation, init_training
       >>> from lifelong_jax.datasets import open_dataset
-      >>> from lifelong_jax.methods import cross_entropy
+      >>> from lifelong_jax.losses import cross_entropy
       >>> loss_fn = cross_entropy(lambda params, x: x.ravel() @ params)
       >>> optimizer = optax.sgd(0.1)
       >>> state = init_training(optimizer, jnp.zeros((64, 10)), jax.random.key(0))
@@ -124,26 +157,58 @@ def learn_stream(
     """
     _check(source, batch_size)
     _checks.check_positive_integer("num_epochs", num_epochs)
+    _checks.check_positive_integer("interval", interval, optional=True)
     batch_size = min(batch_size, len(source))
-    num_steps = -(-len(source) // batch_size)
-    state = jax.device_put(state, may_alias=False)  # a copy: each step frees the arrays of the state before
-    losses, num_taken = np.zeros((num_epochs, num_steps)), np.zeros(num_epochs, np.int32)
-    for epoch in range(num_epochs):
-        key, shuffle_key = jax.random.split(state.key)
-        batches = stream_batches(source, batch_size, shuffle_key)
-        with tqdm.tqdm(batches, f"epoch {epoch + 1} of {num_epochs}", num_steps, disable=None) as progress:
-            for step, batch in enumerate(progress):
-                state, loss = _learn_batch(loss_fn, optimizer, state, consolidation, batch)
-                num_taken[epoch] = step + 1
-                losses[epoch, step] = loss  # waits for the step; otherwise batches would queue up in memory
-                _check_finite(losses[epoch, step], epoch, step)
-                progress.set_postfix_str(f"loss {losses[epoch, : step + 1].mean():.3f}", refresh=False)
-        if num_taken[epoch] == 0:
+    num_batches = -(-len(source) // batch_size)
+    stream = _start(state, num_epochs, num_batches)
+    learn = functools.partial(_learn_batch, loss_fn, optimizer, consolidation)
+    for epoch in range(stream.epoch, num_epochs):
+        key, epoch_key = jax.random.split(stream.training.key)
+        batches = _numbered_batches(source, batch_size, epoch_key)
+        with tqdm.tqdm(batches, f"epoch {epoch + 1} of {num_epochs}", num_batches, disable=None) as progress:
+            for step, (indices, batch) in enumerate(progress):
+                if step < stream.step:
+                    continue
+                if step == 0:
+                    check_loss(loss_fn, stream.training, "source", batch)
+                stream = _take_step(learn, stream, epoch_key, indices, batch)
+                if not math.isfinite(stream.losses[epoch, step]):
+                    check_loss(loss_fn, stream.training, "source", batch)  # a label out of range makes it NaN
+                    _refuse(epoch, step)
+                progress.set_postfix_str(f"loss {stream.losses[epoch, : step + 1].mean():.3f}", refresh=False)
+                if interval is not None and (step + 1) % interval == 0:
+                    callback(stream)
+        if stream.step == 0:
             raise ValueError("source has no example of a weight above 0: there is nothing to learn from.")
-        state = state._replace(key=key)
-        if not _checks.is_finite(state.params):
-            _check_finite(math.nan, epoch, num_steps - 1)
-    return state, TrainingInfo(jnp.asarray(losses, loss.dtype), jnp.asarray(num_taken))
+        if not _checks.is_finite(stream.training.params):
+            _refuse(epoch, stream.step - 1)
+        stream = stream._replace(training=stream.training._replace(key=key), epoch=epoch + 1, step=0)
+        callback(stream)
+    return stream.training, TrainingInfo(jnp.asarray(stream.losses, float), jnp.asarray(stream.num_steps))
+
+
+def _start(state: TrainingState | StreamState, num_epochs: int, num_batches: int) -> StreamState:
+    """Returns a copy of the state, whose arrays each step frees, with room for all losses."""
+    losses, num_steps = np.zeros((num_epochs, num_batches)), np.zeros(num_epochs, np.int32)
+    if isinstance(state, TrainingState):
+        return StreamState(jax.device_put(state, may_alias=False), 0, 0, losses, num_steps)
+    if state.epoch > num_epochs or state.losses.shape[1:] != (num_batches,):
+        raise ValueError(
+            f"state is after {state.epoch} epochs of {state.losses.shape[1]} batches, but there are {num_epochs} "
+            f"epochs of {num_batches}."
+        )
+    num_known = min(num_epochs, len(state.losses))
+    losses[:num_known], num_steps[:num_known] = state.losses[:num_known], state.num_steps[:num_known]
+    return StreamState(jax.device_put(state.training, may_alias=False), state.epoch, state.step, losses, num_steps)
+
+
+def _take_step(
+    learn: Callable, stream: StreamState, epoch_key: jax.Array, indices: jax.Array, batch: Batch
+) -> StreamState:
+    training, loss = learn(stream.training, epoch_key, indices, batch)
+    stream.losses[stream.epoch, stream.step] = loss  # waits for the step; otherwise batches would queue up in memory
+    stream.num_steps[stream.epoch] = stream.step + 1
+    return stream._replace(training=training, step=stream.step + 1)
 
 
 def mean_over_stream(
@@ -163,8 +228,8 @@ def mean_over_stream(
 
     Args:
       mean_fn: `mean_fn(state, batch, key) -> tree`, a mean over the batch's examples weighted by `batch.weights`, such
-        as a method's importance, `functools.partial(ewc().importance_fn, apply_fn)`. Pass the same function object to
-        each call: another object is compiled again.
+        as a method's importance, `functools.partial(ewc().importance_fn, apply_fn, classification())`. Pass the same
+        function object to each call: another object is compiled again.
       state: the first argument of `mean_fn`, any tree of arrays: parameters, or a `TrainingState`.
       source: the examples.
       batch_size: examples per batch. The result depends on it only if `mean_fn` uses `key`.
@@ -205,23 +270,17 @@ def mean_over_stream(
 
 @functools.partial(jax.jit, static_argnames=("loss_fn", "optimizer"), donate_argnames=("state",))
 def _learn_batch(
-    loss_fn: LossFn,
+    loss_fn: LossFn | TrainLossFn,
     optimizer: optax.GradientTransformation,
-    state: TrainingState,
     consolidation: Consolidation,
+    state: TrainingState,
+    epoch_key: jax.Array,
+    indices: jax.Array,
     batch: Batch,
 ) -> tuple[TrainingState, jax.Array]:
-    state, info = learn_task(
-        loss_fn,
-        optimizer,
-        state,
-        consolidation,
-        batch,
-        num_epochs=1,
-        batch_size=batch.labels.shape[0],
-        weights=batch.weights,
-    )
-    return state, info.loss[0, 0]
+    weights: Any = batch.weights
+    keys = example_keys(state, epoch_key, indices)
+    return train_step(loss_fn, optimizer, state, consolidation, batch, weights, keys)
 
 
 @functools.partial(jax.jit, static_argnames=("mean_fn",), donate_argnames=("total",))
@@ -255,9 +314,8 @@ def _check(source: Source, batch_size: int) -> None:
         raise ValueError("source is empty: at least one example is needed.")
 
 
-def _check_finite(loss: float, epoch: int, step: int) -> None:
-    if not math.isfinite(loss):
-        raise FloatingPointError(
-            f"training diverged in epoch {epoch + 1}, step {step + 1}: lower the learning rate or the strength, or use "
-            f"the proximal penalty"
-        )
+def _refuse(epoch: int, step: int) -> NoReturn:
+    raise FloatingPointError(
+        f"training diverged in epoch {epoch + 1}, step {step + 1}: lower the learning rate or the strength, or use the "
+        f"proximal penalty"
+    )

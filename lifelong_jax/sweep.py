@@ -5,7 +5,7 @@ after every epoch.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -13,14 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from lifelong_jax import _checks
-from lifelong_jax._sequences import begin_task, check_run, check_tasks, make_optimizer, task_keys
+from lifelong_jax._sequences import begin_task, check_run, make_optimizer, task_keys
+from lifelong_jax._task_checks import check_tasks
 from lifelong_jax.consolidation import consolidate, init_consolidation
-from lifelong_jax.evaluation import accuracy
-from lifelong_jax.methods import Method, cross_entropy
+from lifelong_jax.evaluation import score
+from lifelong_jax.methods import Method
+from lifelong_jax.objectives import label_counts
+from lifelong_jax.recipes import Recipe, network_of, training_loss
 from lifelong_jax.scenarios import active_classes, with_class_mask
-from lifelong_jax.tasks import with_permutation
 from lifelong_jax.training import TrainingState, learn_task
-from lifelong_jax.types import Batch, Consolidation, OutputFn, Params, Recipe, Scenario, Task
+from lifelong_jax.types import Batch, Consolidation, ModelState, Params, Scenario, Task
 
 
 class SweepRun(NamedTuple):
@@ -31,12 +33,14 @@ class SweepRun(NamedTuple):
       tasks: the sequence. An array that is the same object in several runs, or tasks, is stored once.
       key: the random key of shuffling and of sampled labels.
       strength: λ, not negative.
+      model_state: with a `recipe.train_fn`, the model state to start from, () if there is none; otherwise None.
     """
 
     params: Params
     tasks: Sequence[Task]
     key: jax.Array
     strength: float
+    model_state: ModelState = None
 
 
 class SweepAccuracies(NamedTuple):
@@ -92,24 +96,23 @@ def learn_sweep(
     _check_runs(method, recipe, runs, max_steps)
     masks = {id(run.tasks): _masks(run.tasks, recipe.scenario) for run in runs}
     tasks, task_axes = _stack([run.tasks for run in runs])
-    starts = [_Start(run.params, masks[id(run.tasks)], run.key, jnp.asarray(run.strength, jnp.float32)) for run in runs]
+    starts = [
+        _Start(run.params, run.model_state, masks[id(run.tasks)], run.key, jnp.asarray(run.strength, jnp.float32))
+        for run in runs
+    ]
     start, start_axes = _stack([[start] for start in starts])
     accuracies = _learn_runs(
         tasks,
         start,
         num_runs=len(runs),
         axes=(task_axes, start_axes),
-        method=method,
-        recipe=recipe,
-        forward_transfer=forward_transfer,
-        num_tasks=len(runs[0].tasks),
-        max_steps=max_steps,
+        plan=_Plan(method, recipe, forward_transfer, len(runs[0].tasks), max_steps),
     )
     arrays = [np.asarray(array, np.float64) for array in accuracies]
     return SweepAccuracies(*(np.where(array == _UNKNOWN, np.nan, array) for array in arrays))
 
 
-_UNKNOWN = -1.0  # in compiled programs, where jax_debug_nans would take NaN for a fault
+_UNKNOWN = float(np.finfo(np.float32).min)  # in compiled programs, where jax_debug_nans would take NaN for a fault
 
 
 def _check_runs(method: Method, recipe: Recipe, runs: Sequence[SweepRun], max_steps: int | None) -> None:
@@ -119,16 +122,23 @@ def _check_runs(method: Method, recipe: Recipe, runs: Sequence[SweepRun], max_st
     for index, run in enumerate(runs):
         if not isinstance(run, SweepRun):
             raise TypeError(f"runs[{index}] is a {type(run).__name__}: pass a SweepRun(params, tasks, key, strength).")
-    check_tasks(method, recipe, runs[0].params, runs[0].tasks)
+    check_tasks(method, recipe, runs[0].params, runs[0].model_state, runs[0].tasks)
     checked = {id(runs[0].tasks)}
     for index, run in enumerate(runs):
         _checks.check_same_structure(f"runs[{index}].params", run.params, "runs[0].params", runs[0].params)
+        state, first_state = run.model_state, runs[0].model_state
+        _checks.check_same_structure(f"runs[{index}].model_state", state, "runs[0].model_state", first_state)
         if len(run.tasks) != len(runs[0].tasks):
             raise ValueError(f"runs[{index}] has {len(run.tasks)} tasks, but runs[0] has {len(runs[0].tasks)}.")
         for number, task in enumerate(run.tasks):
-            _checks.check_same_structure(f"runs[{index}].tasks[{number}]", task, "runs[0].tasks[0]", runs[0].tasks[0])
+            try:
+                _checks.check_same_structure(
+                    f"runs[{index}].tasks[{number}]", task, "runs[0].tasks[0]", runs[0].tasks[0]
+                )
+            except ValueError as error:
+                raise ValueError(f"{error} tasks.pad_tasks pads tasks to equal numbers of examples.") from None
         if id(run.tasks) not in checked:  # runs of one seed share their tasks
-            check_tasks(method, recipe, run.params, run.tasks)
+            check_tasks(method, recipe, run.params, run.model_state, run.tasks)
             checked.add(id(run.tasks))
         check_run(method, recipe, run.params, run.key, run.strength, f"runs[{index}].")
 
@@ -137,6 +147,7 @@ class _Start(NamedTuple):
     """What a run starts from, besides its tasks."""
 
     params: Params
+    model_state: ModelState
     masks: tuple[jax.Array | None, jax.Array | None]
     key: jax.Array
     strength: jax.Array
@@ -179,22 +190,19 @@ def _masks(tasks: Sequence[Task], scenario: Scenario) -> tuple[jax.Array | None,
     return jnp.asarray(train), jnp.asarray(test)
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("num_runs", "axes", "method", "recipe", "forward_transfer", "num_tasks", "max_steps"),
-)
+@functools.partial(jax.jit, static_argnames=("num_runs", "axes", "plan"))
 def _learn_runs(
-    tasks: Task, start: _Start, *, num_runs: int, axes: tuple[_Axes, _Axes], **options: Any
+    tasks: Task, start: _Start, *, num_runs: int, axes: tuple[_Axes, _Axes], plan: "_Plan"
 ) -> tuple[jax.Array, jax.Array]:
     task_axes, start_axes = axes
-    learn = functools.partial(_learn_run, by_task=task_axes.by_task, **options)
+    learn = functools.partial(_learn_run, by_task=task_axes.by_task, plan=plan)
     if num_runs == 1:  # an axis of length 1 would slow down the products
-        return jax.tree.map(lambda x: x[None], learn(tasks, start))  # type: ignore[call-arg]
+        return jax.tree.map(lambda x: x[None], learn(tasks, start))
     in_axes = tuple(
         jax.tree.unflatten(jax.tree.structure(tree), [0 if by_run else None for by_run in of_tree.by_run])
         for tree, of_tree in ((tasks, task_axes), (start, start_axes))
     )
-    return jax.vmap(learn, in_axes=in_axes, axis_size=num_runs)(tasks, start)  # type: ignore[call-arg]
+    return jax.vmap(learn, in_axes=in_axes, axis_size=num_runs)(tasks, start)
 
 
 def _task_at(tasks: Task, by_task: tuple[bool, ...], index: jax.Array | int) -> Task:
@@ -202,63 +210,80 @@ def _task_at(tasks: Task, by_task: tuple[bool, ...], index: jax.Array | int) -> 
     return structure.unflatten(leaf[index] if axis else leaf for leaf, axis in zip(leaves, by_task, strict=True))
 
 
-def _learn_run(
-    tasks: Task,
-    start: _Start,
-    *,
-    method: Method,
-    recipe: Recipe,
-    forward_transfer: bool,
-    num_tasks: int,
-    max_steps: int | None,
-    by_task: tuple[bool, ...],
-) -> tuple[jax.Array, jax.Array]:
+class _Plan(NamedTuple):
+    """What all runs have alike, and that is known when they are compiled."""
+
+    method: Method
+    recipe: Recipe
+    forward_transfer: bool
+    num_tasks: int
+    max_steps: int | None
+
+    @property
+    def ahead(self) -> bool:
+        """Whether tasks are evaluated before they are learned."""
+        return self.forward_transfer and self.recipe.scenario != "class"
+
+
+def _learn_run(tasks: Task, start: _Start, *, plan: _Plan, by_task: tuple[bool, ...]) -> tuple[jax.Array, jax.Array]:
     """Learns one run's tasks; returns its accuracy matrix and its initial accuracies."""
-    params, (train_masks, test_masks), key, strength = start
+    params, model_state, (train_masks, test_masks), key, strength = start
+    method, recipe, num_tasks = plan.method, plan.recipe, plan.num_tasks
     optimizer = make_optimizer(recipe.optimizer_fn, method.wrap_optimizer, strength)
-    ahead = forward_transfer and recipe.scenario != "class"
     task_at = functools.partial(_task_at, tasks, by_task)
 
-    def evaluate(params: Params, latest: jax.Array | int) -> jax.Array:
-        def add(index: jax.Array, accuracies: jax.Array) -> jax.Array:
-            task = task_at(index)
-            class_mask = None if test_masks is None else test_masks[latest, index]
-            on_task = accuracy(recipe.apply_fn, params, task.test, task.permutation, class_mask)
-            return accuracies.at[index].set(on_task.astype(accuracies.dtype))
+    def evaluate(state: TrainingState, latest: jax.Array | int) -> jax.Array:
+        return _evaluate(plan, state, task_at, None if test_masks is None else test_masks[latest], latest)
 
-        return jax.lax.fori_loop(0, num_tasks if ahead else latest + 1, add, jnp.full(num_tasks, _UNKNOWN))
+    def examples_of(task: Task, index: jax.Array | int) -> Batch:
+        return with_class_mask(task.train, None if train_masks is None else train_masks[index])
 
-    def data_of(index: jax.Array | int) -> tuple[OutputFn, Batch]:
-        task = task_at(index)
-        examples = with_class_mask(task.train, None if train_masks is None else train_masks[index])
-        return with_permutation(recipe.apply_fn, task.permutation), examples
+    def importance_of(state: TrainingState, task: Task, examples: Batch, key: jax.Array) -> Params:
+        network = network_of(recipe, state.model_state, task.permutation)
+        return method.importance_fn(network, recipe.objective, state, examples, key)
 
     def learn(carry: _Carry, index: jax.Array) -> tuple[_Carry, jax.Array]:
         previous, consolidation, diverged = carry
         train_key, importance_key = task_keys(key, index)
-        output_fn, examples = data_of(index)
+        task = task_at(index)
+        examples = examples_of(task, index)
         state, info = learn_task(
-            cross_entropy(output_fn),
+            training_loss(recipe, task.permutation),
             optimizer,
             begin_task(method, optimizer, previous, train_key, index),
             consolidation,
             examples,
             num_epochs=recipe.num_epochs,
             batch_size=recipe.batch_size,
-            max_steps=max_steps,
-            weights=examples.weights,
+            max_steps=plan.max_steps,
+            weights=label_counts(recipe.objective, examples),
         )
-        importance = method.importance_fn(output_fn, state, examples, importance_key)
+        importance = importance_of(state, task, examples, importance_key)
         consolidation = consolidate(consolidation, state.params, importance, rule=method.rule, decay=method.decay)
         finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((info.loss, state.params))]
         diverged |= ~jnp.stack(finite).all()
-        return (state, consolidation, diverged), evaluate(state.params, index)
+        return (state, consolidation, diverged), evaluate(state, index)
 
-    initial_accuracies = evaluate(params, 0) if ahead else jnp.full(num_tasks, _UNKNOWN)
-    state = TrainingState(params, optimizer.init(params), key)
+    state = TrainingState(params, optimizer.init(params), key, model_state)
+    initial_accuracies = evaluate(state, 0) if plan.ahead else jnp.full(num_tasks, _UNKNOWN)
     # The importance's shapes, so that the first task's consolidation has the forms of the others.
-    output_fn, examples = data_of(0)
-    like = jax.eval_shape(functools.partial(method.importance_fn, output_fn), state, examples, key)
+    like = jax.eval_shape(importance_of, state, task_at(0), examples_of(task_at(0), 0), key)
     carry = (state, init_consolidation(params, like), jnp.array(False))
     (*_, diverged), accuracy_matrix = jax.lax.scan(learn, carry, jnp.arange(num_tasks))
     return jax.tree.map(lambda x: jnp.where(diverged, _UNKNOWN, x), (accuracy_matrix, initial_accuracies))
+
+
+def _evaluate(
+    plan: _Plan, state: TrainingState, task_at: Callable, masks: jax.Array | None, latest: jax.Array | int
+) -> jax.Array:
+    """Measures the score on each task, or on each task up to the latest."""
+    apply_fn, objective = plan.recipe.apply_fn, plan.recipe.objective
+
+    def add(index: jax.Array, scores: jax.Array) -> jax.Array:
+        task = task_at(index)
+        mask = None if masks is None else masks[index]
+        of_task = score(apply_fn, state.params, task.test, task.permutation, mask, objective, state.model_state)
+        return scores.at[index].set(of_task.astype(scores.dtype))
+
+    num_evaluated = plan.num_tasks if plan.ahead else latest + 1
+    return jax.lax.fori_loop(0, num_evaluated, add, jnp.full(plan.num_tasks, _UNKNOWN))

@@ -131,6 +131,8 @@ def split_tasks(
     Zenke et al. 2017, arXiv 1703.04200; for the scenarios, van de Ven and Tolias 2019, arXiv 1904.07734.
     """
     _check_loaded(train, test)
+    _checks.check_classes("train", train)
+    _checks.check_classes("test", test)
     classes = [int(label) for group in class_groups for label in group]
     valid = len(set(classes)) == len(classes) and all(0 <= label < num_classes for label in classes)
     if not (valid and classes and all(len(group) for group in class_groups)):
@@ -193,8 +195,8 @@ def dataset_tasks(datasets: Sequence[tuple[Batch, Batch, int]]) -> list[Task]:
             f"inputs must have the same shape per example, but have {', '.join(sorted(shapes))}: resize them."
         )
     for index, (train, test, num_classes) in enumerate(datasets):
-        _checks.check_batch(f"datasets[{index}].train", train, num_classes)
-        _checks.check_batch(f"datasets[{index}].test", test, num_classes)
+        _checks.check_classes(f"datasets[{index}].train", train, num_classes)
+        _checks.check_classes(f"datasets[{index}].test", test, num_classes)
     total = sum(num_classes for _, _, num_classes in datasets)
     tasks, first = [], 0
     for train, test, num_classes in datasets:
@@ -276,7 +278,7 @@ def _check_loaded(train: Batch, test: Batch, of: str = "") -> None:
                 f"{of}{name} is a {type(batch).__name__}, but must be a Batch: load the data by load_dataset, because "
                 f"open_dataset reads no images."
             )
-        _checks.check_labelled(f"{of}{name}", batch)
+        _checks.check_batch(f"{of}{name}", batch)
 
 
 @jax.jit

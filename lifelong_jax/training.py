@@ -2,15 +2,17 @@
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from lifelong_jax import _checks
+from lifelong_jax._batch_axis import BATCH_AXIS, weigh_means
 from lifelong_jax._numerics import is_sharded, scale_weights, update_after_reads, widen, with_extra_args
-from lifelong_jax.types import Consolidation, Examples, LossFn, Params
+from lifelong_jax.types import Consolidation, Examples, LossFn, ModelState, Params, TrainLossFn
 
 
 class TrainingState(NamedTuple):
@@ -19,12 +21,15 @@ class TrainingState(NamedTuple):
     Attributes:
       params: a tree of floating-point arrays.
       opt_state: the optimiser's state.
-      key: the random key of the shuffling.
+      key: the random key of the shuffling, and of the network's own randomness.
+      model_state: what the network updates as it is trained, without gradients; () if it only needs a key, and None for
+        a network that is trained as it predicts.
     """
 
     params: Params
     opt_state: optax.OptState
     key: jax.Array
+    model_state: ModelState = None
 
 
 class TrainingInfo(NamedTuple):
@@ -41,13 +46,17 @@ class TrainingInfo(NamedTuple):
     num_steps: jax.Array
 
 
-def init_training(optimizer: optax.GradientTransformation, params: Params, key: jax.Array) -> TrainingState:
+def init_training(
+    optimizer: optax.GradientTransformation, params: Params, key: jax.Array, model_state: ModelState = None
+) -> TrainingState:
     """Makes the state before a task's first step, with a fresh optimiser state.
 
     Args:
       optimizer: any optax transform.
       params: a tree of floating-point arrays.
-      key: the random key of the shuffling.
+      key: the random key of the shuffling, and of the network's own randomness.
+      model_state: what the network updates as it is trained: running averages, say. () if it only needs a key, for
+        dropout. None for a loss without state and key; see `learn_task`.
 
     Returns:
       The state. All of it is a copy, so that a loop may donate it: `params` may also be an anchor, and some optimisers
@@ -62,12 +71,12 @@ def init_training(optimizer: optax.GradientTransformation, params: Params, key: 
       Array([0., 0.], dtype=float32)
     """
     _checks.check_params("params", params)
-    state = TrainingState(params, optimizer.init(params), key)
+    state = TrainingState(params, optimizer.init(params), key, model_state)
     return jax.device_put(state, may_alias=False)  # unlike jnp.copy, it has nothing to compile
 
 
 def learn_task(
-    loss_fn: LossFn,
+    loss_fn: LossFn | TrainLossFn,
     optimizer: optax.GradientTransformation,
     state: TrainingState,
     consolidation: Consolidation,
@@ -86,9 +95,11 @@ def learn_task(
     one epoch do the same as one call of two epochs.
 
     Args:
-      loss_fn: `loss_fn(params, example) -> scalar`, the loss of one example, without batch axis.
-      optimizer: any optax transform. Its `update` gets `anchor` and `importance`, for `add_quadratic_penalty`, and
-        `loss_fn`, `examples` and `weights` of the batch, for `riemannian_walk`.
+      loss_fn: `loss_fn(params, example) -> scalar`, the loss of one example, without batch axis. If `state` has a model
+        state, `loss_fn(params, model_state, example, key) -> (scalar, model_state)`; see `types.TrainLossFn`.
+      optimizer: any optax transform. Its `update` gets `anchor` and `importance`, for `add_quadratic_penalty`;
+        `loss_fn`, `examples` and `weights` of the batch, for `riemannian_walk`; and `value`, `grad` and `value_fn` of
+        the batch's loss without the penalty, for `optax.contrib.reduce_on_plateau` and line searches.
       state: from `init_training`, or from an earlier call.
       consolidation: what is kept of earlier tasks.
       examples: a tree of arrays `[num_examples, ...]`: this task's training data.
@@ -120,6 +131,7 @@ def learn_task(
     _checks.check_positive_integer("batch_size", batch_size)
     _checks.check_positive_integer("max_steps", max_steps, optional=True)
     _checks.check_params("state.params", state.params)
+    check_loss(loss_fn, state, "examples", examples)
     examples, weights = jax.tree.map(jnp.asarray, (examples, weights))
     if any(map(is_sharded, jax.tree.leaves((examples, weights)))):
         raise ValueError(
@@ -131,67 +143,185 @@ def learn_task(
     num_batches = -(-num_examples // batch_size)
     num_steps = num_batches if weights is None else -(-jnp.sum(weights > 0) // batch_size)
     step = _make_step(loss_fn, optimizer, consolidation, examples, weights)
-    one_batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype), examples)
-    one_weight = jax.ShapeDtypeStruct((batch_size,), jnp.result_type(float) if weights is None else weights.dtype)
-    with _checks.for_one_example("loss_fn", _checks.first_example(examples)):
-        loss_dtype = jax.eval_shape(functools.partial(_mean_loss, loss_fn), state.params, one_batch, one_weight).dtype
+    loss_dtype = _dtype_of_loss(loss_fn, state, examples)
 
     def epoch(state: TrainingState, index: jax.Array) -> tuple[TrainingState, tuple[jax.Array, jax.Array]]:
-        key, shuffle_key = jax.random.split(state.key)
-        order = _shuffled(shuffle_key, num_examples, weights)
+        key, epoch_key = jax.random.split(state.key)
+        order = _shuffled(epoch_key, num_examples, weights)
         # The last batch is padded with an index past the end, which gets weight 0 in `step`.
         order = jnp.pad(order, (0, num_batches * batch_size - num_examples), constant_values=num_examples)
+        order = order.reshape(num_batches, batch_size)
         steps = num_steps if max_steps is None else jnp.clip(max_steps - index * num_steps, 0, num_steps)
-        params, opt_state, losses = jax.lax.fori_loop(
-            0,
-            steps,
-            functools.partial(step, order=order.reshape(num_batches, batch_size)),  # type: ignore[call-arg]
-            (state.params, state.opt_state, jnp.zeros(num_batches, loss_dtype)),
-        )
-        return TrainingState(params, opt_state, key), (losses, jnp.asarray(steps))
+        carry = (state._replace(key=key), jnp.zeros(num_batches, loss_dtype))
+        take = functools.partial(step, order, epoch_key)
+        state, losses = jax.lax.fori_loop(0, steps, take, carry)
+        return state, (losses, jnp.asarray(steps))
 
     state, (losses, num_steps) = jax.lax.scan(epoch, state, jnp.arange(num_epochs))
     return state, TrainingInfo(losses, num_steps)
 
 
-_Carry: TypeAlias = tuple[Params, optax.OptState, jax.Array]
+def check_loss(loss_fn: LossFn | TrainLossFn, state: TrainingState, name: str, examples: Examples) -> None:
+    """Raises an error that names the argument unless the examples' labels are what a loss of `losses` takes."""
+    predicting = _as_predicting(loss_fn, state.model_state)
+    if hasattr(predicting, "check_examples"):
+        predicting.check_examples(name, state.params, examples)
+
+
+def train_step(
+    loss_fn: LossFn | TrainLossFn,
+    optimizer: optax.GradientTransformation,
+    state: TrainingState,
+    consolidation: Consolidation,
+    batch: Examples,
+    weights: jax.Array,
+    keys: jax.Array | None,
+) -> tuple[TrainingState, jax.Array]:
+    """Takes one step; returns the state, whose key is left as it is, and the loss.
+
+    Args:
+      loss_fn: as for `learn_task`.
+      optimizer: as for `learn_task`.
+      state: the state before the step.
+      consolidation: what is kept of earlier tasks.
+      batch: a tree of arrays `[batch_size, ...]`.
+      weights: `[batch_size]`, 0 for padding.
+      keys: `[batch_size]`, the examples' random keys, from `example_keys`.
+
+    Returns:
+      The state after the step, and the mean loss of the batch.
+    """
+    params, model_state = state.params, state.model_state
+
+    def mean_loss(params: Params) -> tuple[jax.Array, ModelState]:
+        return _mean_loss(loss_fn, params, model_state, batch, weights, keys)
+
+    (loss, new_model_state), grads = jax.value_and_grad(mean_loss, has_aux=True)(params)
+    extra_args = {
+        **consolidation._asdict(),
+        "loss_fn": _as_predicting(loss_fn, model_state),
+        "examples": batch,
+        "weights": weights,
+        "value": loss,
+        "grad": grads,
+        "value_fn": lambda params: mean_loss(params)[0],
+    }
+    updates, opt_state = with_extra_args(optimizer).update(grads, state.opt_state, params, **extra_args)
+    params = optax.apply_updates(params, update_after_reads(updates, grads))
+    return state._replace(params=params, opt_state=opt_state, model_state=new_model_state), loss
+
+
+def example_keys(state: TrainingState, epoch_key: jax.Array, indices: jax.Array) -> jax.Array | None:
+    """Makes the random key of each example in an epoch, by its number: it does not depend on the batch.
+
+    Args:
+      state: the training state; without a model state, no keys are needed.
+      epoch_key: the key that the epoch's shuffling is drawn with.
+      indices: `[batch_size]`, the numbers of the examples.
+
+    Returns:
+      `[batch_size]`, keys, or None.
+    """
+    if state.model_state is None:
+        return None
+    base = jax.random.fold_in(epoch_key, 1)  # so that no key is that of the shuffling
+    return jax.vmap(functools.partial(jax.random.fold_in, base))(indices)
+
+
+_Carry: TypeAlias = tuple[TrainingState, jax.Array]
 
 
 def _make_step(
-    loss_fn: LossFn,
+    loss_fn: LossFn | TrainLossFn,
     optimizer: optax.GradientTransformation,
     consolidation: Consolidation,
     examples: Examples,
     weights: jax.Array | None,
-) -> Callable[[jax.Array, _Carry, jax.Array], _Carry]:
-    optimizer = with_extra_args(optimizer)
+) -> Callable[[jax.Array, jax.Array, jax.Array, _Carry], _Carry]:
     num_examples = jax.tree.leaves(examples)[0].shape[0]
     weights = jnp.ones(num_examples) if weights is None else weights
-    loss_and_grads = jax.value_and_grad(functools.partial(_mean_loss, loss_fn))
 
-    def step(index: jax.Array, carry: _Carry, order: jax.Array) -> _Carry:
-        params, opt_state, losses = carry
+    def step(order: jax.Array, epoch_key: jax.Array, index: jax.Array, carry: _Carry) -> _Carry:
+        state, losses = carry
         indices = order[index]
         batch_weights = jnp.where(indices < num_examples, weights[indices], 0)
         # Padding may be NaN: in its place stands the batch's first example, which is never padding.
         indices = jnp.where(batch_weights > 0, indices, indices[0])
         batch = jax.tree.map(lambda x: x[indices], examples)
-        loss, grads = loss_and_grads(params, batch, batch_weights)
-        extra_args = {**consolidation._asdict(), "loss_fn": loss_fn, "examples": batch, "weights": batch_weights}
-        updates, opt_state = optimizer.update(grads, opt_state, params, **extra_args)
-        params = optax.apply_updates(params, update_after_reads(updates, grads))
-        return params, opt_state, losses.at[index].set(loss)
+        keys = example_keys(state, epoch_key, indices)
+        state, loss = train_step(loss_fn, optimizer, state, consolidation, batch, batch_weights, keys)
+        return state, losses.at[index].set(loss)
 
     return step
 
 
-def _mean_loss(loss_fn: LossFn, params: Params, batch: Examples, weights: jax.Array) -> jax.Array:
-    losses = jax.vmap(loss_fn, in_axes=(None, 0))(params, batch)
+def _mean_loss(
+    loss_fn: Callable[..., Any],
+    params: Params,
+    model_state: ModelState,
+    batch: Examples,
+    weights: jax.Array,
+    keys: jax.Array | None,
+) -> tuple[jax.Array, ModelState]:
+    """Computes the mean loss of a batch, weighted, and the next model state."""
+    if model_state is None:
+        losses = jax.vmap(loss_fn, in_axes=(None, 0))(params, batch)
+    else:
+        losses, model_state = _losses_and_state(loss_fn, params, model_state, batch, scale_weights(weights), keys)
     if losses.ndim != 1:
         raise ValueError(f"loss_fn must return a scalar for one example, not an array of shape {losses.shape[1:]}.")
     losses = widen(losses)  # a sum in float16 overflows
     weights = scale_weights(weights).astype(losses.dtype)
-    return jnp.sum(weights * losses) / jnp.maximum(jnp.sum(weights), 1)  # 0 for padding alone
+    return jnp.sum(weights * losses) / jnp.maximum(jnp.sum(weights), 1), model_state  # 0 for padding alone
+
+
+def _losses_and_state(
+    loss_fn: Callable[..., Any],
+    params: Params,
+    model_state: ModelState,
+    batch: Examples,
+    weights: jax.Array,
+    keys: jax.Array | None,
+) -> tuple[jax.Array, ModelState]:
+    def of_example(example: Any, key: jax.Array | None, weight: jax.Array) -> tuple[jax.Array, ModelState]:
+        return weigh_means(loss_fn, weight, params, model_state, example, key)
+
+    try:
+        return jax.vmap(of_example, out_axes=(0, None), axis_name=BATCH_AXIS)(batch, keys, weights)
+    except ValueError as error:
+        error.add_note(
+            f"The model state that loss_fn returns must be the same for all examples of a batch: give batch "
+            f"normalisation axis_name={BATCH_AXIS!r}, or take jax.lax.pmean(x, {BATCH_AXIS!r})."
+        )
+        raise
+
+
+def _as_predicting(loss_fn: Any, model_state: ModelState) -> LossFn:
+    """Returns the loss of the network as it predicts, which importances are of."""
+    if model_state is None:
+        return loss_fn
+    if hasattr(loss_fn, "as_predicting"):
+        return loss_fn.as_predicting(model_state)
+
+    def refuse(params: Params, example: Any) -> jax.Array:
+        raise ValueError(
+            "the optimiser needs the loss of the network as it predicts, which loss_fn does not say: make loss_fn by "
+            "losses.TrainLoss(objective, train_fn, apply_fn)."
+        )
+
+    return refuse
+
+
+def _dtype_of_loss(loss_fn: LossFn | TrainLossFn, state: TrainingState, examples: Examples) -> np.dtype:
+    """Traces the loss of one example, to fail early and with what it was called with."""
+    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), examples)
+    keys = jax.eval_shape(example_keys, state, state.key, jax.ShapeDtypeStruct((1,), jnp.int32))
+    weight = jax.ShapeDtypeStruct((1,), jnp.float32)
+    mean_loss = functools.partial(_mean_loss, loss_fn)
+    with _checks.for_one_example("loss_fn", _checks.first_example(examples)):
+        loss, model_state = jax.eval_shape(mean_loss, state.params, state.model_state, one, weight, keys)
+    _checks.check_same_structure("the returned model state", model_state, "state.model_state", state.model_state)
+    return loss.dtype
 
 
 def _shuffled(key: jax.Array, num_examples: int, weights: jax.Array | None) -> jax.Array:

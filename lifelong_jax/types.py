@@ -1,4 +1,4 @@
-"""Types that the modules share: batches, tasks, consolidations, recipes, and the functions that a user passes."""
+"""Types that the modules share: batches, tasks, consolidations, and the functions that a user passes."""
 
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -24,6 +24,22 @@ LogitsFn: TypeAlias = Callable[[Params, Example], jax.Array]
 OutputFn: TypeAlias = Callable[[Params, Example], jax.Array]
 """`output_fn(params, x) -> array`: one example's output, of any shape."""
 
+ModelState: TypeAlias = Any
+"""A pytree of arrays that a network updates as it is trained, without gradients: running averages, say. () for none."""
+
+TrainFn: TypeAlias = Callable[[Params, ModelState, Example, jax.Array], tuple[jax.Array, ModelState]]
+"""`train_fn(params, model_state, x, key) -> (outputs, model_state)`: a network as it is trained, on one example.
+
+`key` is the example's own in this step, for dropout. Means over the batch are taken by `jax.lax.pmean(..., "batch")`.
+The model state that it returns must be the same for all examples of a batch.
+"""
+
+TrainLossFn: TypeAlias = Callable[[Params, ModelState, Example, jax.Array], tuple[jax.Array, ModelState]]
+"""`loss_fn(params, model_state, example, key) -> (scalar, model_state)`: one example's loss as the network is trained.
+
+As for `TrainFn`, `key` is the example's own, and the model state that it returns is the same for all examples.
+"""
+
 OptimizerFn: TypeAlias = Callable[[jax.Array], optax.GradientTransformation]
 """`optimizer_fn(strength) -> optimizer`: a function of λ, which may be traced: one compilation serves every λ."""
 
@@ -36,15 +52,19 @@ class Batch(NamedTuple):
 
     Attributes:
       inputs: `[num_examples, ...]`, an array of floats or integers, or a tree of such arrays.
-      labels: `[num_examples]`, integers in `[0, num_classes)`.
+      labels: `[num_examples, ...]`: classes, integers in `[0, num_classes)`, or what else the objective takes; see
+        `objectives`.
       weights: `[num_examples]`, floating; 0 for padding, 1 for an example that counts once. None for ones.
       class_mask: `[num_examples, num_classes]`, bool: the outputs that are active for each example, or None if all are.
+      label_weights: `[num_examples, ...]`, floating, with the first axes of `labels`: the weight of each of an
+        example's labels in its loss, 0 for the padding of a sequence of tokens. None for ones.
     """
 
     inputs: Any
     labels: jax.Array
     weights: jax.Array | None = None
     class_mask: jax.Array | None = None
+    label_weights: jax.Array | None = None
 
 
 class Task(NamedTuple):
@@ -79,28 +99,3 @@ class Consolidation(NamedTuple):
 
     anchor: Params
     importance: Params
-
-
-class Recipe(NamedTuple):
-    """How a network is trained on each task of a sequence.
-
-    Attributes:
-      apply_fn: `apply_fn(params, x) -> [num_classes]`, one example's logits, without batch axis.
-      optimizer_fn: `optimizer_fn(strength) -> optimizer`, a function of λ. Pass the same function objects in every
-        call, or the loops are compiled again.
-      num_epochs: the number of passes over each task's training examples.
-      batch_size: the number of examples per step.
-      scenario: "task", "domain" or "class"; "task" and "class" need tasks with class masks. See
-        `scenarios.active_classes`.
-
-    Example:
-      >>> import optax
-      >>> Recipe(lambda w, x: x @ w, lambda strength: optax.sgd(0.1), num_epochs=10, batch_size=32).scenario
-      'domain'
-    """
-
-    apply_fn: OutputFn
-    optimizer_fn: OptimizerFn
-    num_epochs: int
-    batch_size: int
-    scenario: Scenario = "domain"

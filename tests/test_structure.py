@@ -11,12 +11,24 @@ WITH_EXTRAS = {"datasets", "streaming", "models", "checkpoint", "plotting", "geo
 FORBIDDEN = {"experiments", "rich", "tyro", "fcntl", "SystemExit"}
 
 # What each module, or package, of the library may import of the library; those that are not named may import all.
-BASE = {"types", "_layouts", "forms", "_checks", "_numerics"}
+BASE = {"types", "_layouts", "forms", "_jaxprs", "_checks", "_numerics"}
+LOOP = BASE | {
+    "consolidation",
+    "training",
+    "scenarios",
+    "recipes",
+    "objectives",
+    "evaluation",
+    "methods",
+    "_sequences",
+    "_task_checks",
+}
 MAY_IMPORT = {
     "types": set(),
     "_files": set(),
     "_tables": set(),
     "_layouts": set(),
+    "_jaxprs": set(),
     "_nearest_product": set(),
     "forms": {"types", "_layouts", "_nearest_product"},
     "_checks": {"types", "forms"},
@@ -24,15 +36,20 @@ MAY_IMPORT = {
     "importance": BASE | {"_tables"},
     "consolidation": BASE,
     "penalty": BASE,
-    "training": BASE,
+    "_batch_axis": {"_jaxprs"},
+    "training": BASE | {"_batch_axis"},
     "tasks": BASE,
     "metrics": set(),
     "scenarios": BASE | {"tasks"},
-    "evaluation": BASE | {"tasks", "scenarios"},
-    "methods": BASE | {"importance", "consolidation", "training", "scenarios"},
-    "_sequences": BASE | {"training", "methods"},
-    "continual": BASE | {"consolidation", "training", "tasks", "scenarios", "evaluation", "methods", "_sequences"},
-    "sweep": BASE | {"consolidation", "training", "tasks", "scenarios", "evaluation", "methods", "_sequences"},
+    "objectives": BASE | {"scenarios"},
+    "losses": BASE | {"objectives"},
+    "recipes": BASE | {"objectives", "losses", "tasks"},
+    "evaluation": BASE | {"tasks", "scenarios", "objectives", "losses"},
+    "methods": BASE | {"importance", "consolidation", "training", "objectives"},
+    "_sequences": BASE | {"training", "methods", "recipes"},
+    "_task_checks": BASE | {"_batch_axis", "objectives", "losses", "methods", "recipes"},
+    "continual": LOOP,
+    "sweep": LOOP,
 }
 
 FILES = {

@@ -25,8 +25,9 @@ from lifelong_jax.datasets.named import Dataset, hold_out_validation, load_datas
 from lifelong_jax.methods import Method
 from lifelong_jax.models import CNN, MLP
 from lifelong_jax.penalty import add_quadratic_penalty, proximal_adam, proximal_quadratic_penalty
+from lifelong_jax.recipes import Recipe
 from lifelong_jax.sweep import learn_sweep
-from lifelong_jax.types import Example, OptimizerFn, OutputFn, Params, Recipe, Scenario, Task
+from lifelong_jax.types import Example, OptimizerFn, OutputFn, Params, Scenario, Task
 
 STRENGTHS = tuple(float(f"{10 ** (half_decade / 2):.3g}") for half_decade in range(-8, 13))
 """The strengths that --tune compares."""

@@ -16,8 +16,9 @@ from lifelong_jax import _files
 from lifelong_jax.checkpoint import save_consolidation
 from lifelong_jax.continual import Progress, SequenceState, init_sequence, learn_jointly, learn_tasks
 from lifelong_jax.methods import Method
+from lifelong_jax.recipes import Recipe
 from lifelong_jax.sweep import SweepRun
-from lifelong_jax.types import Consolidation, Example, Params, Recipe, Task
+from lifelong_jax.types import Consolidation, Example, Params, Task
 
 _LOGGED = ("task", "epochs", "loss", "accuracies")  # of Progress
 

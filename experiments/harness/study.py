@@ -14,7 +14,7 @@ from experiments.harness.pipelines import momentum_with_penalty
 from experiments.harness.report import progress_bar
 from experiments.harness.runs import Run, compute_once
 from lifelong_jax.importance.estimators import fisher_diagonal, mas_importance
-from lifelong_jax.methods import cross_entropy
+from lifelong_jax.losses import cross_entropy
 from lifelong_jax.tasks import with_permutation
 from lifelong_jax.training import TrainingState, init_training, learn_task
 from lifelong_jax.types import Batch, Consolidation, Params

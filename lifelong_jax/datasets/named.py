@@ -26,7 +26,7 @@ from lifelong_jax.datasets.folders import (
 )
 from lifelong_jax.datasets.images import UnreadableImageError
 from lifelong_jax.datasets.letters import render_letters
-from lifelong_jax.datasets.sources import ArraySource, FileSource, FittedSource, Source, Subset, open_tfds
+from lifelong_jax.datasets.sources import ArraySource, FileSource, FittedSource, ScaledSource, Source, Subset, open_tfds
 from lifelong_jax.types import Batch
 
 with needs_extra("data"):
@@ -147,7 +147,8 @@ def open_dataset(
       skip_unreadable: as for `load_dataset`.
 
     Returns:
-      A data set whose `train` and `test` are sources: sequences of examples, for `streaming`.
+      A data set whose `train` and `test` are sources: sequences of examples, for `streaming`. Their images are float32
+      in [0, 1].
 
     Raises:
       FileNotFoundError: if a folder does not exist, or TFDS has not prepared the data set.
@@ -165,7 +166,8 @@ def open_dataset(
         listing = without_unreadable(listing, _unreadable(name, listing), skip=skip_unreadable)
         for note in listing.notes:
             warnings.warn(f"{name}: {note}", stacklevel=2)
-    return _open(name, listing, data_dir, image_size, channels)
+    opened: Any = _open(name, listing, data_dir, image_size, channels)
+    return Dataset(ScaledSource(opened.train), ScaledSource(opened.test), opened.num_classes)
 
 
 def hold_out_validation(dataset: Dataset, fraction: float, key: jax.Array) -> Dataset:

@@ -29,8 +29,8 @@ class Source(Protocol):
           index: from 0 to the number of examples, exclusive.
 
         Returns:
-          A `Batch` of NumPy arrays without the example axis. Its inputs are `[height, width, channels]`, unsigned bytes
-          or float32 in [0, 1].
+          A `Batch` of NumPy arrays without the example axis. Its inputs are one array or a tree of arrays, of any
+          dtype.
         """
 
 
@@ -133,7 +133,7 @@ class Subset:
 
 @dataclasses.dataclass(frozen=True)
 class FittedSource:
-    """A source whose images are resized, or converted to grey or colour, when they are read; see `fit_image`.
+    """A source of images that are resized, or converted to grey or colour, when they are read; see `fit_image`.
 
     Attributes:
       source: the source.
@@ -154,6 +154,28 @@ class FittedSource:
         example = self.source[index]
         inputs: Any = fit_image(np.asarray(example.inputs), self.image_size, self.channels)
         return example._replace(inputs=inputs)
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaledSource:
+    """A source of images whose unsigned bytes become float32 in [0, 1] when they are read.
+
+    Attributes:
+      source: the source.
+    """
+
+    source: Source
+
+    def __len__(self) -> int:
+        """Returns the number of examples."""
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Batch:
+        """Reads one example."""
+        example = self.source[index]
+        images: Any = np.asarray(example.inputs)
+        scaled = images / np.float32(255) if images.dtype == np.uint8 else images.astype(np.float32)
+        return example._replace(inputs=scaled)
 
 
 def open_tfds(name: str, folder: pathlib.Path) -> tuple[Source, Source, int]:

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var, jaxprs_in_params
 
+from lifelong_jax._jaxprs import JIT, REMAT, bind, open_jaxpr
 from lifelong_jax._numerics import wide_dtype
-from lifelong_jax.importance.tapping import JIT, REMAT, bind, open_jaxpr, trace
+from lifelong_jax.importance.tapping import trace
 from lifelong_jax.types import Example, Params
 
 _LAYER_OUTPUT = "layer_output"

@@ -5,14 +5,15 @@ prints the plan as a table.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxprs_in_params
+from jax.extend.core import ClosedJaxpr
 
+from lifelong_jax._jaxprs import activation_floats
 from lifelong_jax._tables import markdown_table
 from lifelong_jax.importance import tapping
 from lifelong_jax.importance.factors import Lookup, Product, find_factors
@@ -160,8 +161,8 @@ def default_microbatch_size(
     gradient_floats = sum(_gradient_floats(leaf, leaf_plan) for leaf, leaf_plan in leaves)
     cotangent_floats = sum(leaf.size for leaf in jax.tree.leaves(cotangents))
     num_inputs = len(plan.jaxpr.jaxpr.invars) - len(leaves)
-    activation_floats = _activation_floats(plan.jaxpr.jaxpr, [True] * len(leaves) + [False] * num_inputs)
-    other_floats = max(1, cotangent_floats, activation_floats)
+    floats = activation_floats(plan.jaxpr.jaxpr, [True] * len(leaves) + [False] * num_inputs)
+    other_floats = max(1, cotangent_floats, floats)
     if jax.default_backend() != "cpu":
         return max(1, min(1024, 2**16 // positions, 2**28 // max(gradient_floats, other_floats)))
     # Matrices that are differentiated per example need batched products, which are slow on a CPU.
@@ -180,29 +181,6 @@ def _gradient_floats(leaf: jax.Array, leaf_plan: LeafPlan) -> int:
     if isinstance(leaf_plan.factors, Lookup):
         return leaf_plan.positions * leaf_plan.factors.columns
     return leaf.size if leaf_plan.positions > 1 else 0
-
-
-def _activation_floats(jaxpr: Jaxpr, is_constant: Sequence[bool]) -> int:
-    """Counts the numbers that are computed from an example: at most these are held for the backward pass.
-
-    `is_constant` says of each argument whether it is the same for all examples, such as parameters.
-    """
-    constants = {v for v, constant in zip(jaxpr.invars, is_constant, strict=True) if constant} | set(jaxpr.constvars)
-    floats = 0
-    for equation in jaxpr.eqns:
-        inputs = [isinstance(v, Literal) or v in constants for v in equation.invars]
-        if all(inputs):
-            constants.update(equation.outvars)
-            continue
-        first, num_carry = (equation.params.get(name, 0) for name in ("num_consts", "num_carry"))
-        inputs[first : first + num_carry] = [False] * num_carry  # after a scan's first step, they depend on the example
-        inner_jaxprs = [tapping.open_jaxpr(inner) for inner in jaxprs_in_params(equation.params)]
-        for inner in inner_jaxprs:
-            of_inner = inputs if len(inputs) == len(inner.invars) else [False] * len(inner.invars)
-            floats += equation.params.get("length", 1) * _activation_floats(inner, of_inner)
-        if not inner_jaxprs:
-            floats += sum(math.prod(getattr(v.aval, "shape", ())) for v in equation.outvars)
-    return floats
 
 
 def make_plan(output_fn: Callable[[Params, Example], jax.Array], params: Params, example: Example) -> Plan:

@@ -15,12 +15,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, DebugInfo, Jaxpr, JaxprEqn, Literal, Var
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
+from lifelong_jax._jaxprs import JIT, REMAT, bind, constants_of, count_constants_and_carry, open_jaxpr
 from lifelong_jax.types import Example, Params
 
-JIT = frozenset({"jit", "pjit", "closed_call"})
-REMAT = frozenset({"remat2", "remat", "checkpoint"})
 _CASTS = frozenset({"convert_element_type", "copy", "name"})
 _MOVES = frozenset({"reshape", "transpose", "squeeze", "expand_dims", "broadcast_in_dim", "rev"})
 
@@ -111,7 +110,7 @@ def _follow(
             return _follow(jaxpr, equation.outvars[use.output], use.move, site, lengths, stacked)
         return use
     if name == "scan":
-        num_constants, num_carried = _count_constants_and_carry(equation)
+        num_constants, num_carried = count_constants_and_carry(equation)
         if num_constants <= position < num_constants + num_carried:
             return Untapped("carried by a scan")
         inner, length = open_jaxpr(equation.params["jaxpr"]), equation.params["length"]
@@ -167,7 +166,7 @@ def _evaluate_call(
 ) -> tuple[list[Any], dict[int, jax.Array]]:
     parameters = equation.params
     inner = open_jaxpr(parameters["jaxpr"])
-    constants = parameters["jaxpr"].consts if isinstance(parameters["jaxpr"], ClosedJaxpr) else ()
+    constants = constants_of(parameters["jaxpr"])
 
     def call(arguments: Sequence[Any], zeros: dict[int, jax.Array]) -> tuple[list[Any], dict[int, jax.Array]]:
         return evaluate(inner, constants, arguments, uses, zeros, level)
@@ -177,7 +176,7 @@ def _evaluate_call(
     if equation.primitive.name in REMAT:
         return jax.checkpoint(call, prevent_cse=parameters["prevent_cse"], policy=parameters["policy"])(inputs, zeros)
 
-    num_constants, num_carried = _count_constants_and_carry(equation)
+    num_constants, num_carried = count_constants_and_carry(equation)
     first_scanned = num_constants + num_carried
 
     def step(carry: list[Any], scanned: tuple[list[Any], dict[int, jax.Array]]) -> tuple[list[Any], tuple]:
@@ -193,16 +192,6 @@ def _evaluate_call(
         unroll=parameters["unroll"],
     )
     return [*carry, *stacked], operands
-
-
-def _count_constants_and_carry(scan: JaxprEqn) -> tuple[int, int]:
-    """Counts the arguments of a scan that are constants, which come first, and those that are carried."""
-    # By shape, because the names of a scan's parameters differ between versions of JAX: an argument that is scanned
-    # over has one axis more outside of the body than inside.
-    body = open_jaxpr(scan.params["jaxpr"])
-    scanned = sum(len(o.aval.shape) > len(i.aval.shape) for o, i in zip(scan.invars, body.invars, strict=True))
-    carried = sum(len(o.aval.shape) == len(i.aval.shape) for o, i in zip(scan.outvars, body.outvars, strict=True))
-    return len(scan.invars) - carried - scanned, carried
 
 
 def nested_vmap(function: Callable, depth: int) -> Callable:
@@ -221,20 +210,6 @@ def _only_moves(equation: JaxprEqn) -> bool:
 
 def _as_function(equation: JaxprEqn) -> Callable[[jax.Array], jax.Array]:
     return lambda operand: bind(equation, [operand])[0]
-
-
-def bind(equation: JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
-    """Evaluates one equation."""
-    # As a jaxpr of its own: how to bind an equation with custom derivatives differs between versions of JAX.
-    values = {v: value for v, value in zip(equation.invars, inputs, strict=True) if not isinstance(v, Literal)}
-    debug_info = DebugInfo("tapping", equation.primitive.name, ("",) * len(values), ("",) * len(equation.outvars))
-    alone = Jaxpr((), tuple(values), equation.outvars, [equation], equation.effects, debug_info)
-    return jax.core.eval_jaxpr(alone, (), *values.values())
-
-
-def open_jaxpr(jaxpr: Jaxpr | ClosedJaxpr) -> Jaxpr:
-    """Returns the jaxpr without its constants."""
-    return jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
 
 
 def _compose(first: Callable[[jax.Array], jax.Array], second: Callable[[jax.Array], jax.Array]) -> Callable:

@@ -12,6 +12,7 @@ from PIL import Image
 from experiments import published, published_importances, reproduce
 from lifelong_jax import Batch, Recipe, Task, init_training, methods, permuted_tasks
 from lifelong_jax.datasets import load_dataset
+from lifelong_jax.objectives import CLASSIFICATION
 from lifelong_jax.sweep import SweepAccuracies, learn_sweep
 from tests.experiments.files import read_table
 
@@ -71,7 +72,7 @@ def test_fisher_at_prediction(state, batch):
 
 
 def test_fisher_of_few_examples_is_exact_on_them(state, batch):
-    exact = methods.ewc("exact").importance_fn(apply_fn, state, batch, KEY)
+    exact = methods.ewc("exact").importance_fn(apply_fn, CLASSIFICATION, state, batch, KEY)
     assert_close(published_importances.fisher_of_500(apply_fn, state, batch, KEY), exact)  # there are fewer than 500
     many = jax.tree.map(lambda x: jnp.tile(x, (100,) + (1,) * (x.ndim - 1)), batch)
     drawn = published_importances.fisher_of_500(apply_fn, state, many, KEY)
@@ -125,7 +126,7 @@ def test_synaptic_intelligence_without_the_maximum(batch):
     state = state._replace(
         params=jnp.array([3.0, 1.5]), opt_state=state.opt_state._replace(path=jnp.array([-2.0, 7.0]))
     )
-    importance = method.importance_fn(apply_fn, state, batch, KEY)
+    importance = method.importance_fn(apply_fn, CLASSIFICATION, state, batch, KEY)
     np.testing.assert_allclose(importance, [-2.0 / (4 + 0.1), 7.0 / (0.25 + 0.1)], rtol=1e-6)
 
 

@@ -13,7 +13,7 @@ from experiments import fisher_curvature, importance, sensitivity, solution_spac
 from experiments.harness.settings import parse_settings
 from lifelong_jax import Batch, empirical_fisher_diagonal, fisher_diagonal, forms
 from lifelong_jax.datasets import Dataset
-from lifelong_jax.methods import cross_entropy
+from lifelong_jax.losses import cross_entropy
 from lifelong_jax.models import init_network
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")

@@ -1,5 +1,7 @@
 """What is refused before anything is computed, and in which words."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import pytest
 from flax import nnx
 
 from lifelong_jax import (
+    SweepRun,
     Task,
     consolidate,
     evaluate,
@@ -18,10 +21,12 @@ from lifelong_jax import (
     init_training,
     kronecker_fisher,
     learn_jointly,
+    learn_sweep,
     learn_task,
     learn_tasks,
     methods,
 )
+from lifelong_jax.losses import cross_entropy
 from lifelong_jax.tasks import pad_tasks
 from tests.problems import RECIPE, apply_fn, make_batch, make_params
 
@@ -43,8 +48,8 @@ def one_task(**fields):
 @pytest.mark.parametrize(
     ("labels", "error", "message"),
     [
-        (np.zeros((9, 1), int), ValueError, r"labels has shape \(9, 1\).* use labels\[:, 0\] for a column"),
-        (np.eye(9, 3), ValueError, r"labels has shape \(9, 3\).* labels\.argmax\(axis=1\) for one-hot"),
+        (np.zeros((9, 1), int), ValueError, r"labels has shape \(1,\) for one.* Use labels\[:, 0\] for a column"),
+        (np.eye(9, 3), ValueError, r"labels has shape \(3,\) for one.* labels\.argmax\(axis=1\) for one-hot"),
         ([0] * 9, TypeError, r"labels\[0\] is a int, not an array: .* by np\.asarray"),
         (np.zeros(9), TypeError, "labels has dtype float64, but labels must be integers"),
     ],
@@ -79,11 +84,13 @@ def test_tasks_are_a_list_of_tasks_of_batches(tasks, kinds):
         start(tasks)
 
 
-def test_a_task_of_another_size_is_told_how_to_be_padded():
+def test_tasks_of_other_sizes_are_taken_by_a_loop_and_padded_for_a_sweep():
     tasks = [Task(BATCH, BATCH), Task(make_batch(7), BATCH)]
+    start(tasks)
+    sweep = functools.partial(learn_sweep, methods.ewc(), RECIPE)
     with pytest.raises(ValueError, match=r"tasks\[1\]\.train\.inputs has shape \(7, 6\), .*tasks\.pad_tasks"):
-        start(tasks)
-    start(pad_tasks(tasks))
+        sweep([SweepRun(make_params(), tasks, KEY, 1.0)])
+    sweep([SweepRun(make_params(), pad_tasks(tasks), KEY, 1.0)])
 
 
 def test_test_inputs_are_like_training_inputs():
@@ -100,7 +107,7 @@ def test_a_network_without_classes_or_with_one(num_classes):
     for run in (
         lambda: start(one_task(labels=jnp.zeros(9, int)), params=params),
         lambda: evaluate(apply_fn, params, one_task(labels=jnp.zeros(9, int)), "domain"),
-        lambda: methods.cross_entropy(apply_fn)(params, example),
+        lambda: cross_entropy(apply_fn)(params, example),
     ):
         with pytest.raises(ValueError, match=rf"with two classes or more, not arrays of shape \({num_classes},\)"):
             run()
@@ -118,7 +125,7 @@ def test_the_categorical_fisher_of_one_logit_names_bernoulli(estimator, sampling
 def test_a_network_for_batches_is_told_that_there_is_one_example():
     network = nn.Sequential([lambda x: x.reshape(x.shape[0], -1), nn.Dense(3)])
     params = network.init(KEY, BATCH.inputs)
-    losses = methods.cross_entropy(network.apply)
+    losses = cross_entropy(network.apply)
     state, none = init_training(optax.sgd(0.1), params, KEY), init_consolidation(params)
     for run in (
         lambda: start(one_task(), network=network.apply, params=params),

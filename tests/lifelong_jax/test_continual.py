@@ -166,10 +166,10 @@ def test_one_trace_of_the_importance_serves_all_tasks():
     traces = 0
     exact = methods.ewc().importance_fn
 
-    def counted(logits_fn, params, batch, key):
+    def counted(*arguments):
         nonlocal traces
         traces += 1
-        return exact(logits_fn, params, batch, key)
+        return exact(*arguments)
 
     learn(methods.ewc()._replace(importance_fn=counted))
     assert traces == 1
@@ -422,8 +422,6 @@ def test_keys_of_the_older_kind_are_taken():
 
 def test_tasks_that_do_not_fit():
     first, second, _ = TASKS
-    with pytest.raises(ValueError, match=r"tasks\[1\].test.inputs has shape \(8, 6\)"):
-        learn(methods.ewc(), tasks=[first, *make_tasks(num_test=8)[1:]])
     mislabelled = [task._replace(train=task.train._replace(labels=task.train.labels + 5)) for task in TASKS]
     with pytest.raises(ValueError, match=r"tasks\[0\].train.labels has labels from 5 to 7, but there are 3 classes"):
         learn(methods.ewc(), tasks=mislabelled)
@@ -437,15 +435,15 @@ def test_tasks_that_do_not_fit():
 
 
 @pytest.mark.parametrize(
-    ("wrong", "shape"),
+    ("wrong", "message"),
     [
-        (lambda params, x: apply_fn(params, x).sum(), r"\(\)"),
-        (lambda params, x: apply_fn(params, x)[None], r"\(1, 3\)"),
-        (lambda params, x: (apply_fn(params, x), x), r"\(\(3,\), \(6,\)\)"),
+        (lambda params, x: apply_fn(params, x).sum(), r"apply_fn must return \[num_classes\] .*, not .* shape \(\)"),
+        (lambda params, x: apply_fn(params, x)[None], r"apply_fn returns \(1, 3\): .* it must return \[num_classes\]"),
+        (lambda params, x: (apply_fn(params, x), x), r"apply_fn must return .*, not .* shape \(\(3,\), \(6,\)\)"),
     ],
 )
-def test_a_network_returns_one_example_s_logits(wrong, shape):
-    with pytest.raises(ValueError, match=rf"apply_fn must return \[num_classes\] .*, not .* shape {shape}"):
+def test_a_network_returns_one_example_s_logits(wrong, message):
+    with pytest.raises(ValueError, match=message):
         learn(methods.ewc(), RECIPE._replace(apply_fn=wrong))
 
 

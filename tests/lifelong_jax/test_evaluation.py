@@ -19,7 +19,7 @@ def test_accuracies_are_exact_whatever_the_dtype_of_the_weights(dtype):
 @pytest.mark.parametrize("outputs", [lambda x: x[None], lambda x: x.sum(), lambda x: (x, x)])
 def test_evaluate_refuses_what_are_not_one_examples_logits(outputs):
     test = Batch(jnp.ones((4, 3)), jnp.zeros(4, int), jnp.ones(4))
-    with pytest.raises(ValueError, match=r"apply_fn must return \[num_classes\] for one example"):
+    with pytest.raises(ValueError, match=r"must return \[num_classes\]"):
         evaluate(lambda params, x: outputs(params * x), jnp.array(1.0), [Task(test, test)])
 
 
@@ -51,7 +51,7 @@ def test_large_test_sets_are_evaluated_in_parts(monkeypatch, at_once):
     labels = jnp.argmax(inputs[:, :3], axis=1).at[1:4].set(0)
     task = Task(*[Batch(inputs, labels, weights)] * 2, jnp.array([3, 0, 1, 2]))
     whole = evaluate(lambda params, x: params * x[1:], jnp.array(1.0), [task])  # of another function than `in_parts`
-    monkeypatch.setattr(evaluation, "_MAX_EVALUATED", at_once)
+    monkeypatch.setattr(evaluation, "_MAX_EXAMPLES", at_once)
     in_parts = evaluate(lambda params, x: params * x[1:], jnp.array(1.0), [task])
     correct = np.argmax(inputs[:, :3], axis=1) == np.asarray(labels)
     assert in_parts == whole == [pytest.approx(np.average(correct, weights=weights))]

@@ -8,6 +8,8 @@ import optax
 import pytest
 
 from lifelong_jax import empirical_fisher_diagonal, fisher_diagonal, init_training, mas_importance, methods
+from lifelong_jax.losses import cross_entropy
+from lifelong_jax.objectives import CLASSIFICATION
 from tests.problems import as_batch
 
 
@@ -40,7 +42,10 @@ def test_importances():
 
     @jax.jit  # one program
     def importances():
-        return [(method.importance_fn(logits_fn, state, BATCH, key), make()) for method, make in expected.items()]
+        return [
+            (method.importance_fn(logits_fn, CLASSIFICATION, state, BATCH, key), make())
+            for method, make in expected.items()
+        ]
 
     for importance, of_estimator in importances():
         chex.assert_trees_all_close(importance, of_estimator, rtol=1e-6)
@@ -68,4 +73,4 @@ def test_unknown_fisher():
 def test_the_loss_is_of_one_label():
     column = jax.tree.map(lambda leaf: leaf[0], BATCH)._replace(labels=jnp.zeros(1, int))
     with pytest.raises(ValueError, match=r"labels has shape \(1,\) for one example, .*labels\[:, 0\]"):
-        methods.cross_entropy(logits_fn)(jnp.ones((3, 2)), column)
+        cross_entropy(logits_fn)(jnp.ones((3, 2)), column)

@@ -21,6 +21,7 @@ from lifelong_jax import (
     methods,
     split_tasks,
 )
+from lifelong_jax.losses import cross_entropy
 from tests.problems import RECIPE, SGD, apply_fn, coupled_sgd, make_batch, make_params, make_split_tasks
 
 GROUPS = [[3, 0], [2], [1, 4]]  # in no order, of two sizes
@@ -168,7 +169,7 @@ def test_a_padded_task_is_learned_as_the_task_without_padding():
     @jax.jit
     def learn(examples):
         return learn_task(
-            methods.cross_entropy(apply_fn),
+            cross_entropy(apply_fn),
             optimizer,
             init_training(optimizer, params, jax.random.key(1)),
             init_consolidation(params),

@@ -25,14 +25,15 @@ from lifelong_jax import (
     streaming,
 )
 from lifelong_jax.datasets import load_dataset, make_batch, open_dataset
-from lifelong_jax.datasets.sources import ArraySource, Subset
-from lifelong_jax.methods import cross_entropy
+from lifelong_jax.datasets.sources import ArraySource, ScaledSource, Subset
+from lifelong_jax.losses import cross_entropy
+from lifelong_jax.objectives import CLASSIFICATION
 from lifelong_jax.streaming import learn_stream, mean_over_stream, stream_batches
 
 NUM_EXAMPLES = 11
 PIXELS = np.random.default_rng(0).integers(256, size=(NUM_EXAMPLES, 2, 2, 1), dtype=np.uint8)
 LABELS = np.arange(NUM_EXAMPLES) % 3
-SOURCE = ArraySource(PIXELS, LABELS)
+SOURCE = ScaledSource(ArraySource(PIXELS, LABELS))
 
 
 def apply_fn(params, x):
@@ -132,7 +133,11 @@ def test_means_over_a_stream_are_those_in_memory():
     def measure(state, batch, key):
         correct = jnp.argmax(jax.vmap(apply_fn, (None, 0))(state.params, batch.inputs), axis=-1) == batch.labels
         accuracy = jnp.sum(jnp.where(correct, batch.weights, 0)) / jnp.sum(batch.weights)
-        return methods.ewc().importance_fn(apply_fn, state, batch, key), accuracy, jax.random.uniform(key)
+        return (
+            methods.ewc().importance_fn(apply_fn, CLASSIFICATION, state, batch, key),
+            accuracy,
+            jax.random.uniform(key),
+        )
 
     key = jax.random.key(5)
     importance, accuracy, random = mean_over_stream(measure, start(), SOURCE, batch_size=4, key=key)
@@ -168,7 +173,8 @@ def test_what_cannot_be_streamed(tmp_path, monkeypatch):
         learn(SOURCE, num_epochs=0, batch_size=2)
     mixed = [SOURCE[0], SOURCE[1]._replace(inputs=np.zeros((3, 2, 1), np.uint8))]
     with pytest.raises(
-        ValueError, match=r"example 1 has shape \(3, 2, 1\), but others have \(2, 2, 1\): open the data"
+        ValueError,
+        match=r"example 1\.inputs has shape \(3, 2, 1\), but example 0\.inputs has \(2, 2, 1\)\. Open images",
     ):
         list(stream_batches(mixed, 2))
     monkeypatch.setattr("platformdirs.user_cache_path", lambda name: tmp_path / "cache")

@@ -10,6 +10,7 @@ import pytest
 
 from lifelong_jax import Batch, TrainingState, layer_output, local_mas_importance, mas_importance, methods
 from lifelong_jax.models import MLP
+from lifelong_jax.objectives import CLASSIFICATION
 
 NUM_EXAMPLES, SIZES = 5, (3, 4, 6, 2)
 
@@ -137,8 +138,8 @@ def test_the_method_on_the_librarys_network(class_mask):
     masks = None if class_mask is None else jnp.asarray(np.tile(class_mask, (NUM_EXAMPLES, 1)))
     batch = Batch(inputs, jnp.zeros(NUM_EXAMPLES, int), jnp.ones(NUM_EXAMPLES), masks)
     state = TrainingState(params, (), jax.random.key(1))
-    importance = methods.local_mas().importance_fn(model.apply, state, batch, None)["params"]
-    whole = methods.mas().importance_fn(model.apply, state, batch, None)["params"]
+    importance = methods.local_mas().importance_fn(model.apply, CLASSIFICATION, state, batch, None)["params"]
+    whole = methods.mas().importance_fn(model.apply, CLASSIFICATION, state, batch, None)["params"]
     chex.assert_trees_all_close(importance["Dense_1"], whole["Dense_1"], rtol=1e-5)
     assert np.asarray(importance["Dense_1"]["kernel"]).any(axis=0).tolist() == (class_mask or [True] * 3)
     inputs, kernel = np.asarray(inputs), np.asarray(params["params"]["Dense_0"]["kernel"])

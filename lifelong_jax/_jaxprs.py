@@ -1,0 +1,71 @@
+"""Jaxprs: which equations call others, how one equation is evaluated, and how many numbers a program computes."""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+from jax.extend.core import ClosedJaxpr, DebugInfo, Jaxpr, JaxprEqn, Literal, jaxprs_in_params
+
+JIT = frozenset({"jit", "pjit", "closed_call"})
+REMAT = frozenset({"remat2", "remat", "checkpoint"})
+
+
+def bind(equation: JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
+    """Evaluates one equation."""
+    # As a jaxpr of its own: how to bind an equation with custom derivatives differs between versions of JAX.
+    values = {v: value for v, value in zip(equation.invars, inputs, strict=True) if not isinstance(v, Literal)}
+    debug_info = DebugInfo("bind", equation.primitive.name, ("",) * len(values), ("",) * len(equation.outvars))
+    alone = Jaxpr((), tuple(values), equation.outvars, [equation], equation.effects, debug_info)
+    return jax.core.eval_jaxpr(alone, (), *values.values())
+
+
+def open_jaxpr(jaxpr: Jaxpr | ClosedJaxpr) -> Jaxpr:
+    """Returns the jaxpr without its constants."""
+    return jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
+
+
+def constants_of(jaxpr: Jaxpr | ClosedJaxpr) -> Sequence[Any]:
+    """Returns the constants of a jaxpr, if it has any."""
+    return jaxpr.consts if isinstance(jaxpr, ClosedJaxpr) else ()
+
+
+def count_constants_and_carry(scan: JaxprEqn) -> tuple[int, int]:
+    """Counts the arguments of a scan that are constants, which come first, and those that are carried."""
+    # By shape, because the names of a scan's parameters differ between versions of JAX: an argument that is scanned
+    # over has one axis more outside of the body than inside.
+    body = open_jaxpr(scan.params["jaxpr"])
+    scanned = sum(len(o.aval.shape) > len(i.aval.shape) for o, i in zip(scan.invars, body.invars, strict=True))
+    carried = sum(len(o.aval.shape) == len(i.aval.shape) for o, i in zip(scan.outvars, body.outvars, strict=True))
+    return len(scan.invars) - carried - scanned, carried
+
+
+def every_equation(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
+    """Yields the equations of a jaxpr and of the jaxprs that they call."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jaxprs_in_params(equation.params):
+            yield from every_equation(open_jaxpr(inner))
+
+
+def activation_floats(jaxpr: Jaxpr, is_constant: Sequence[bool]) -> int:
+    """Counts the numbers that are computed from an example: at most these are held for the backward pass.
+
+    `is_constant` says of each argument whether it is the same for all examples, such as parameters.
+    """
+    constants = {v for v, constant in zip(jaxpr.invars, is_constant, strict=True) if constant} | set(jaxpr.constvars)
+    floats = 0
+    for equation in jaxpr.eqns:
+        inputs = [isinstance(v, Literal) or v in constants for v in equation.invars]
+        if all(inputs):
+            constants.update(equation.outvars)
+            continue
+        first, num_carry = (equation.params.get(name, 0) for name in ("num_consts", "num_carry"))
+        inputs[first : first + num_carry] = [False] * num_carry  # after a scan's first step, they depend on the example
+        inner_jaxprs = [open_jaxpr(inner) for inner in jaxprs_in_params(equation.params)]
+        for inner in inner_jaxprs:
+            of_inner = inputs if len(inputs) == len(inner.invars) else [False] * len(inner.invars)
+            floats += equation.params.get("length", 1) * activation_floats(inner, of_inner)
+        if not inner_jaxprs:
+            floats += sum(math.prod(getattr(v.aval, "shape", ())) for v in equation.outvars)
+    return floats
