@@ -124,7 +124,8 @@ def kfac(
 ) -> Method:
     """Makes EWC with Kronecker factors: each layer's Fisher information as a product of two matrices.
 
-    Its penalty is around the latest parameters. Let the proximal step come last in the optimiser, about 50 times per
+    It takes no `label_weights`: padded positions would count in the factor of a layer's inputs. Its penalty is around
+    the latest parameters. Let the proximal step come last in the optimiser, about 50 times per
     task: `proximal_quadratic_penalty(step_size, strength, every)`.
 
     Args:
@@ -146,9 +147,9 @@ def kfac(
     _checks.check_choice("fisher", fisher, tuple(_FISHERS))
     _checks.check_choice("weight_sharing", weight_sharing, ("expand", "reduce"))
     if fisher == "empirical":
-        estimator = _partial(empirical_kronecker_fisher, weight_sharing=weight_sharing)
+        estimator = _partial(_of_all_positions, estimator=empirical_kronecker_fisher, weight_sharing=weight_sharing)
         return Method("kfac", _partial(_empirical_fisher, estimator=estimator), "latest", decay)
-    estimator = _partial(kronecker_fisher, weight_sharing=weight_sharing)
+    estimator = _partial(_of_all_positions, estimator=kronecker_fisher, weight_sharing=weight_sharing)
     num_samples = 1 if fisher == "sampled" else None
     return Method("kfac", _partial(_fisher, estimator=estimator, num_samples=num_samples), "latest", decay)
 
@@ -265,6 +266,17 @@ def _fisher(
     examples = _unlabelled(batch)
     options = {"weights": batch.weights, "likelihood": objective.likelihood, **sampling}
     return _per_label(estimator(logits_fn, state.params, examples, **options), objective, batch)
+
+
+def _of_all_positions(
+    function: Callable, params: Params, examples: Batch, *, estimator: Callable[..., Params], **options: Any
+) -> Params:
+    if examples.label_weights is not None:
+        raise ValueError(
+            "kfac takes no label_weights, because positions of weight 0 would count in the factor of a layer's inputs: "
+            "make sequences of equal lengths, or take ewc."
+        )
+    return estimator(function, params, examples, **options)
 
 
 def _empirical_fisher(

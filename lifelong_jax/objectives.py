@@ -247,23 +247,26 @@ def _check_class_shapes(name: str, shape: tuple[int, ...], outputs: Any) -> None
 
 def _squared_error(outputs: jax.Array, example: Batch, *, scale: float) -> jax.Array:
     _check_same_shape("labels", jnp.shape(example.labels), outputs)
-    return _weighted_sum(scale * jnp.square(widen(outputs) - example.labels), example)
+    return _weighted_sum(scale * _squares(outputs, example), example)
 
 
 def _mean_squared_error(outputs: jax.Array, example: Batch) -> jax.Array:
-    return _weighted_mean(jnp.square(widen(outputs) - example.labels), example)
+    return _weighted_mean(_squares(outputs, example), example)
+
+
+def _squares(outputs: jax.Array, example: Batch) -> jax.Array:
+    outputs = widen(outputs)
+    return jnp.square(outputs - _known_labels(outputs, example))
 
 
 def _binary_cross_entropy(outputs: jax.Array, example: Batch) -> jax.Array:
     _check_same_shape("labels", jnp.shape(example.labels), outputs)
     outputs = widen(outputs)
-    return _weighted_sum(
-        optax.losses.sigmoid_binary_cross_entropy(outputs, example.labels.astype(outputs.dtype)), example
-    )
+    return _weighted_sum(optax.losses.sigmoid_binary_cross_entropy(outputs, _known_labels(outputs, example)), example)
 
 
 def _mean_of_correct_sides(outputs: jax.Array, example: Batch) -> jax.Array:
-    correct = ((outputs > 0) == (example.labels > 0.5)) & ~jnp.isnan(outputs)
+    correct = ((outputs > 0) == (example.labels.astype(jnp.float32) > 0.5)) & ~jnp.isnan(outputs)
     return _weighted_mean(correct.astype(jnp.float32), example)
 
 
@@ -307,6 +310,12 @@ def _weighted_mean(values: jax.Array, example: Batch) -> jax.Array:
         return jnp.mean(values)
     total = jnp.sum(_label_weights_like(values, example))
     return _weighted_sum(values, example) / _or_one(total)
+
+
+def _known_labels(outputs: jax.Array, example: Batch) -> jax.Array:
+    """Returns the labels, and 0 in place of those that do not count, which may be NaN."""
+    labels = example.labels.astype(outputs.dtype)
+    return labels if example.label_weights is None else jnp.where(_label_weights_like(labels, example) == 0, 0, labels)
 
 
 def _weighted_outputs(outputs: jax.Array, example: Batch, scale: float = 1.0) -> jax.Array:

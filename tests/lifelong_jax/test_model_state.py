@@ -208,7 +208,7 @@ def test_what_does_not_go_together():
     own = RECIPE._replace(train_fn=lambda params, state, x, key: (apply_fn(params, state, x), {**state, "mean": x}))
     with pytest.raises(ValueError, match=r"The model state that loss_fn returns must be the same for all examples"):
         learn(own, PARAMS, model_state=STATE)
-    with pytest.raises(ValueError, match="model state that recipe[.]train_fn returns and model_state must be trees of"):
+    with pytest.raises(ValueError, match=r"model state that recipe\.train_fn returns and model_state must be trees of"):
         learn(RECIPE._replace(train_fn=lambda p, s, x, k: (apply_fn(p, s, x), {})), PARAMS, model_state=STATE)
     with pytest.raises(ValueError, match="the optimiser needs the loss of the network as it predicts"):
         plain = lambda params, state, example, key: (jnp.sum(params["w"]), state)  # noqa: E731
