@@ -10,6 +10,8 @@ from typing import Any, BinaryIO
 import jax
 import numpy as np
 
+from lifelong_jax._paths import listed
+
 UNFINISHED = ".{}.writing"
 """The name of a file or folder that is not complete yet; `UNFINISHED.format("*")` matches all such names."""
 
@@ -87,12 +89,20 @@ def describe_leaves(leaves: Mapping[str, Any]) -> dict[str, list]:
     }
 
 
-def check_fits(source: str, saved: Mapping[str, list], wanted: Mapping[str, list]) -> None:
-    """Raises ValueError, naming the first leaf that differs, unless two descriptions of leaves agree."""
-    for name in [*wanted, *saved]:
-        if name not in saved or name not in wanted:
-            without = source if name not in saved else "like"
-            raise ValueError(f"{source} and like must have the same structure, but {without} has no leaf {name}.")
-        for what, found, expected in zip(("shape", "dtype"), saved[name], wanted[name], strict=True):
-            if found != expected:
-                raise ValueError(f"{name} has {what} {found} in {source}, but {expected} in like.")
+def check_fits(source: str, saved: Mapping[str, list], wanted: Mapping[str, list], remedy: str = "") -> None:
+    """Raises ValueError, naming the first leaves that differ, unless two descriptions of leaves agree.
+
+    The remedy, a sentence, is for leaves that one of them lacks, or that have another shape.
+    """
+    missing, unexpected = ([name for name in a if name not in b] for a, b in ((wanted, saved), (saved, wanted)))
+    lacking = [
+        f"{tree} has no leaf {listed(names)}" for tree, names in ((source, missing), ("like", unexpected)) if names
+    ]
+    if lacking:
+        message = f"{source} and like must have the same structure, but {', and '.join(lacking)}."
+        raise ValueError(f"{message} {remedy}".rstrip())
+    for name, (shape, dtype) in wanted.items():
+        if saved[name][0] != shape:
+            raise ValueError(f"{name} has shape {saved[name][0]} in {source}, but {shape} in like. {remedy}".rstrip())
+        if saved[name][1] != dtype:
+            raise ValueError(f"{name} has dtype {saved[name][1]} in {source}, but {dtype} in like.")

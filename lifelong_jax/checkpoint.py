@@ -9,19 +9,25 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.tree_util import keystr
 
 from lifelong_jax import __version__, _checks, _files
 from lifelong_jax._extras import needs_extra
-from lifelong_jax.forms import is_form
-from lifelong_jax.types import Consolidation, Params
+from lifelong_jax._layouts import Layout
+from lifelong_jax._paths import join, leaves_by_path
+from lifelong_jax.forms import KroneckerFactors, is_form
+from lifelong_jax.types import Consolidation
 
 with needs_extra("checkpoint"):
     import safetensors
     import safetensors.numpy
 
-_FORMAT = "lifelong_jax consolidation 1"
+_FORMAT = "lifelong_jax consolidation 2"
+_FIRST_FORMAT = "lifelong_jax consolidation 1"  # with the names of `jax.tree_util.keystr`
 _PENALTY = "strength / 2 * sum(importance * (params - anchor) ** 2), beside a loss that is a mean over examples"
 _DTYPES = ("bfloat16", "float16", "float32", "float64")  # the floating-point dtypes of both safetensors and NumPy
+
+_FACTORS = ("row_basis", "row_values", "column_basis", "column_values")
 
 
 def save_consolidation(
@@ -29,8 +35,9 @@ def save_consolidation(
 ) -> None:
     """Writes a consolidation to a safetensors file, so that another program can continue from it.
 
-    A leaf is named by its path in the tree, as in error messages: `anchor['params']['Dense_0']['kernel']`. The metadata
-    (see `read_metadata`) hold the estimator of the importance, the number of examples, the formula of the penalty, the
+    A leaf is named by the keys, indices and attributes that lead to it: `anchor/Dense_0/kernel`. So one network's file
+    is the same whether its parameters are nested dicts, a flax State or an equinox module. The metadata (see
+    `read_metadata`) hold the estimator of the importance, the number of examples, the formula of the penalty, the
     library's version, and a SHA-256 digest of the tensors and the other metadata. Of Kronecker factors, they also hold
     how the entries of each leaf make matrices.
 
@@ -65,7 +72,7 @@ def save_consolidation(
     _checks.check_same_structure("importance", importance, "anchor", anchor)
     _checks.check_finite("anchor", anchor)
     _checks.check_importance("importance", importance)
-    leaves = _files.named_leaves("anchor", anchor) | _files.named_leaves("importance", importance)
+    leaves, layouts = _named_arrays(consolidation)
     tensors = {name: np.ascontiguousarray(leaf).reshape(np.shape(leaf)) for name, leaf in leaves.items()}
     for name, tensor in tensors.items():
         if tensor.dtype.name not in _DTYPES:
@@ -77,28 +84,32 @@ def save_consolidation(
         "penalty": _PENALTY,
         "library_version": __version__,
     }
-    if layouts := _layouts(importance):
+    if layouts:
         metadata["layouts"] = json.dumps(layouts)
     metadata["sha256"] = _digest(tensors, metadata)
     _files.write(pathlib.Path(file), _with_sorted_metadata(safetensors.numpy.save(tensors, metadata)), sync=sync)
 
 
-def load_consolidation(file: str | os.PathLike, like: Consolidation) -> Consolidation:
+def load_consolidation(file: str | os.PathLike, like: Consolidation | None = None) -> Consolidation:
     """Reads a consolidation that `save_consolidation` wrote.
+
+    A network of which the file has a part, or more than there is, takes the whole file, without `like`. Then
+    `growth.restrict_consolidation` and `growth.extend_consolidation` make it fit.
 
     Args:
       file: path of the file.
       like: a consolidation with the expected structure, shapes and dtypes, such as `init_consolidation(params)`, or
         `init_consolidation(params, like=importance)` if the importance has Kronecker factors. Its
         leaves may be `jax.ShapeDtypeStruct`, since their values are not used. The loaded arrays get their sharding.
+        Its trees may be of another kind than those that were saved. None for all that the file has.
 
     Returns:
-      A consolidation with the structure of `like`.
+      A consolidation with the structure of `like`, or of nested dicts, in which indices are strings.
 
     Raises:
       FileNotFoundError: if there is no such file.
       ValueError: if the file is damaged, if `save_consolidation` did not write it, if it does not fit `like` (the
-        message names the first leaf that differs), or if an entry is NaN, infinite, or, of the importance, negative.
+        message names the first leaves that differ), or if an entry is NaN, infinite, or, of the importance, negative.
 
     Example:
       >>> load_consolidation("/nowhere.safetensors", like=Consolidation(np.zeros(3), np.zeros(3)))
@@ -107,14 +118,13 @@ def load_consolidation(file: str | os.PathLike, like: Consolidation) -> Consolid
       FileNotFoundError: No such file or directory: /nowhere.safetensors
     """
     tensors, metadata = _read(file)
-    wanted = _files.named_leaves("anchor", like.anchor) | _files.named_leaves("importance", like.importance)
-    _files.check_fits(str(file), _files.describe_leaves(tensors), _files.describe_leaves(wanted))
-    found, expected = json.loads(metadata.get("layouts", "{}")), _layouts(like.importance)
-    for name, layout in expected.items():
-        if found.get(name) != layout:
-            raise ValueError(f"{name} has the layout {found.get(name)} in {file}, but {layout} in like.")
-    leaves = [_place(name, tensors[name], leaf) for name, leaf in wanted.items()]
-    loaded = jax.tree.unflatten(jax.tree.structure(like), leaves)
+    layouts = json.loads(metadata.get("layouts", "{}"))
+    if like is not None:
+        loaded = _fit(str(file), tensors, layouts, like, by_keystr=metadata["format"] == _FIRST_FORMAT)
+    elif metadata["format"] == _FORMAT:
+        loaded = _nest(str(file), {name: _place(name, tensor) for name, tensor in tensors.items()}, layouts)
+    else:
+        raise ValueError(f"{file} is of an earlier version: pass like, a tree of the kind that was saved.")
     _checks.check_finite("anchor", loaded.anchor, hint=f"So {file} was not written by save_consolidation.")
     _checks.check_importance("importance", loaded.importance)
     return loaded
@@ -159,7 +169,7 @@ def _read(file: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, str
     try:
         with safetensors.safe_open(file, framework="np") as opened:
             metadata = opened.metadata() or {}
-            if metadata.get("format") != _FORMAT:
+            if metadata.get("format") not in (_FORMAT, _FIRST_FORMAT):
                 raise ValueError(f"{file} was not written by save_consolidation, or is damaged.")
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except safetensors.SafetensorError as error:
@@ -177,15 +187,63 @@ def _digest(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> s
     return digest.hexdigest()
 
 
-def _layouts(importance: Params) -> dict[str, list]:
-    """Returns the layout of each leaf with Kronecker factors, in a form that JSON keeps."""
-    leaves = jax.tree.leaves_with_path(importance, is_leaf=is_form)
-    layouts = {"importance" + jax.tree_util.keystr(path): form.layout for path, form in leaves if is_form(form)}
-    return {name: [list(part) for part in layout] for name, layout in layouts.items()}
+def _named_arrays(
+    consolidation: Consolidation, *, by_keystr: bool = False
+) -> tuple[dict[str, Any], dict[str, list[list[int]]]]:
+    """Returns the arrays by their names in a file, and the layouts of Kronecker factors, in a form that JSON keeps."""
+    arrays: dict[str, Any] = {}
+    layouts = {}
+    for side, tree in zip(Consolidation._fields, consolidation, strict=True):
+        leaves = {join(side, path): leaf for path, leaf in leaves_by_path(side, tree).items()}
+        if by_keystr:
+            leaves = {side + keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(tree, is_leaf=is_form)}
+        for name, leaf in leaves.items():
+            if is_form(leaf):
+                layouts[name] = [list(part) for part in leaf.layout]
+            for path, array in jax.tree.leaves_with_path(leaf):
+                full_name = name + keystr(path) if by_keystr else join(name, keystr(path, simple=True))
+                if full_name in arrays:
+                    raise ValueError(f"two arrays would have the name {full_name} in the file: rename a leaf.")
+                arrays[full_name] = array
+    return arrays, layouts
 
 
-def _place(name: str, tensor: np.ndarray, like: Any) -> jax.Array:
-    placed = jax.device_put(tensor, getattr(like, "sharding", None))
+def _fit(
+    file: str, tensors: Mapping[str, np.ndarray], layouts: Mapping[str, list], like: Consolidation, *, by_keystr: bool
+) -> Consolidation:
+    """Makes a consolidation with the structure of `like` of what a file has."""
+    wanted, expected = _named_arrays(like, by_keystr=by_keystr)
+    remedy = "Load the file without like, and make it fit by restrict_consolidation and extend_consolidation."
+    if by_keystr:
+        remedy = "The file is of an earlier version: pass a like of the kind of tree that was saved."
+    _files.check_fits(file, _files.describe_leaves(tensors), _files.describe_leaves(wanted), remedy)
+    for name, layout in expected.items():
+        if layouts.get(name) != layout:
+            raise ValueError(f"{name} has the layout {layouts.get(name)} in {file}, but {layout} in like.")
+    leaves = [_place(name, tensors[name], getattr(leaf, "sharding", None)) for name, leaf in wanted.items()]
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def _nest(file: str, arrays: dict[str, Any], layouts: Mapping[str, list]) -> Consolidation:
+    """Makes a consolidation of nested dicts of what a file has."""
+    for name, layout in layouts.items():
+        factors = {field: arrays.pop(join(name, field), None) for field in _FACTORS}
+        arrays[name] = KroneckerFactors(**factors, layout=Layout(*map(tuple, layout)))
+    root: dict[str, Any] = {"anchor": {}, "importance": {}}
+    for name in sorted(arrays):  # a leaf comes before those whose names go on from its own
+        *parents, last = name.split("/")
+        node = root
+        for depth, key in enumerate(parents, start=1):
+            node = node.setdefault(key, {})
+            if not isinstance(node, dict):
+                leaf = "/".join(parents[:depth])
+                raise ValueError(f"{file} has the leaves {leaf} and {name}, which no nested dicts have: pass like.")
+        node[last] = arrays[name]
+    return Consolidation(**root)
+
+
+def _place(name: str, tensor: np.ndarray, sharding: Any = None) -> jax.Array:
+    placed = jax.device_put(tensor, sharding)
     if placed.dtype != tensor.dtype:
         raise ValueError(f"{name} has dtype {tensor.dtype}: set jax_enable_x64.")
     return placed

@@ -25,7 +25,7 @@ LOOP = BASE | {
 }
 MAY_IMPORT = {
     "types": set(),
-    "_files": set(),
+    "_files": {"_paths"},
     "_tables": set(),
     "_layouts": set(),
     "_jaxprs": set(),

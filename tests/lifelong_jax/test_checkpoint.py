@@ -1,19 +1,26 @@
 """Consolidations are read back to the bit; damaged files are found and named; a failed write changes nothing."""
 
+import collections
+import pathlib
 import pickle
 import subprocess
 import sys
 
 import chex
+import equinox as eqx
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from flax import nnx
 
 import lifelong_jax
-from lifelong_jax import Consolidation, init_consolidation
+from lifelong_jax import Consolidation, forms, init_consolidation
+from lifelong_jax._layouts import Layout
 from lifelong_jax.checkpoint import load_consolidation, read_metadata, save_consolidation
+from lifelong_jax.growth import extend_consolidation, restrict_consolidation
 from tests.obstacles import OBSTACLES
 
 PARAMS = {
@@ -47,8 +54,8 @@ def test_an_empty_leaf_is_one_too(tmp_path):
 def test_any_program_can_read_a_consolidation(tmp_path):
     save(tmp_path / "kept.safetensors")
     tensors = safetensors.numpy.load_file(tmp_path / "kept.safetensors")
-    np.testing.assert_array_equal(tensors["anchor['layers'][0]['w']"], PARAMS["layers"][0]["w"])
-    np.testing.assert_array_equal(tensors["importance['narrow']"], KEPT.importance["narrow"])
+    np.testing.assert_array_equal(tensors["anchor/layers/0/w"], PARAMS["layers"][0]["w"])
+    np.testing.assert_array_equal(tensors["importance/narrow"], KEPT.importance["narrow"])
     metadata = read_metadata(tmp_path / "kept.safetensors")
     assert metadata["estimator"] == "exact Fisher diagonal"
     assert metadata["num_examples"] == "60"
@@ -83,17 +90,131 @@ save_consolidation(sys.argv[1], kept, estimator="MAS", num_examples=7)
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"more": jnp.zeros(1)}, r"kept.safetensors has no leaf anchor\['more'\]"),
-        ({"layers": None}, r"like has no leaf anchor\['layers'\]\[0\]\['w'\]"),
-        ({"narrow": jnp.zeros(3)}, r"anchor\['narrow'\] has shape \[2\] in .*kept.safetensors, but \[3\] in like"),
-        ({"narrow": jnp.zeros(2)}, r"anchor\['narrow'\] has dtype bfloat16 in .*, but float32 in like"),
+        (
+            {"more": jnp.zeros(1)},
+            "kept.safetensors has no leaf anchor/more, importance/more. Load the file without like",
+        ),
+        (
+            {"layers": None, "new": jnp.zeros(1)},
+            "kept.safetensors has no leaf anchor/new, importance/new, and like has no leaf anchor/layers/0/w, "
+            "anchor/layers/1/w, importance/layers/0/w and 1 more. Load the file without like",
+        ),
+        ({"narrow": jnp.zeros(3)}, r"anchor/narrow has shape \[2\] in .*kept.safetensors, but \[3\] in like. Load"),
+        ({"narrow": jnp.zeros(2)}, r"anchor/narrow has dtype bfloat16 in .*, but float32 in like.$"),
     ],
 )
-def test_the_first_mismatch_is_named(tmp_path, changed, message):
+def test_the_first_mismatches_are_named(tmp_path, changed, message):
     save(tmp_path / "kept.safetensors")
     like = PARAMS | changed
     with pytest.raises(ValueError, match=message):
         load_consolidation(tmp_path / "kept.safetensors", like=Consolidation(like, like))
+
+
+class Linen(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(2, name="head")(nn.Dense(4, name="trunk")(x))
+
+
+class Nnx(nnx.Module):
+    def __init__(self):
+        self.trunk, self.head = nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.Linear(4, 2, rngs=nnx.Rngs(1))
+
+
+class Dense(eqx.Module):
+    kernel: jax.Array
+    bias: jax.Array
+
+
+class Equinox(eqx.Module):
+    trunk: Dense
+    head: Dense
+
+
+def one_network():
+    """The parameters of one network in several kinds of tree."""
+    state = nnx.state(Nnx(), nnx.Param)
+    values = nnx.to_pure_dict(state)
+    linen = jax.eval_shape(Linen().init, jax.random.key(0), jnp.ones(3))["params"]
+    assert jax.tree.structure(linen) == jax.tree.structure(values)
+    layers = {name: Dense(**layer) for name, layer in values.items()}
+    return {"linen": values, "nnx": state, "equinox": Equinox(**layers), "dict of modules": layers}
+
+
+@pytest.mark.parametrize("saved", one_network())
+def test_a_network_has_one_file_in_every_kind_of_tree(tmp_path, saved):
+    networks = one_network()
+    with_factors = forms.from_factors(jnp.eye(3)[None], jnp.eye(4)[None], Layout((3, 4), (3, 4), (0, 1), (1, 3, 4)))
+
+    def consolidation(params):
+        leaves, structure = jax.tree.flatten(params)
+        importance = [with_factors if leaf.shape == (3, 4) else jnp.abs(leaf) for leaf in leaves]
+        return Consolidation(params, jax.tree.unflatten(structure, importance))
+
+    save(tmp_path / "one.safetensors", consolidation(networks[saved]))
+    for params in networks.values():
+        save(tmp_path / "other.safetensors", consolidation(params))
+        assert (tmp_path / "other.safetensors").read_bytes() == (tmp_path / "one.safetensors").read_bytes()
+        like = jax.tree.map(jnp.zeros_like, consolidation(params))
+        loaded = load_consolidation(tmp_path / "one.safetensors", like)
+        assert jax.tree.structure(loaded) == jax.tree.structure(consolidation(params))
+        chex.assert_trees_all_equal(loaded, consolidation(params))
+    whole = load_consolidation(tmp_path / "one.safetensors")
+    assert jax.tree.structure(whole) == jax.tree.structure(consolidation(networks["linen"]))
+    chex.assert_trees_all_equal(whole, consolidation(networks["linen"]))
+
+
+def test_a_file_is_loaded_in_part_and_into_more(tmp_path):
+    save(tmp_path / "kept.safetensors")
+    whole = load_consolidation(tmp_path / "kept.safetensors")
+    assert whole.anchor.keys() == {"layers", "narrow"}
+    part = restrict_consolidation(whole, {"layers": [{"w": jnp.zeros((2, 2))}]})
+    chex.assert_trees_all_equal(part.anchor, {"layers": [{"w": PARAMS["layers"][0]["w"][:, :2]}]})
+    extended = extend_consolidation(whole, PARAMS | {"head": jnp.ones(2)})
+    chex.assert_trees_all_equal(extended.importance, KEPT.importance | {"head": jnp.zeros(2)})
+
+
+@pytest.mark.parametrize("tree", [jnp.ones(2), {}])
+def test_a_tree_without_branches_is_loaded_as_it_is(tmp_path, tree):
+    save(tmp_path / "kept.safetensors", Consolidation(tree, tree))
+    chex.assert_trees_all_equal(load_consolidation(tmp_path / "kept.safetensors"), Consolidation(tree, tree))
+
+
+def test_names_that_are_not_unique_are_refused(tmp_path):
+    file, ones = tmp_path / "kept.safetensors", jnp.ones((1, 1))
+    twice = collections.OrderedDict([(0, ones), ("0", ones)])
+    with pytest.raises(ValueError, match=r"anchor\[0\] and anchor\['0'\] have the same path, anchor/0: rename one"):
+        save(file, Consolidation(twice, twice))
+    anchor = {"w": ones, "w/row_values": ones}
+    form = forms.from_factors(ones[None], ones, Layout((1, 1), (1, 1), (0, 1), (1, 1, 1)))
+    with pytest.raises(ValueError, match="two arrays would have the name importance/w/row_values in the file"):
+        save(file, Consolidation(anchor, anchor | {"w": form}))
+    nested = {"w": ones, "w/a/b": ones}
+    save(file, Consolidation(nested, nested))
+    chex.assert_trees_all_equal(load_consolidation(file, init_consolidation(nested)).anchor, nested)
+    with pytest.raises(ValueError, match="has the leaves anchor/w and anchor/w/a/b, which no nested dicts have"):
+        load_consolidation(file)
+
+
+def test_a_file_of_the_first_format_is_read():
+    file = pathlib.Path(__file__).parent / "files" / "first_format.safetensors"
+    kernel, bias, layers = jnp.arange(6.0).reshape(2, 3), jnp.ones(3), [{"it's": jnp.array([1, -2.5], jnp.bfloat16)}]
+    form = forms.from_factors(2 * jnp.eye(2)[None], jnp.ones((1, 3)), Layout((2, 3), (2, 3), (0, 1), (1, 2, 3)))
+
+    def tree(kernel, layers):
+        return {"layers": layers, "net": nnx.State({"trunk": {"kernel": nnx.Param(kernel), "bias": nnx.Param(bias)}})}
+
+    kept = Consolidation(tree(kernel, layers), tree(form, jax.tree.map(jnp.abs, layers)))
+    loaded = load_consolidation(file, like=kept)
+    assert jax.tree.structure(loaded) == jax.tree.structure(kept)
+    chex.assert_trees_all_equal(loaded, kept)
+    assert read_metadata(file)["estimator"] == "Kronecker factors"
+    with pytest.raises(ValueError, match="is of an earlier version: pass like"):
+        load_consolidation(file)
+    with pytest.raises(
+        ValueError, match=r"no leaf anchor\['w'\].* The file is of an earlier version: pass a like of the"
+    ):
+        load_consolidation(file, like=Consolidation({"w": kernel}, {"w": kernel}))
 
 
 def test_double_precision_is_not_lost_in_silence(tmp_path):
