@@ -189,6 +189,16 @@ def check_same_structure(name: str, tree: Any, reference_name: str, reference: A
         )
 
 
+@contextlib.contextmanager
+def for_a_consolidation() -> Iterator[None]:
+    """Adds to an error of trees that differ what to do if one of them belongs to a network that has grown."""
+    try:
+        yield
+    except ValueError as error:
+        error.add_note("If the network has grown or shrunk, lifelong_jax.growth makes its consolidation fit.")
+        raise
+
+
 def check_same_forms(name: str, importance: Params, reference_name: str, reference: Params) -> None:
     """Raises ValueError, naming the leaf, unless two importances agree in structure, in shapes and in their forms."""
     check_same_structure(name, importance, reference_name, reference)

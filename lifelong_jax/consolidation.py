@@ -101,7 +101,8 @@ def consolidate(
     _checks.check_not_negative("weight", weight)
     for name, tree in (("consolidation", consolidation), ("params", params), ("importance", importance)):
         _checks.check_params(name, tree)
-    _checks.check_same_structure("params", params, "consolidation.anchor", consolidation.anchor)
+    with _checks.for_a_consolidation():
+        _checks.check_same_structure("params", params, "consolidation.anchor", consolidation.anchor)
     _checks.check_same_forms("importance", importance, "consolidation.importance", consolidation.importance)
     if rule == "separate" and _has_factors(importance):
         raise ValueError(

@@ -131,7 +131,8 @@ def _check_arguments(updates: optax.Updates, params: Params | None, consolidatio
 
 def check_trees(name: str, tree: Params, consolidation: Consolidation) -> None:
     anchor, importance = consolidation
-    _checks.check_same_structure("importance", importance, name, tree, partial=True)
+    with _checks.for_a_consolidation():
+        _checks.check_same_structure("importance", importance, name, tree, partial=True)
     _checks.check_same_structure("anchor", anchor, "importance", importance)
     try:
         protected = jax.tree.map(

@@ -11,7 +11,15 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from lifelong_jax import Consolidation, consolidate, forms, init_consolidation, kronecker_fisher, quadratic_penalty
+from lifelong_jax import (
+    Consolidation,
+    add_quadratic_penalty,
+    consolidate,
+    forms,
+    init_consolidation,
+    kronecker_fisher,
+    quadratic_penalty,
+)
 from lifelong_jax._layouts import Layout
 from lifelong_jax.growth import extend_consolidation, restrict_consolidation
 from tests.problems import flat
@@ -201,6 +209,20 @@ def test_what_a_consolidation_lacks_is_named():
         restrict_consolidation(OLD, GROWN)
     with pytest.raises(ValueError, match=r"but has head of shape \(4, 3\), not \(4, 9\): put None in the place"):
         restrict_consolidation(OLD, {"head": jnp.ones((4, 9))})
+
+
+def test_errors_of_a_network_that_has_grown_say_where_to_go():
+    optimizer = add_quadratic_penalty(1.0)
+    for use in (
+        lambda: quadratic_penalty(GROWN, OLD, 1.0),
+        lambda: optimizer.update(GROWN, optimizer.init(GROWN), GROWN, **OLD._asdict()),
+        lambda: consolidate(OLD, GROWN, GROWN),
+    ):
+        with pytest.raises(ValueError, match=r"has shape|has no leaf") as raised:
+            use()
+        assert raised.value.__notes__ == [
+            "If the network has grown or shrunk, lifelong_jax.growth makes its consolidation fit."
+        ]
 
 
 def test_arguments_that_fit_no_network_are_refused():
