@@ -99,6 +99,7 @@ save_consolidation(sys.argv[1], kept, estimator="MAS", num_examples=7)
             "kept.safetensors has no leaf anchor/new, importance/new, and like has no leaf anchor/layers/0/w, "
             "anchor/layers/1/w, importance/layers/0/w and 1 more. Load the file without like",
         ),
+        ({"narrow": None}, "same structure, but like has no leaf anchor/narrow, importance/narrow. Load"),
         ({"narrow": jnp.zeros(3)}, r"anchor/narrow has shape \[2\] in .*kept.safetensors, but \[3\] in like. Load"),
         ({"narrow": jnp.zeros(2)}, r"anchor/narrow has dtype bfloat16 in .*, but float32 in like.$"),
     ],
