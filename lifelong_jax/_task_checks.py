@@ -38,6 +38,8 @@ def check_tasks(
         outputs = jax.eval_shape(with_model_state(recipe.apply_fn, model_state), params, x)
     if recipe.train_fn is not None:
         _check_train_fn(recipe.train_fn, params, model_state, x, outputs)
+    if recipe.patience is not None and any(task.validation is None for task in tasks):
+        raise ValueError("recipe.patience needs validation examples: make each Task(..., validation=batch).")
     checked: dict[tuple[int, ...], Batch] = {}  # by the ids of its arrays, which stay valid while it holds the batch
     for index, task in enumerate(tasks):
         _checks.check_same_structure(
@@ -56,6 +58,7 @@ def _check_recipe(recipe: Recipe, model_state: ModelState) -> None:
     _checks.check_choice("recipe.scenario", recipe.scenario, ("task", "domain", "class"))
     _checks.check_positive_integer("recipe.num_epochs", recipe.num_epochs)
     _checks.check_positive_integer("recipe.batch_size", recipe.batch_size)
+    _checks.check_positive_integer("recipe.patience", recipe.patience, optional=True)
     if recipe.train_fn is None and model_state is not None:
         raise ValueError("model_state is for a recipe with a train_fn, which returns the next one: leave it None.")
     if recipe.train_fn is not None and model_state is None:
@@ -67,13 +70,21 @@ def _check_parts(name: str, task: Task) -> None:
     if any(not isinstance(part, kind) for part, kind in zip(parts, (Task, Batch, Batch), strict=False)):
         kinds = ", ".join(type(part).__name__ for part in parts)
         raise TypeError(f"{name} must be a Task(train, test) of two Batch(inputs, labels), not: {kinds}.")
-    for part, batch in (("train", task.train), ("test", task.test)):
+    for part, batch in parts_of(task).items():
+        if not isinstance(batch, Batch):
+            raise TypeError(f"{name}.{part} is a {type(batch).__name__}, but must be a Batch(inputs, labels).")
         _checks.check_batch(f"{name}.{part}", batch)
+
+
+def parts_of(task: Task) -> dict[str, Batch]:
+    """Returns the sets of examples that a task has, by name."""
+    parts = {"train": task.train, "test": task.test, "validation": task.validation}
+    return {name: part for name, part in parts.items() if part is not None}
 
 
 def _one_example_each(task: Task) -> Task:
     """Returns the shapes of a task, whose sets may differ from those of other tasks in their number of examples."""
-    return task._replace(train=_checks.first_example(task.train), test=_checks.first_example(task.test))
+    return task._replace(**{name: _checks.first_example(part) for name, part in parts_of(task).items()})
 
 
 def _check_train_fn(train_fn: TrainFn, params: Params, model_state: ModelState, x: Example, outputs: Any) -> None:
@@ -102,7 +113,7 @@ def _check_task(
             f"{name} has {has} class_mask, but scenario {recipe.scenario!r} {takes}: class masks are for 'task' and "
             f"'class'."
         )
-    for part, batch in (("train", task.train), ("test", task.test)):
+    for part, batch in parts_of(task).items():
         if batch.class_mask is not None:
             raise ValueError(f"{name}.{part} has a class_mask: leave it None, and set the task's class_mask.")
         arrays = tuple(map(id, jax.tree.leaves(batch)))
@@ -127,7 +138,7 @@ def _check_class_mask(name: str, task: Task, class_mask: jax.Array, objective: O
         raise TypeError(f"{name}.class_mask has dtype {class_mask.dtype}, but must have bools.")
     if not _checks.is_concrete(class_mask):
         return
-    for batch in (task.train, task.test):
+    for batch in parts_of(task).values():
         if not np.asarray(class_mask)[counted_labels(batch)].all():
             raise ValueError(f"{name} has labels that are not among the classes of its class_mask.")
 

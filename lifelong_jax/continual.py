@@ -6,25 +6,25 @@ a sequence is what the next epoch needs: a callback gets it after every epoch, a
 
 import functools
 import math
-import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lifelong_jax import _checks
+from lifelong_jax._early_stopping import Best, init_best, keep_best, validation_score
+from lifelong_jax._epochs import TrainingData, compiled_part, importance_of, learn_epoch, timed, training_data
 from lifelong_jax._sequences import begin_task, check_run, make_optimizer, task_keys
 from lifelong_jax._task_checks import check_tasks
 from lifelong_jax.consolidation import consolidate, init_consolidation
 from lifelong_jax.evaluation import evaluate
-from lifelong_jax.methods import ImportanceFn, Method, WrapOptimizer
-from lifelong_jax.objectives import label_counts
-from lifelong_jax.recipes import Recipe, network_of, training_loss
-from lifelong_jax.scenarios import active_classes, joint_examples, with_class_mask
-from lifelong_jax.training import TrainingInfo, TrainingState, init_training, learn_task
-from lifelong_jax.types import Batch, Consolidation, ModelState, Params, Scenario, Task
+from lifelong_jax.methods import Method
+from lifelong_jax.recipes import Recipe
+from lifelong_jax.scenarios import active_classes, joint_examples
+from lifelong_jax.training import TrainingState, init_training
+from lifelong_jax.types import Consolidation, ModelState, Params, Task
 
 
 class SequenceState(NamedTuple):
@@ -39,6 +39,7 @@ class SequenceState(NamedTuple):
       initial_accuracies: `[num_tasks]`, the accuracy on each task before any was learned; NaN where not measured.
       training_seconds: the time spent on training, without compilation and evaluation.
       importance_seconds: the time spent on importances, without compilation.
+      best: with early stopping, the best epoch of the current task; None without.
     """
 
     epochs: int
@@ -48,6 +49,7 @@ class SequenceState(NamedTuple):
     initial_accuracies: np.ndarray
     training_seconds: float
     importance_seconds: float
+    best: Best | None = None
 
     @property
     def params(self) -> Params:
@@ -71,13 +73,6 @@ class Progress(NamedTuple):
     loss: float
     accuracies: list[float]
     learned: Consolidation | None = None
-
-
-class TrainingData(NamedTuple):
-    """What the trainer gets: one task's training examples, and the permutation of their features."""
-
-    examples: Batch
-    permutation: jax.Array | None
 
 
 Callback: TypeAlias = Callable[[SequenceState, Progress], None]
@@ -151,23 +146,30 @@ def learn_tasks(
     state, scenario, num_epochs = start, recipe.scenario, recipe.num_epochs
     traced_strength = jnp.asarray(strength, jnp.float32)
     optimizer = make_optimizer(recipe.optimizer_fn, method.wrap_optimizer, traced_strength)
-    learn = functools.partial(_learn_epoch, recipe, method.wrap_optimizer)
+    learn = functools.partial(learn_epoch, compiled_part(recipe), method.wrap_optimizer)
     for index in range(state.epochs // num_epochs, len(tasks)):
         train_key, importance_key = task_keys(key, index)
-        data = _training_data(tasks, scenario, index)
+        data = training_data(tasks, scenario, index)
         if state.epochs == index * num_epochs:
-            state = state._replace(training=begin_task(method, optimizer, state.training, train_key, index))
+            training = begin_task(method, optimizer, state.training, train_key, index)
+            state = state._replace(training=training, best=init_best(recipe, training))
         for epoch in range(state.epochs - index * num_epochs, num_epochs):
             compiled = state.epochs > start.epochs
             state, loss = _train_epoch(learn, state, traced_strength, data, epoch, compiled)
+            state, ends = _stop_early(recipe, state, tasks, [index], index)
+            ends |= epoch + 1 == num_epochs
+            if ends:
+                state = _end_training(state, (index + 1) * num_epochs)
             accuracies = _evaluate(recipe, state.training, tasks[: index + 1])
             learned = None
-            if epoch + 1 == num_epochs:
+            if ends:
                 state, learned = _end_task(method, recipe, state, data, importance_key)
                 ahead = tasks[index + 1 :] if forward_transfer and scenario != "class" else []
                 row = accuracies + _evaluate(recipe, state.training, ahead)
                 state = state._replace(accuracy_matrix=_with_row(state.accuracy_matrix, index, row))
             callback(state, Progress(index, state.epochs, loss, accuracies, learned))
+            if ends:
+                break
     return state
 
 
@@ -217,15 +219,21 @@ def learn_jointly(
     else:
         _check_arguments(None, recipe, params, _model_state_of(start), tasks, key, 0.0, start)
     state, num_tasks, no_penalty = start, len(tasks), jnp.zeros(())
-    learn = functools.partial(_learn_epoch, recipe, None)
+    learn = functools.partial(learn_epoch, compiled_part(recipe), None)
     data = TrainingData(joint_examples(tasks, recipe.scenario), None)
     for epoch in range(state.epochs // num_tasks, recipe.num_epochs):
         state, loss = _train_epoch(learn, state, no_penalty, data, epoch, compiled=state.epochs > start.epochs)
+        state, ends = _stop_early(recipe, state, tasks, range(num_tasks), num_tasks - 1)
+        ends |= epoch + 1 == recipe.num_epochs
         state = state._replace(epochs=(epoch + 1) * num_tasks)
+        if ends:
+            state = _end_training(state, recipe.num_epochs * num_tasks)
         accuracies = _evaluate(recipe, state.training, tasks)
-        if epoch + 1 == recipe.num_epochs:
+        if ends:
             state = state._replace(accuracy_matrix=_with_row(state.accuracy_matrix, num_tasks - 1, accuracies))
         callback(state, Progress(None, state.epochs, loss, accuracies))
+        if ends:
+            break
     return state
 
 
@@ -276,8 +284,8 @@ def init_sequence(
         accuracies = _evaluate(recipe, training, tasks)
     importance = None
     if method is not None:  # its shapes, so that the first task's consolidation has the forms of the others
-        measure = functools.partial(_importance, recipe, method.importance_fn)
-        importance = jax.eval_shape(measure, training, _training_data(tasks, recipe.scenario, 0), key)
+        measure = functools.partial(importance_of, compiled_part(recipe), method.importance_fn)
+        importance = jax.eval_shape(measure, training, training_data(tasks, recipe.scenario, 0), key)
     return SequenceState(
         epochs=0,
         training=training,
@@ -286,6 +294,7 @@ def init_sequence(
         initial_accuracies=np.array(accuracies),
         training_seconds=0.0,
         importance_seconds=0.0,
+        best=init_best(recipe, training),
     )
 
 
@@ -332,11 +341,6 @@ def go_on_after(
     return start._replace(epochs=len(learned) * recipe.num_epochs, training=training, consolidation=consolidation)
 
 
-def _training_data(tasks: Sequence[Task], scenario: Scenario, index: int) -> TrainingData:
-    examples = with_class_mask(tasks[index].train, active_classes(tasks, scenario, index, index))
-    return TrainingData(examples, tasks[index].permutation)
-
-
 def _train_epoch(
     learn: functools.partial,
     state: SequenceState,
@@ -346,7 +350,7 @@ def _train_epoch(
     compiled: bool,
 ) -> tuple[SequenceState, float]:
     """Trains for an epoch; returns the state and the mean loss. The arrays of the earlier state are freed."""
-    (training, info), seconds = _timed(learn, state.training, state.consolidation, strength, data, compiled=compiled)
+    (training, info), seconds = timed(learn, state.training, state.consolidation, strength, data, compiled=compiled)
     loss = float(np.asarray(info.loss, np.float64).sum()) / int(np.asarray(info.num_steps).sum())
     # The losses are not enough: the last update comes after the last loss.
     if not (math.isfinite(loss) and _checks.is_finite(training.params)):
@@ -358,12 +362,29 @@ def _train_epoch(
     return state._replace(epochs=state.epochs + 1, training=training, training_seconds=training_seconds), loss
 
 
+def _stop_early(
+    recipe: Recipe, state: SequenceState, tasks: Sequence[Task], indices: Sequence[int], latest: int
+) -> tuple[SequenceState, bool]:
+    """Keeps the best epoch on the validation examples of some tasks; says whether the patience is at an end."""
+    if state.best is None:
+        return state, False
+    masks = [active_classes(tasks, recipe.scenario, index, latest) for index in indices]
+    score = validation_score(recipe, state.training, [tasks[index] for index in indices], masks)
+    best = keep_best(state.best, state.training, score, higher_is_better=recipe.objective.higher_is_better)
+    return state._replace(best=best), int(best.num_worse) >= recipe.patience  # type: ignore[operator]
+
+
+def _end_training(state: SequenceState, epochs: int) -> SequenceState:
+    training = state.training if state.best is None else jax.tree.map(jnp.copy, state.best.training)
+    return state._replace(training=training, epochs=epochs)
+
+
 def _end_task(
     method: Method, recipe: Recipe, state: SequenceState, data: TrainingData, key: jax.Array
 ) -> tuple[SequenceState, Consolidation]:
     """Consolidates the task just learned; returns the state, and the task's own parameters and importance."""
-    measure = functools.partial(_importance, recipe, method.importance_fn)
-    importance, seconds = _timed(measure, state.training, data, key)
+    measure = functools.partial(importance_of, compiled_part(recipe), method.importance_fn)
+    importance, seconds = timed(measure, state.training, data, key)
     consolidation = consolidate(state.consolidation, state.params, importance, rule=method.rule, decay=method.decay)
     state = state._replace(consolidation=consolidation, importance_seconds=state.importance_seconds + seconds)
     return state, Consolidation(state.params, importance)
@@ -378,43 +399,6 @@ def _with_row(accuracy_matrix: np.ndarray, index: int, accuracies: list[float]) 
 def _evaluate(recipe: Recipe, training: TrainingState, tasks: Sequence[Task]) -> list[float]:
     options = {"objective": recipe.objective, "model_state": training.model_state}
     return evaluate(recipe.apply_fn, training.params, tasks, recipe.scenario, **options)
-
-
-@functools.partial(jax.jit, static_argnames=("recipe", "wrap_optimizer"), donate_argnames=("state",))
-def _learn_epoch(
-    recipe: Recipe,
-    wrap_optimizer: WrapOptimizer | None,
-    state: TrainingState,
-    consolidation: Consolidation,
-    strength: jax.Array,
-    data: TrainingData,
-) -> tuple[TrainingState, TrainingInfo]:
-    return learn_task(
-        training_loss(recipe, data.permutation),
-        make_optimizer(recipe.optimizer_fn, wrap_optimizer, strength),
-        state,
-        consolidation,
-        data.examples,
-        num_epochs=1,
-        batch_size=recipe.batch_size,
-        weights=label_counts(recipe.objective, data.examples),
-    )
-
-
-@functools.partial(jax.jit, static_argnames=("recipe", "importance_fn"))
-def _importance(
-    recipe: Recipe, importance_fn: ImportanceFn, state: TrainingState, data: TrainingData, key: jax.Array
-) -> Params:
-    network = network_of(recipe, state.model_state, data.permutation)
-    return importance_fn(network, recipe.objective, state, data.examples, key)
-
-
-def _timed(function: functools.partial, *args: object, compiled: bool = False) -> tuple[Any, float]:
-    if not compiled:  # so that the time of a method does not depend on its place in a comparison
-        function.func.lower(*function.args, *args, **function.keywords).compile()
-    start = time.perf_counter()
-    result = jax.block_until_ready(function(*args))
-    return result, time.perf_counter() - start
 
 
 def _model_state_of(start: SequenceState) -> ModelState:

@@ -26,6 +26,8 @@ class Recipe(NamedTuple):
       objective: what the outputs mean: the loss, the likelihood and the score; from `objectives`.
       train_fn: `train_fn(params, model_state, x, key) -> (outputs, model_state)`, the network as it is trained, if it
         differs: with dropout, or batch normalisation. None for `apply_fn`. See `types.TrainFn`.
+      patience: for early stopping, the number of epochs in a row that are not better than the best one on the task's
+        validation examples, after which its training ends, and goes back to the best one. None to train all epochs.
 
     Example:
       >>> import optax
@@ -40,6 +42,7 @@ class Recipe(NamedTuple):
     scenario: Scenario = "domain"
     objective: Objective = CLASSIFICATION
     train_fn: TrainFn | None = None
+    patience: int | None = None
 
 
 def training_loss(recipe: Recipe, permutation: jax.Array | None) -> Callable:

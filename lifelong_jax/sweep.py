@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lifelong_jax import _checks
+from lifelong_jax._early_stopping import init_best, keep_best, validation_score
 from lifelong_jax._sequences import begin_task, check_run, make_optimizer, task_keys
 from lifelong_jax._task_checks import check_tasks
 from lifelong_jax.consolidation import consolidate, init_consolidation
@@ -122,6 +123,8 @@ def _check_runs(method: Method, recipe: Recipe, runs: Sequence[SweepRun], max_st
     for index, run in enumerate(runs):
         if not isinstance(run, SweepRun):
             raise TypeError(f"runs[{index}] is a {type(run).__name__}: pass a SweepRun(params, tasks, key, strength).")
+    if max_steps is not None and isinstance(recipe, Recipe) and recipe.patience is not None:
+        raise ValueError("max_steps is given, but recipe.patience says when training ends: leave one of them None.")
     check_tasks(method, recipe, runs[0].params, runs[0].model_state, runs[0].tasks)
     checked = {id(runs[0].tasks)}
     for index, run in enumerate(runs):
@@ -233,10 +236,10 @@ def _learn_run(tasks: Task, start: _Start, *, plan: _Plan, by_task: tuple[bool, 
     task_at = functools.partial(_task_at, tasks, by_task)
 
     def evaluate(state: TrainingState, latest: jax.Array | int) -> jax.Array:
-        return _evaluate(plan, state, task_at, None if test_masks is None else test_masks[latest], latest)
+        return _evaluate(plan, state, task_at, _mask_at(test_masks, latest), latest)
 
     def examples_of(task: Task, index: jax.Array | int) -> Batch:
-        return with_class_mask(task.train, None if train_masks is None else train_masks[index])
+        return with_class_mask(task.train, _mask_at(train_masks, index))
 
     def importance_of(state: TrainingState, task: Task, examples: Batch, key: jax.Array) -> Params:
         network = network_of(recipe, state.model_state, task.permutation)
@@ -247,20 +250,24 @@ def _learn_run(tasks: Task, start: _Start, *, plan: _Plan, by_task: tuple[bool, 
         train_key, importance_key = task_keys(key, index)
         task = task_at(index)
         examples = examples_of(task, index)
-        state, info = learn_task(
+        train = functools.partial(
+            learn_task,
             training_loss(recipe, task.permutation),
             optimizer,
-            begin_task(method, optimizer, previous, train_key, index),
-            consolidation,
-            examples,
-            num_epochs=recipe.num_epochs,
+            consolidation=consolidation,
+            examples=examples,
             batch_size=recipe.batch_size,
-            max_steps=plan.max_steps,
             weights=label_counts(recipe.objective, examples),
         )
+        state = begin_task(method, optimizer, previous, train_key, index)
+        if recipe.patience is None:
+            state, info = train(state, num_epochs=recipe.num_epochs, max_steps=plan.max_steps)
+            learned = (info.loss, state.params)
+        else:
+            state, learned = _learn_with_patience(recipe, train, state, task, _mask_at(train_masks, index))
         importance = importance_of(state, task, examples, importance_key)
         consolidation = consolidate(consolidation, state.params, importance, rule=method.rule, decay=method.decay)
-        finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((info.loss, state.params))]
+        finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(learned)]
         diverged |= ~jnp.stack(finite).all()
         return (state, consolidation, diverged), evaluate(state, index)
 
@@ -273,6 +280,33 @@ def _learn_run(tasks: Task, start: _Start, *, plan: _Plan, by_task: tuple[bool, 
     return jax.tree.map(lambda x: jnp.where(diverged, _UNKNOWN, x), (accuracy_matrix, initial_accuracies))
 
 
+def _mask_at(masks: jax.Array | None, index: jax.Array | int) -> jax.Array | None:
+    return None if masks is None else masks[index]
+
+
+def _learn_with_patience(
+    recipe: Recipe, train: Callable, state: TrainingState, task: Task, mask: jax.Array | None
+) -> tuple[TrainingState, tuple[jax.Array, Params]]:
+    """Learns a task with early stopping; returns the best state, and the sum of losses and the last parameters."""
+    better = recipe.objective.higher_is_better
+
+    def goes_on(carry: tuple) -> jax.Array:
+        epoch, _, best, _ = carry
+        return (epoch < recipe.num_epochs) & (best.num_worse < recipe.patience)
+
+    def learn(carry: tuple) -> tuple:
+        epoch, state, best, loss = carry
+        state, info = train(state, num_epochs=1)
+        on_validation = validation_score(recipe, state, [task], [mask])
+        best = keep_best(best, state, on_validation, higher_is_better=better)
+        return epoch + 1, state, best, loss + jnp.sum(info.loss).astype(loss.dtype)
+
+    best: Any = init_best(recipe, state)
+    start = (jnp.zeros((), jnp.int32), state, best, jnp.zeros(()))
+    _, last, best, loss = jax.lax.while_loop(goes_on, learn, start)
+    return best.training, (loss, last.params)
+
+
 def _evaluate(
     plan: _Plan, state: TrainingState, task_at: Callable, masks: jax.Array | None, latest: jax.Array | int
 ) -> jax.Array:
@@ -281,7 +315,7 @@ def _evaluate(
 
     def add(index: jax.Array, scores: jax.Array) -> jax.Array:
         task = task_at(index)
-        mask = None if masks is None else masks[index]
+        mask = _mask_at(masks, index)
         of_task = score(apply_fn, state.params, task.test, task.permutation, mask, objective, state.model_state)
         return scores.at[index].set(of_task.astype(scores.dtype))
 

@@ -81,12 +81,14 @@ class Task(NamedTuple):
       class_mask: `[num_classes]`, bool: the network's outputs that are this task's classes, or None if all tasks have
         the same classes. The scenario decides which outputs are active in training and testing; see
         `scenarios.active_classes`.
+      validation: the validation examples, by whose score training stops if the recipe has a patience; None without.
     """
 
     train: Batch
     test: Batch
     permutation: jax.Array | None = None
     class_mask: jax.Array | None = None
+    validation: Batch | None = None
 
 
 class Consolidation(NamedTuple):

@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-MAX_LINES_OF_A_FUNCTION, MAX_LINES_OF_A_FILE, MAX_LINES_OF_THE_LIBRARY = 60, 450, 8_600
+MAX_LINES_OF_A_FUNCTION, MAX_LINES_OF_A_FILE, MAX_LINES_OF_THE_LIBRARY = 60, 450, 9_000
 WITH_EXTRAS = {"datasets", "streaming", "models", "checkpoint", "plotting", "geometry", "_extras"}
 FORBIDDEN = {"experiments", "rich", "tyro", "fcntl", "SystemExit"}
 
@@ -22,6 +22,8 @@ LOOP = BASE | {
     "methods",
     "_sequences",
     "_task_checks",
+    "_early_stopping",
+    "_epochs",
 }
 MAY_IMPORT = {
     "types": set(),
@@ -51,6 +53,8 @@ MAY_IMPORT = {
     "methods": BASE | {"importance", "consolidation", "training", "objectives"},
     "_sequences": BASE | {"training", "methods", "recipes"},
     "_task_checks": BASE | {"_batch_axis", "objectives", "losses", "methods", "recipes"},
+    "_early_stopping": BASE | {"training", "evaluation", "recipes"},
+    "_epochs": LOOP,
     "continual": LOOP,
     "sweep": LOOP,
 }
