@@ -6,6 +6,7 @@ so that one can be removed when XLA no longer needs it.
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -138,10 +139,22 @@ def compute_once(value: jax.Array, update: jax.Array) -> jax.Array:
 
 
 def with_extra_args(optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Lets an optimiser be called with an anchor and an importance, which `optax.MultiSteps` passes on."""
-    if isinstance(optimizer, optax.MultiSteps):  # optax's function would drop them on the way in
+    """Lets an optimiser be called with any keyword arguments: it gets those that its `update` takes.
+
+    optax's function goes by the class. `optax.MultiSteps` takes the arguments, but neither it nor its
+    `gradient_transformation()` is of the class that says so; `optax.contrib.sam` is of that class, but takes one alone.
+    """
+    parameters = inspect.signature(optimizer.update).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return optax.GradientTransformationExtraArgs(optimizer.init, optimizer.update)
-    return optax.with_extra_args_support(optimizer)
+
+    def update_fn(
+        updates: optax.Updates, state: optax.OptState, params: Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, optax.OptState]:
+        taken = {name: value for name, value in extra_args.items() if name in parameters}
+        return optimizer.update(updates, state, params, **taken)
+
+    return optax.GradientTransformationExtraArgs(optimizer.init, update_fn)
 
 
 def indices_per_example(indices: jax.Array, x: jax.Array) -> jax.Array:

@@ -112,7 +112,9 @@ def init_inner(name: str, optimizer: optax.GradientTransformation, params: Param
     if any(isinstance(node, optax.MultiStepsState) for node in nodes):
         raise ValueError(
             f"{name} goes inside of MultiSteps, optax.MultiSteps({name}(...), every_k_schedule): outside of it, {name} "
-            f"sees only the last of the gradients that a step accumulates."
+            f"sees only the last of the gradients that a step accumulates. In learn_tasks, a method wraps what "
+            f"optimizer_fn returns: return it without MultiSteps, and pass method._replace(wrap_optimizer=lambda "
+            f"optimizer: optax.MultiSteps({name}(optimizer), every_k_schedule))."
         )
     return inner_state
 

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import optax
 
 from lifelong_jax import _checks
-from lifelong_jax._numerics import vary_with, widened_zeros
+from lifelong_jax._numerics import vary_with, widened_zeros, with_extra_args
 from lifelong_jax.importance import _steps
 from lifelong_jax.types import Params
 
@@ -75,7 +75,7 @@ def path_integral(optimizer: optax.GradientTransformation) -> optax.GradientTran
 
     Zenke et al. 2017, arXiv 1703.04200, eq. 3.
     """
-    optimizer = optax.with_extra_args_support(optimizer)
+    optimizer = with_extra_args(optimizer)
 
     def init_fn(params: Params) -> PathIntegralState:
         inner_state = _steps.init_inner("path_integral", optimizer, params)

@@ -22,7 +22,7 @@ import optax
 from jax.tree_util import Partial
 
 from lifelong_jax import _checks
-from lifelong_jax._numerics import vary_with, widened_zeros
+from lifelong_jax._numerics import vary_with, widened_zeros, with_extra_args
 from lifelong_jax.importance import _steps
 from lifelong_jax.importance.estimators import empirical_fisher_diagonal
 from lifelong_jax.importance.normalization import normalize_importance
@@ -111,7 +111,7 @@ def riemannian_walk(
     _checks.check_positive_integer("interval", interval)
     _checks.check_positive("alpha", alpha, at_most=1)
     _checks.check_positive("damping", damping)
-    optimizer = optax.with_extra_args_support(optimizer)
+    optimizer = with_extra_args(optimizer)
 
     def init_fn(params: Params) -> RiemannianWalkState:
         inner_state = _steps.init_inner("riemannian_walk", optimizer, params)

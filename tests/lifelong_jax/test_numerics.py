@@ -4,6 +4,8 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+import optax.contrib
 import pytest
 
 from lifelong_jax import _numerics
@@ -141,3 +143,22 @@ def test_sharded_arrays_are_told_by_their_types():
     assert _numerics.is_sharded(placed)
     assert not _numerics.is_sharded(jnp.ones(4))
     assert _numerics.update_after_reads(placed, {"b": placed}) is placed
+
+
+def test_an_optimiser_gets_the_keyword_arguments_that_its_update_takes():
+    def report(**extra_args):  # the names that arrive
+        return optax.GradientTransformationExtraArgs(
+            lambda params: (), lambda updates, state, params=None, **extra_args: (sorted(extra_args), state)
+        )
+
+    def one_by_name(updates, state, params=None, *, value=None):
+        return value, state
+
+    def names(optimizer):
+        return _numerics.with_extra_args(optimizer).update(1.0, (), 2.0, anchor=3, value=4)[0]
+
+    assert names(report()) == ["anchor", "value"]
+    assert names(optax.GradientTransformation(*report())) == ["anchor", "value"]  # forwards, whatever its class says
+    assert names(optax.GradientTransformation(lambda params: (), one_by_name)) == 4
+    assert names(optax.GradientTransformationExtraArgs(lambda params: (), one_by_name)) == 4
+    assert names(optax.stateless(lambda updates, params: updates + params)) == 3.0  # takes none

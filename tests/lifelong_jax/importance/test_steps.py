@@ -12,16 +12,22 @@ import pytest
 from flax import nnx
 
 from lifelong_jax import (
+    SweepRun,
     add_quadratic_penalty,
     consolidate,
     continue_walk,
     init_consolidation,
+    init_training,
+    learn_sweep,
+    learn_task,
+    learn_tasks,
     methods,
     path_integral,
     riemannian_walk,
     rwalk_importance,
     si_importance,
 )
+from tests.problems import RECIPE, coupled_sgd, make_params, make_tasks
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -168,10 +174,51 @@ def test_updates_that_are_applied_otherwise_are_found_out(interval, num_steps, r
     importance_fn(state, params)
 
 
-def test_multi_steps_goes_outside():
+@pytest.mark.parametrize("wrap", [path_integral, riemannian_walk])
+def test_multi_steps_goes_outside(wrap):
     inner = optax.MultiSteps(optax.sgd(0.1), 2)
-    with pytest.raises(ValueError, match="path_integral goes inside of MultiSteps"):
-        path_integral(optax.chain(optax.clip(1.0), inner.gradient_transformation())).init(make_small())
+    for optimizer in (inner, optax.chain(optax.clip(1.0), inner.gradient_transformation())):
+        with pytest.raises(ValueError, match=f"{wrap.__name__} goes inside of MultiSteps.*_replace.wrap_optimizer="):
+            wrap(optimizer).init(make_small())
+
+
+MULTI_STEPS = {
+    "object": lambda optimizer: optax.MultiSteps(optimizer, 2),
+    "transformation": lambda optimizer: optax.MultiSteps(optimizer, 2).gradient_transformation(),
+}
+
+
+@pytest.mark.parametrize("accumulate", MULTI_STEPS)
+@pytest.mark.parametrize("wrap", [path_integral, riemannian_walk])
+def test_in_learn_task_two_half_batches_are_a_whole_one(wrap, accumulate):
+    loss_fn = lambda params, x: jnp.sum((params["w"] - x) ** 2) + jnp.sum(params["b"] * x)  # noqa: E731
+    consolidation = consolidate(init_consolidation(make_small()), make_small(), small_grads(make_small()))
+    examples = jnp.array([[1.0], [1.0], [3.0], [3.0]])[jnp.array([0, 2, 1, 3])]
+    whole = wrap(optax.chain(add_quadratic_penalty(2.0), optax.sgd(0.1)))
+    importance_fn = {path_integral: si_importance, riemannian_walk: rwalk_importance}[wrap]
+    ended = []
+    for optimizer, batch_size in ((whole, 4), (MULTI_STEPS[accumulate](whole), 2)):
+        state = init_training(optimizer, make_small(), jax.random.key(0))
+        state, _ = learn_task(loss_fn, optimizer, state, consolidation, examples, num_epochs=3, batch_size=batch_size)
+        ended.append((state.params, importance_fn(state.opt_state, state.params)))
+    (params, expected), (accumulated, importance) = ended
+    chex.assert_trees_all_close(accumulated, params, rtol=1e-5)
+    if wrap is path_integral:  # RWalk's Fisher is that of the last half
+        chex.assert_trees_all_close(importance, expected, rtol=1e-5)
+
+
+def test_the_methods_accumulate_gradients_as_the_error_says():
+    tasks, params, key = make_tasks(2), make_params(), jax.random.key(0)
+    accumulating = RECIPE._replace(optimizer_fn=lambda s: optax.MultiSteps(coupled_sgd(s), 2))
+    with pytest.raises(ValueError, match="return it without MultiSteps"):
+        learn_tasks(methods.si(), accumulating, params, tasks, key, strength=3.0)
+    method = methods.si()._replace(wrap_optimizer=lambda optimizer: optax.MultiSteps(path_integral(optimizer), 2))
+    halves = RECIPE._replace(batch_size=RECIPE.batch_size // 2)
+    whole = learn_tasks(methods.si(), RECIPE, params, tasks, key, strength=3.0)
+    learned = learn_tasks(method, halves, params, tasks, key, strength=3.0)
+    chex.assert_trees_all_close(learned.consolidation, whole.consolidation, rtol=1e-3, atol=1e-5)
+    swept = learn_sweep(method, halves, [SweepRun(params, tasks, key, strength) for strength in (3.0, 0.0)])
+    np.testing.assert_allclose(swept.accuracy_matrix[0], learned.accuracy_matrix)
 
 
 def test_no_steps_no_importance():
