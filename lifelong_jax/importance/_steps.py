@@ -93,13 +93,14 @@ def find_state(name: str, kind: type[_State], opt_state: optax.OptState) -> _Sta
     while not isinstance(state, kind):
         if isinstance(state, optax.MultiStepsState):
             state = state.inner_opt_state
-        elif isinstance(state, _PassingState) or hasattr(state, "fidelity"):
+        elif isinstance(state, _PassingState) or hasattr(state, "fidelity") or hasattr(state, "consolidation"):
             state = state.inner_state
         else:
             raise TypeError(
                 f"the optimiser's state must be that of {name}, but is a {type(state).__name__}: wrap the whole "
                 f"pipeline, {name}(optax.chain(add_quadratic_penalty(strength), ...)), so that nothing comes before or "
-                f"after it. Only MultiSteps, apply_if_finite and inject_hyperparams may go around it."
+                f"after it. Only MultiSteps, apply_if_finite, inject_hyperparams and hold_consolidation may go around "
+                f"it."
             )
     return state
 

@@ -8,13 +8,10 @@ What a transform does depends on its place in the chain:
     wrong sign    chain(adam(lr), add_quadratic_penalty(λ))
 
 All are called as `optimizer.update(grads, state, params, **consolidation._asdict())`. The anchor and the importance are
-arguments, so that nothing is compiled again when they change. `optax.chain`, `MultiSteps`, `inject_hyperparams`,
-`apply_if_finite`, `contrib.schedule_free` and flax's `nnx.Optimizer.update` pass them on; `optax.masked` and
-`optax.partition` do so with `mask_compatible_extra_args=True`. `TrainState.apply_gradients` of flax's linen drops them.
-Replace it by two lines:
-
-    updates, opt_state = state.tx.update(grads, state.opt_state, state.params, **consolidation._asdict())
-    state = state.replace(step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state)
+arguments, so that nothing is compiled again when they change. Most wrappers of optax pass them on; `optax.masked` and
+`optax.partition` do so with `mask_compatible_extra_args=True`. For loops that call `optimizer.update(grads, state,
+params)`, such as flax's `TrainState.apply_gradients`, and for wrappers that pass nothing on, `hold_consolidation` keeps
+them in the optimiser's state. The guide has a table of wrappers.
 
 Parameters whose importance is above 0 are protected. None in the anchor and the importance, for a leaf or a branch,
 means no penalty and takes no memory. Use it for a frozen backbone, or for leaves without gradients (integers,
@@ -25,13 +22,17 @@ the product `A · change · G` for `importance · change`, except in `proximal_a
 """
 
 from lifelong_jax.penalty._transforms import ScheduleState
+from lifelong_jax.penalty.holding import HoldConsolidationState, hold_consolidation, set_consolidation
 from lifelong_jax.penalty.proximal import proximal_adam, proximal_quadratic_penalty
 from lifelong_jax.penalty.quadratic import add_quadratic_penalty, quadratic_penalty
 
 __all__ = [
+    "HoldConsolidationState",
     "ScheduleState",
     "add_quadratic_penalty",
+    "hold_consolidation",
     "proximal_adam",
     "proximal_quadratic_penalty",
     "quadratic_penalty",
+    "set_consolidation",
 ]

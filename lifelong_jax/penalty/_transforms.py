@@ -113,8 +113,10 @@ def _unmasked(consolidation: Consolidation) -> Consolidation:
 def _check_arguments(updates: optax.Updates, params: Params | None, consolidation: Consolidation) -> None:
     if params is None or consolidation.anchor is None or consolidation.importance is None:
         raise ValueError(
-            "the penalty needs params, anchor and importance: call "
-            "optimizer.update(grads, state, params, **consolidation._asdict())."
+            "the penalty needs params, anchor and importance: call optimizer.update(grads, state, params, "
+            "**consolidation._asdict()), or hold anchor and importance in the optimiser's state, by hold_consolidation "
+            "and set_consolidation of lifelong_jax.penalty. If they were passed, something between drops them, such as "
+            "optax.lookahead, optax.contrib.sam, a MultiSteps in a chain, or a trainer: hold them."
         )
     try:
         check_trees("updates", updates, consolidation)
