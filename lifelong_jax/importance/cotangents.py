@@ -19,6 +19,10 @@ from lifelong_jax._numerics import widen
 
 _LOG_OF_ZERO = -1e30  # finite, so that differences are
 
+MAX_PASSES = 4096
+"""The largest number of backward passes per example of an exact expectation: they take as long as 4,096 epochs of
+training. An image of 64×64 grey pixels as output needs as many, and a text of 64 tokens of 65 characters."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +63,12 @@ def squared_l2(outputs: jax.Array, key: None) -> Cotangents:
     return stacked(2 * outputs[None])
 
 
+def jacobian(outputs: jax.Array, key: None) -> Cotangents:
+    """Returns a cotangent for each output."""
+    _check_passes(outputs, outputs.size, "output_norm='jacobian'", "Pass output_norm='squared_l2', which takes one.")
+    return _each_output(outputs)
+
+
 def _exact_categorical(logits: jax.Array, key: None) -> Cotangents:
     _check_has_classes(logits)
     # E_y of the squared gradient of log p_y is Σ_k (∂logitsᵀ v_k)², for any v_k with Σ_k v_k v_kᵀ = diag(p) − p pᵀ, the
@@ -72,6 +82,7 @@ def _exact_categorical(logits: jax.Array, key: None) -> Cotangents:
     later = jnp.concatenate([from_here[..., 1:], jnp.full_like(log_p[..., :1], _LOG_OF_ZERO)], axis=-1)
     spread = jnp.exp((log_p - from_here + later) / 2)
     num = math.prod(logits.shape[:-1]) * (logits.shape[-1] - 1)
+    _check_passes(logits, num)
     return Cotangents((log_p, spread, later), _cholesky_column, num, logits.dtype)
 
 
@@ -87,12 +98,17 @@ def _cholesky_column(values: tuple[jax.Array, jax.Array, jax.Array], index: jax.
     return jnp.where(is_label, column[None, :], 0).reshape(values[0].shape)
 
 
-def each_output(outputs: jax.Array, key: None) -> Cotangents:
-    """Returns a cotangent for each output, which also are those of a Gaussian with unit variance."""
+def _exact_gaussian(outputs: jax.Array, key: None) -> Cotangents:
+    _check_passes(outputs, outputs.size)
+    return _each_output(outputs)
+
+
+def _each_output(outputs: jax.Array) -> Cotangents:
     return Cotangents(jnp.ones_like(outputs), _one_output, outputs.size, outputs.dtype)
 
 
 def _exact_bernoulli(logits: jax.Array, key: None) -> Cotangents:
+    _check_passes(logits, logits.size)
     wide = widen(logits)
     deviation = jnp.exp((jax.nn.log_sigmoid(wide) + jax.nn.log_sigmoid(-wide)) / 2)  # sqrt(p (1 − p)), not rounded
     return Cotangents(deviation, _one_output, logits.size, logits.dtype)
@@ -105,7 +121,7 @@ def _one_output(values: jax.Array, index: jax.Array | int) -> jax.Array:
 
 EXACT: dict[str, Callable[..., Cotangents]] = {
     "categorical": _exact_categorical,
-    "gaussian": each_output,
+    "gaussian": _exact_gaussian,
     "bernoulli": _exact_bernoulli,
 }
 """The cotangents of the exact expectation, by likelihood."""
@@ -114,24 +130,37 @@ EXACT: dict[str, Callable[..., Cotangents]] = {
 @functools.cache  # one function object per setting, so jit compiles once per setting
 def sampled(likelihood: str, num_samples: int) -> Callable[[jax.Array, jax.Array], Cotangents]:
     """Makes the cotangents of labels that are sampled from the model."""
+    score_fn, scale = _SCORES[likelihood], math.sqrt(num_samples)
+
+    def score(values: tuple[jax.Array, jax.Array], index: jax.Array | int) -> jax.Array:
+        wide, key = values
+        return score_fn(wide, key if num_samples == 1 else jax.random.fold_in(key, index)) / scale
 
     def cotangents_fn(outputs: jax.Array, key: jax.Array) -> Cotangents:
-        wide = widen(outputs)
         if likelihood == "categorical":
-            _check_has_classes(wide)
-            labels = jax.random.categorical(key, wide, shape=(num_samples, *wide.shape[:-1]))
-            is_label = jax.nn.one_hot(labels, wide.shape[-1], dtype=wide.dtype)
-            others = (1 - is_label) * jax.nn.softmax(wide)[None]
-            score = is_label * jnp.sum(others, axis=-1, keepdims=True) - others  # 1 − p(label) would round to 0
-        elif likelihood == "gaussian":
-            score = jax.random.normal(key, (num_samples, *wide.shape), wide.dtype)
-        else:
-            p = jnp.broadcast_to(jax.nn.sigmoid(wide), (num_samples, *wide.shape))
-            labels = jax.random.bernoulli(key, p, p.shape)
-            score = jnp.where(labels, jax.nn.sigmoid(-wide)[None], -p)
-        return stacked((score / jnp.sqrt(jnp.asarray(num_samples, wide.dtype))).astype(outputs.dtype))
+            _check_has_classes(outputs)
+        return Cotangents((widen(outputs), key), score, num_samples, outputs.dtype)
 
     return cotangents_fn
+
+
+def _categorical_score(logits: jax.Array, key: jax.Array) -> jax.Array:
+    is_label = jax.nn.one_hot(jax.random.categorical(key, logits), logits.shape[-1], dtype=logits.dtype)
+    others = (1 - is_label) * jax.nn.softmax(logits)
+    return is_label * jnp.sum(others, axis=-1, keepdims=True) - others  # 1 − p(label) would round to 0
+
+
+def _gaussian_score(outputs: jax.Array, key: jax.Array) -> jax.Array:
+    return jax.random.normal(key, outputs.shape, outputs.dtype)
+
+
+def _bernoulli_score(logits: jax.Array, key: jax.Array) -> jax.Array:
+    p = jax.nn.sigmoid(logits)
+    return jnp.where(jax.random.bernoulli(key, p), jax.nn.sigmoid(-logits), -p)
+
+
+_SCORES = {"categorical": _categorical_score, "gaussian": _gaussian_score, "bernoulli": _bernoulli_score}
+"""`score(outputs, key)`: ∂ log p(label) / ∂outputs of a label that is sampled from the model, by likelihood."""
 
 
 def _check_has_classes(logits: jax.Array) -> None:
@@ -139,4 +168,18 @@ def _check_has_classes(logits: jax.Array) -> None:
         raise ValueError(
             f"logits_fn must return [..., num_classes] for one example, of two classes or more, not {logits.shape}. "
             f"For one logit of a binary label, pass likelihood='bernoulli'."
+        )
+
+
+_BY_SAMPLING = (
+    "Pass num_samples=1 and a key (in methods, fisher='sampled'), which takes one; or return only the logits of the "
+    "classes that are active, if others are masked."
+)
+
+
+def _check_passes(outputs: jax.Array, num: int, of: str = "the exact Fisher information", instead: str = "") -> None:
+    if num > MAX_PASSES:
+        raise ValueError(
+            f"{of} would take {num:,} backward passes per example, because one example has outputs of shape "
+            f"{outputs.shape}; at most {MAX_PASSES:,} are made. {instead or _BY_SAMPLING}"
         )

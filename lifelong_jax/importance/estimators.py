@@ -100,9 +100,15 @@ def fisher_diagonal(
 
     - "categorical": y is a class, with p = softmax(logits) over the last axis. Leading axes (tokens) are independent
       labels of one example. The exact expectation takes num_labels · (num_classes − 1) backward passes; "structured"
-      skips classes that have probability 0 in all examples (those outside of a head, say). A sample takes one pass.
-    - "gaussian": y is a vector, normally distributed around the logits with unit variance.
-    - "bernoulli": y is a vector of independent binary outputs, with p = sigmoid(logits).
+      skips classes that have probability 0 in all examples (those outside of a head, say).
+    - "gaussian": y is a vector, normally distributed around the logits with unit variance. The exact expectation takes
+      a backward pass for each output. A sample is Hutchinson's estimate of the diagonal: its relative standard error is
+      sqrt(2 / num_samples) for one example, and less by a root of the number of examples for their mean.
+    - "bernoulli": y is a vector of independent binary outputs, with p = sigmoid(logits). The exact expectation takes a
+      backward pass for each output.
+
+    A sample takes one backward pass, whatever the likelihood. The memory does not depend on the number of passes. An
+    exact expectation of more than 4,096 passes per example is refused.
 
     Inputs that have a batch axis by mistake, `[num_batches, batch_size, ...]`, are taken for examples with `batch_size`
     labels each, and the importance is about `batch_size` times too large. The exact expectation pulls back combinations
@@ -129,8 +135,8 @@ def fisher_diagonal(
     Raises:
       TypeError: if a leaf of `params` is not floating-point.
       ValueError: if there are no inputs, if leaves differ in their number, if weights are negative, all 0 or outside
-        the range of float32, if `likelihood` or `method` is unknown, or if only one of `num_samples` and `key` is
-        given.
+        the range of float32, if `likelihood` or `method` is unknown, if only one of `num_samples` and `key` is given,
+        or if the exact expectation takes too many passes.
 
     Example:
       >>> logits_fn = lambda params, x: params * x
@@ -168,7 +174,8 @@ def mas_importance(
         compiled again.
       params: a tree of floating-point arrays.
       inputs: a tree of arrays `[num_examples, ...]`; no labels.
-      output_norm: "squared_l2" takes one backward pass per example, "jacobian" one for each output.
+      output_norm: "squared_l2" takes one backward pass per example, "jacobian" one for each output, of which there may
+        be 4,096.
       weights: as for `fisher_diagonal`.
       microbatch_size: as for `fisher_diagonal`.
       method: as for `fisher_diagonal`.
@@ -179,7 +186,7 @@ def mas_importance(
     Raises:
       TypeError: if a leaf of `params` is not floating-point.
       ValueError: if there are no inputs, if leaves differ in their number, if weights are negative, all 0 or outside
-        the range of float32, or if `output_norm` or `method` is unknown.
+        the range of float32, if `output_norm` or `method` is unknown, or if there are too many outputs for "jacobian".
 
     Example:
       >>> mas_importance(lambda params, x: params * x, jnp.array(1.0), jnp.array([1.0, -3.0]))
@@ -189,7 +196,7 @@ def mas_importance(
     """
     _checks.check_choice("output_norm", output_norm, ("squared_l2", "jacobian"))
     check_arguments(params, "inputs", inputs, weights, microbatch_size)
-    cotangents_fn = cotangents.squared_l2 if output_norm == "squared_l2" else cotangents.each_output
+    cotangents_fn = cotangents.squared_l2 if output_norm == "squared_l2" else cotangents.jacobian
     sum_fn = _sum_fn(method, "norm")
     return mean_over_examples(as_tree(output_fn), cotangents_fn, params, inputs, None, weights, sum_fn, microbatch_size)
 

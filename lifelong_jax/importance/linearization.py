@@ -1,5 +1,6 @@
 """Evaluates all examples of a microbatch at once, and pulls cotangents back to the taps of a plan."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -62,6 +63,7 @@ def sum_cotangents(
     shapes = jax.eval_shape(lambda: summands(cotangent_at(0)))
     start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
+    @functools.partial(jax.checkpoint, prevent_cse=False)  # for derivatives: no array of cotangents × weights is held
     def add_next(total: Any, index: jax.Array) -> tuple[Any, None]:
         cotangent = cotangent_at(index)
         # Skips a cotangent that is 0 for all examples: that of a class outside of the head.

@@ -97,6 +97,7 @@ def _sum_microbatch(
             return jax.tree.map(lambda g: function(widen(g)), *pull_back(cotangents.at(0)))
 
         # One cotangent at a time: an array of cotangents × parameters would not fit the cache.
+        @functools.partial(jax.checkpoint, prevent_cse=False)  # nor would one of derivatives fit the memory
         def add_square(total: Params, index: jax.Array) -> tuple[Params, None]:
             return jax.tree.map(lambda t, g: t + jnp.square(widen(g)), total, *pull_back(cotangents.at(index))), None
 
