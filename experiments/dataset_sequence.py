@@ -1,6 +1,7 @@
 """Learns one data set after another with a shared trunk and a head for each, as in the paper on MAS.
 
-The task is known at test time. By default the data sets are the bundled digits and letters. The paper's sequence begins
+The task is known at test time. In the scenario "domain", all data sets share one head, such as digits from several
+sources. By default the data sets are the bundled digits and letters. The paper's sequence begins
 with MIT indoor scenes and Caltech-UCSD birds:
 
     python -m experiments.dataset_sequence --datasets mit_scenes:PATH caltech_birds2011 --image-size 224 --channels 3 \
@@ -15,7 +16,7 @@ import flax.linen as nn
 import jax
 
 from experiments.harness.experiment import Experiment, Settings, Strength, load_or_exit, make_network, run_experiment
-from experiments.harness.settings import check_settings, parse_settings
+from experiments.harness.settings import check_settings, parse_settings, refuse
 from lifelong_jax import dataset_tasks
 from lifelong_jax.models import AlexNet, init_network, load_pretrained
 from lifelong_jax.types import Example, Params
@@ -29,6 +30,10 @@ class Config(Settings):
 
     datasets: tuple[str, ...] = ("digits", "letters")
     """digits and letters (both bundled), mit_scenes:PATH, folder:PATH, or names of data sets that TFDS has prepared."""
+
+    scenario: Literal["task", "domain"] = "task"
+    """task: the task is known at test time, and each data set has a head. domain: all data sets have the same classes,
+    and share one head."""
 
     image_size: int = 8
     """All images are resized to this height and width, in pixels."""
@@ -62,7 +67,11 @@ class Config(Settings):
 def main(config: Config) -> None:
     """Runs the comparison."""
     datasets = [load_or_exit(name, config) for name in config.datasets]
-    network = make_trunk_and_heads(config, sum(dataset.num_classes for dataset in datasets))
+    shared_outputs = config.scenario == "domain"
+    counts = [dataset.num_classes for dataset in datasets]
+    if shared_outputs and len(set(counts)) > 1:
+        refuse(f"--scenario domain needs data sets of the same classes, not of {', '.join(map(str, counts))} classes")
+    network = make_trunk_and_heads(config, counts[0] if shared_outputs else sum(counts))
 
     def init_params(key: jax.Array, x: Example) -> Params:
         params = init_network(network, key, x)
@@ -70,11 +79,11 @@ def main(config: Config) -> None:
 
     experiment = Experiment(
         name="dataset_sequence",
-        title=f"{' → '.join(config.datasets)}, task-incremental",
+        title=f"{' → '.join(config.datasets)}, {config.scenario}-incremental",
         datasets=datasets,
-        make_tasks=lambda datasets, key: dataset_tasks(datasets),
+        make_tasks=lambda datasets, key: dataset_tasks(datasets, shared_outputs=shared_outputs),
         task_names=[short_name(name) for name in config.datasets],
-        scenario="task",
+        scenario=config.scenario,
         apply_fn=network.apply,
         init_params=init_params,
     )

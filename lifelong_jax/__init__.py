@@ -27,7 +27,7 @@ from lifelong_jax.importance import (
 from lifelong_jax.penalty import add_quadratic_penalty, proximal_adam, proximal_quadratic_penalty, quadratic_penalty
 from lifelong_jax.recipes import Recipe
 from lifelong_jax.sweep import SweepRun, learn_sweep
-from lifelong_jax.tasks import dataset_tasks, permuted_tasks, rotated_tasks, split_tasks
+from lifelong_jax.tasks import dataset_tasks, pad_tasks, permuted_tasks, rotated_tasks, split_tasks
 from lifelong_jax.training import TrainingState, init_training, learn_task
 from lifelong_jax.types import Batch, Consolidation, Task
 
@@ -69,6 +69,7 @@ __all__ = [
     "metrics",
     "normalize_importance",
     "objectives",
+    "pad_tasks",
     "path_integral",
     "permuted_tasks",
     "proximal_adam",

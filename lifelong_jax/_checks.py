@@ -199,6 +199,17 @@ def for_a_consolidation() -> Iterator[None]:
         raise
 
 
+def check_same_inputs(name: str, x: Example, reference_name: str, reference: Example) -> None:
+    """Raises ValueError or TypeError, naming the leaf, unless two inputs agree in structure, shapes and dtypes."""
+    check_same_structure(name, x, reference_name, reference)
+    for (path, leaf), other in zip(jax.tree.leaves_with_path(x), jax.tree.leaves(reference), strict=True):
+        if jax.dtypes.canonicalize_dtype(leaf.dtype) != jax.dtypes.canonicalize_dtype(other.dtype):
+            raise TypeError(
+                f"{name}{jax.tree_util.keystr(path)} has dtype {leaf.dtype}, but {reference_name} has {other.dtype}: "
+                f"convert the inputs of all tasks to one dtype. Of bytes, datasets.scale_bytes makes floats."
+            )
+
+
 def check_same_forms(name: str, importance: Params, reference_name: str, reference: Params) -> None:
     """Raises ValueError, naming the leaf, unless two importances agree in structure, in shapes and in their forms."""
     check_same_structure(name, importance, reference_name, reference)

@@ -41,10 +41,10 @@ def check_tasks(
     if recipe.patience is not None and any(task.validation is None for task in tasks):
         raise ValueError("recipe.patience needs validation examples: make each Task(..., validation=batch).")
     checked: dict[tuple[int, ...], Batch] = {}  # by the ids of its arrays, which stay valid while it holds the batch
+    no_batches: dict[str, Any] = {"train": None, "test": None, "validation": None}  # they may differ in their sizes
+    first = tasks[0]._replace(**no_batches)
     for index, task in enumerate(tasks):
-        _checks.check_same_structure(
-            f"tasks[{index}]", _one_example_each(task), "tasks[0]", _one_example_each(tasks[0])
-        )
+        _checks.check_same_structure(f"tasks[{index}]", task._replace(**no_batches), "tasks[0]", first)
         _check_task(f"tasks[{index}]", task, recipe, outputs, x, checked)
 
 
@@ -82,11 +82,6 @@ def parts_of(task: Task) -> dict[str, Batch]:
     return {name: part for name, part in parts.items() if part is not None}
 
 
-def _one_example_each(task: Task) -> Task:
-    """Returns the shapes of a task, whose sets may differ from those of other tasks in their number of examples."""
-    return task._replace(**{name: _checks.first_example(part) for name, part in parts_of(task).items()})
-
-
 def _check_train_fn(train_fn: TrainFn, params: Params, model_state: ModelState, x: Example, outputs: Any) -> None:
     def train_one(params: Params, model_state: ModelState, x: Example) -> Any:
         keys = jax.random.split(jax.random.key(0), 1)
@@ -121,7 +116,7 @@ def _check_task(
             recipe.objective.check_fn(f"{name}.{part}", batch, outputs)
             _checks.check_finite(f"{name}.{part}.inputs", batch.inputs, hint="Clean the data.")
             inputs = _checks.first_example(batch.inputs)
-            _checks.check_same_structure(f"an input of {name}.{part}", inputs, "one of tasks[0].train", x)
+            _checks.check_same_inputs(f"an input of {name}.{part}", inputs, "one of tasks[0].train", x)
             checked[arrays] = batch
     if task.class_mask is not None:
         _check_class_mask(name, task, task.class_mask, recipe.objective, outputs)

@@ -109,11 +109,12 @@ def joint_examples(tasks: Sequence[Task], scenario: Scenario) -> Batch:
     """Joins the training examples of all tasks in one batch, for joint training.
 
     Args:
-      tasks: a sequence of tasks whose inputs have equal shapes.
+      tasks: a sequence of tasks whose inputs have the same shape per example.
       scenario: which outputs are active for each example; see `active_classes`.
 
     Returns:
-      A batch with the examples of all tasks, their features permuted as in their tasks, and their class masks.
+      A batch with the examples of all tasks, their features permuted as in their tasks, and their class masks. It has
+      weights if a task's training examples have.
 
     Example:
       >>> from lifelong_jax import Batch, permuted_tasks
@@ -121,9 +122,15 @@ def joint_examples(tasks: Sequence[Task], scenario: Scenario) -> Batch:
       >>> joint_examples(permuted_tasks(batch, batch, 2, jax.random.key(0)), "domain").inputs.shape
       (10, 2, 3)
     """
-    batches = []
+    batches, weighted = [], any(task.train.weights is not None for task in tasks)
+    labels_weighted = any(task.train.label_weights is not None for task in tasks)
     for index, task in enumerate(tasks):
         inputs = jax.vmap(permute_features, in_axes=(0, None))(task.train.inputs, task.permutation)
         class_mask = active_classes(tasks, scenario, index, len(tasks) - 1)
-        batches.append(with_class_mask(task.train._replace(inputs=inputs), class_mask))
+        batch = with_class_mask(task.train._replace(inputs=inputs), class_mask)
+        if weighted and batch.weights is None:
+            batch = batch._replace(weights=jnp.ones(len(batch.labels)))
+        if labels_weighted and batch.label_weights is None:
+            batch = batch._replace(label_weights=jnp.ones(batch.labels.shape))
+        batches.append(batch)
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *batches)

@@ -126,7 +126,7 @@ def _check_runs(method: Method, recipe: Recipe, runs: Sequence[SweepRun], max_st
     if max_steps is not None and isinstance(recipe, Recipe) and recipe.patience is not None:
         raise ValueError("max_steps is given, but recipe.patience says when training ends: leave one of them None.")
     check_tasks(method, recipe, runs[0].params, runs[0].model_state, runs[0].tasks)
-    checked = {id(runs[0].tasks)}
+    checked, first = {id(runs[0].tasks)}, runs[0].tasks[0]
     for index, run in enumerate(runs):
         _checks.check_same_structure(f"runs[{index}].params", run.params, "runs[0].params", runs[0].params)
         state, first_state = run.model_state, runs[0].model_state
@@ -135,11 +135,10 @@ def _check_runs(method: Method, recipe: Recipe, runs: Sequence[SweepRun], max_st
             raise ValueError(f"runs[{index}] has {len(run.tasks)} tasks, but runs[0] has {len(runs[0].tasks)}.")
         for number, task in enumerate(run.tasks):
             try:
-                _checks.check_same_structure(
-                    f"runs[{index}].tasks[{number}]", task, "runs[0].tasks[0]", runs[0].tasks[0]
-                )
+                _checks.check_same_structure(f"runs[{index}].tasks[{number}]", task, "runs[0].tasks[0]", first)
             except ValueError as error:
-                raise ValueError(f"{error} tasks.pad_tasks pads tasks to equal numbers of examples.") from None
+                hint = "One program learns all tasks: tasks.pad_tasks gives tasks of different sizes one shape."
+                raise ValueError(f"{error} {hint}") from None
         if id(run.tasks) not in checked:  # runs of one seed share their tasks
             check_tasks(method, recipe, run.params, run.model_state, run.tasks)
             checked.add(id(run.tasks))

@@ -1,8 +1,10 @@
-"""Sequences of tasks made from arrays. The tasks of a sequence have equal shapes: one compilation serves them all."""
+"""Sequences of tasks made from arrays. One compilation serves all tasks with the same numbers of examples."""
 
+import itertools
 import math
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -104,7 +106,7 @@ def rotated_tasks(train: Batch, test: Batch, angles: Sequence[float]) -> list[Ta
 def split_tasks(
     train: Batch, test: Batch, class_groups: Sequence[Sequence[int]], num_classes: int, *, shared_outputs: bool = False
 ) -> list[Task]:
-    """Makes tasks of disjoint classes. Smaller tasks are padded to the largest one's shape, with weight 0.
+    """Makes tasks of disjoint classes, each with its own number of examples: `pad_tasks` makes them equal.
 
     Args:
       train: training examples.
@@ -125,8 +127,8 @@ def split_tasks(
       >>> from lifelong_jax import Batch
       >>> batch = Batch(jnp.zeros((5, 2)), jnp.array([0, 1, 2, 3, 3]), jnp.ones(5))
       >>> task = split_tasks(batch, batch, [[0, 1], [2, 3]], num_classes=4)[0]
-      >>> task.train.weights, task.class_mask
-      (Array([1., 1., 0.], dtype=float32), Array([ True,  True, False, False], dtype=bool))
+      >>> task.train.labels, task.class_mask
+      (Array([0, 1], dtype=int32), Array([ True,  True, False, False], dtype=bool))
 
     Zenke et al. 2017, arXiv 1703.04200; for the scenarios, van de Ven and Tolias 2019, arXiv 1904.07734.
     """
@@ -156,24 +158,28 @@ def split_tasks(
             parts.append(part)
         class_mask = None if shared_outputs else jnp.isin(jnp.arange(num_classes), jnp.asarray(group))
         tasks.append(Task(parts[0], parts[1], class_mask=class_mask))
-    return pad_tasks(tasks)
+    return tasks
 
 
-def dataset_tasks(datasets: Sequence[tuple[Batch, Batch, int]]) -> list[Task]:
+def dataset_tasks(datasets: Sequence[tuple[Batch, Batch, int]], *, shared_outputs: bool = False) -> list[Task]:
     """Makes a task of each data set, each with its own outputs: one head per data set on a shared trunk.
 
-    The first outputs are the first data set's classes, the next ones the second's, and so on. Smaller data sets are
-    padded to the largest one's shape, with weight 0.
+    The first outputs are the first data set's classes, the next ones the second's, and so on. Each task has its own
+    number of examples: `pad_tasks` makes them equal.
 
     Args:
       datasets: for each, training examples, test examples and the number of classes (a `datasets.Dataset`, say). All
         inputs have the same shape per example.
+      shared_outputs: whether the tasks share their outputs, for the scenario "domain" (digits from several sources,
+        say): the labels then stay as they are, and all data sets have the same number of classes. Otherwise each task
+        has a class mask.
 
     Returns:
       A task for each data set.
 
     Raises:
-      ValueError: if there are no data sets, their inputs differ in shape per example, or labels are out of range.
+      ValueError: if there are no data sets, their inputs differ in shape per example, labels are out of range, or data
+        sets that share their outputs differ in their numbers of classes.
       TypeError: if a data set was opened rather than loaded.
 
     Example:
@@ -197,35 +203,55 @@ def dataset_tasks(datasets: Sequence[tuple[Batch, Batch, int]]) -> list[Task]:
     for index, (train, test, num_classes) in enumerate(datasets):
         _checks.check_classes(f"datasets[{index}].train", train, num_classes)
         _checks.check_classes(f"datasets[{index}].test", test, num_classes)
-    total = sum(num_classes for _, _, num_classes in datasets)
-    tasks, first = [], 0
-    for train, test, num_classes in datasets:
+    counts = [num_classes for _, _, num_classes in datasets]
+    if shared_outputs and len(set(counts)) > 1:
+        raise ValueError(
+            f"datasets have {', '.join(map(str, counts))} classes: to share their outputs, all must have the same "
+            f"number. With shared_outputs=False, each has its own."
+        )
+    tasks, outputs = [], jnp.arange(sum(counts))
+    for (train, test, num_classes), end in zip(datasets, itertools.accumulate(counts), strict=True):
+        first = 0 if shared_outputs else end - num_classes
         train, test = (batch._replace(labels=batch.labels.astype(jnp.int32) + first) for batch in (train, test))
-        outputs = jnp.arange(total)
-        tasks.append(Task(train, test, class_mask=(outputs >= first) & (outputs < first + num_classes)))
-        first += num_classes
-    return pad_tasks(tasks)
+        tasks.append(Task(train, test, class_mask=None if shared_outputs else (outputs >= first) & (outputs < end)))
+    return tasks
 
 
 def pad_tasks(tasks: Sequence[Task]) -> list[Task]:
-    """Pads smaller tasks to the largest one's numbers of examples, because tasks of a sequence have equal shapes.
+    """Pads smaller tasks to the largest one's numbers of examples, for `learn_sweep`, or to compile once.
 
-    Padding has weight 0: it takes no training steps, and counts in no importance and no accuracy.
+    Padding has weight 0: it takes no training steps, and counts in no importance and no accuracy. It takes memory: a
+    task of 60,000 examples and nine of 60 become ten of 60,000.
 
     Args:
       tasks: tasks whose inputs have the same shape per example.
 
     Returns:
-      The tasks, with weights.
+      The tasks, with weights. Batches that need no padding are as they were.
+
+    Raises:
+      ValueError: if there are no tasks.
 
     Example:
       >>> small, large = (Batch(np.zeros((size, 3)), np.arange(size)) for size in (2, 4))
       >>> pad_tasks([Task(small, large), Task(large, large)])[0].train.weights
       Array([1., 1., 0., 0.], dtype=float32)
     """
-    train_size = max(len(task.train.labels) for task in tasks)
-    test_size = max(len(task.test.labels) for task in tasks)
-    return [task._replace(train=pad(task.train, train_size), test=pad(task.test, test_size)) for task in tasks]
+    if not tasks:
+        raise ValueError("tasks is empty: there is nothing to pad.")
+
+    def pad_all(batches: Sequence[Batch | None]) -> list[Batch | None]:
+        size = max((len(batch.labels) for batch in batches if batch is not None), default=0)
+        return [
+            batch if batch is None or (batch.weights is not None and len(batch.labels) == size) else pad(batch, size)
+            for batch in batches
+        ]
+
+    parts: list[Any] = [pad_all([getattr(task, part) for task in tasks]) for part in ("train", "test", "validation")]
+    return [
+        task._replace(train=train, test=test, validation=validation)
+        for task, train, test, validation in zip(tasks, *parts, strict=True)
+    ]
 
 
 def permute_features(x: jax.Array, permutation: jax.Array | None) -> jax.Array:

@@ -70,7 +70,8 @@ class Batch(NamedTuple):
 class Task(NamedTuple):
     """One task of a sequence.
 
-    Tasks of a sequence have equal shapes, so that one compilation serves them all.
+    Tasks of a sequence agree in all but their numbers of examples. What learns, measures and evaluates a task is
+    compiled once for each different number of training and of test examples; `pad_tasks` makes them equal.
 
     Attributes:
       train: the training examples; only the trainer sees them.

@@ -289,7 +289,7 @@ def make_optimizer_fn(settings: Settings, num_steps: int, every: int | None = No
 
     Args:
       settings: the optimiser, its step size, and the penalty's place.
-      num_steps: the number of a task's steps, for the schedule.
+      num_steps: the number of the largest task's steps, for the schedule.
       every: for Kronecker factors, the number of steps after which the proximal penalty pulls.
 
     Returns:
@@ -324,8 +324,9 @@ def make_recipes(settings: Settings, experiment: Experiment) -> dict[str, Recipe
     """
     num_steps = 0
     if "kfac" in settings.methods or settings.schedule != "constant":  # others need no tasks yet
-        first, *_ = experiment.make_tasks(experiment.datasets, jax.random.key(0))
-        num_steps = steps_of_task(len(first.train.labels), settings.num_epochs, settings.batch_size)
+        tasks = experiment.make_tasks(experiment.datasets, jax.random.key(0))
+        num_examples = max(len(task.train.labels) for task in tasks)
+        num_steps = steps_of_task(num_examples, settings.num_epochs, settings.batch_size)
     shared = Recipe(
         experiment.apply_fn,
         make_optimizer_fn(settings, num_steps),

@@ -18,12 +18,15 @@ from lifelong_jax.continual import Progress, SequenceState, init_sequence, learn
 from lifelong_jax.methods import Method
 from lifelong_jax.recipes import Recipe
 from lifelong_jax.sweep import SweepRun
+from lifelong_jax.tasks import pad_tasks
 from lifelong_jax.types import Consolidation, Example, Params, Task
 
 _LOGGED = ("task", "epochs", "loss", "accuracies")  # of Progress
 
 CHECKPOINT_SECONDS = 10.0  # the least time between two checkpoints
 CHECKPOINT_SHARE = 0.005  # the largest share of the time that is spent on writing them
+
+MAX_PADDING = 2.0  # times the examples, for one compilation of all tasks: more is worth the compilations
 
 
 class ResumableSequence:
@@ -156,7 +159,11 @@ class ResumableSequence:
 
 
 def start_of_seed(
-    make_tasks: Callable[[jax.Array], Sequence[Task]], init_params: Callable[[jax.Array, Example], Params], seed: int
+    make_tasks: Callable[[jax.Array], Sequence[Task]],
+    init_params: Callable[[jax.Array, Example], Params],
+    seed: int,
+    *,
+    max_padding: float = MAX_PADDING,
 ) -> SweepRun:
     """Makes what a seed sets, for every learner alike: the tasks, the initial parameters and the key of the shuffling.
 
@@ -164,13 +171,38 @@ def start_of_seed(
       make_tasks: `make_tasks(key) -> tasks`.
       init_params: `init_params(key, x) -> params`, x one example's input.
       seed: an integer.
+      max_padding: as for `pad_cheaply`.
 
     Returns:
       The start, with strength 0.
     """
     tasks_key, params_key, learning_key = jax.random.split(jax.random.key(seed), 3)
-    tasks = make_tasks(tasks_key)
+    tasks = pad_cheaply(make_tasks(tasks_key), max_padding)
     return SweepRun(init_params(params_key, tasks[0].train.inputs[0]), tasks, learning_key, 0.0)
+
+
+def pad_cheaply(tasks: Sequence[Task], max_padding: float = MAX_PADDING) -> Sequence[Task]:
+    """Pads tasks of different sizes to one size, so that all are compiled once, unless that takes too much memory.
+
+    Args:
+      tasks: a sequence.
+      max_padding: how many times as many examples there may be, padding included; infinity for `learn_sweep`, which
+        takes no others.
+
+    Returns:
+      The tasks, padded or as they were.
+
+    Example:
+      >>> from lifelong_jax import Batch
+      >>> batches = [Batch(np.zeros((size, 3)), np.zeros(size, int)) for size in (2, 3, 20)]
+      >>> few, more, many = (Task(batch, batch) for batch in batches)
+      >>> [[len(task.train.labels) for task in pad_cheaply(tasks)] for tasks in ([few, more], [few, more, many])]
+      [[3, 3], [2, 3, 20]]
+    """
+    sizes = np.array([[len(task.train.labels), len(task.test.labels)] for task in tasks])
+    if (sizes == sizes[0]).all() or len(sizes) * sizes.max(0).sum() > max_padding * sizes.sum():
+        return tasks
+    return pad_tasks(tasks)
 
 
 def learn_resumably(

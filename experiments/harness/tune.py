@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeAlias
@@ -64,7 +65,8 @@ def sweep_strengths(
     """
     check_settings(distinct={"strengths": [f"{strength:.3g}" for strength in strengths], "seeds": seeds})
     runs_per_program = 1 if jax.default_backend() == "cpu" else RUNS_PER_PROGRAM
-    start_of = functools.lru_cache(maxsize=1)(functools.partial(start_of_seed, make_tasks, init_params))
+    start_of = functools.partial(start_of_seed, make_tasks, init_params, max_padding=math.inf)
+    start_of = functools.lru_cache(maxsize=1)(start_of)
     matrices = {}
     with progress_bar(console) as bar:
         line = bar.add_task("", total=len(learners) * len(strengths) * len(seeds), status="")

@@ -47,6 +47,7 @@ def call(script, output_dir, *arguments):
         (dataset_sequence, "--network alexnet", "alexnet needs --image-size 63 or more"),
         (dataset_sequence, "--network alexnet --image-size 64", "--channels 3, not 64 and 1"),
         (dataset_sequence, "--network alexnet --pretrained /nowhere", "there is no file /nowhere"),
+        (dataset_sequence, "--scenario domain", "needs data sets of the same classes, not of 10, 26 classes"),
         (reproduce, "--entries nothing", "entries must be among"),
         (permuted, "--network cnn --features 4 4 4 4", "need one image [height, width, channels] of at least 16 by 16"),
         (dataset_sequence, "--network cnn --image-size 2", "of at least 4 by 4 pixels, not (2, 2, 1)"),

@@ -1,7 +1,9 @@
 """The experiments end to end on the bundled digits, small; their files are read back."""
 
 import dataclasses
+import itertools
 import json
+import pathlib
 import subprocess
 import sys
 import typing
@@ -23,8 +25,10 @@ from experiments import (
     strength_sweep,
     strength_transfer,
 )
+from experiments.harness import sequences
 from experiments.harness.experiment import make_method
 from experiments.harness.settings import parse_settings
+from lifelong_jax.continual import learn_tasks
 from lifelong_jax.datasets import load_dataset
 from tests.experiments.files import read_table
 
@@ -225,6 +229,33 @@ def test_dataset_sequence_of_scenes_and_birds(tmp_path, mocked_birds, monkeypatc
     arguments += ["--data-dir", str(mocked_birds), "--methods", "mas"]
     summary = summary_of(run(dataset_sequence, tmp_path, *arguments))
     assert np.array(summary["mas"]["accuracy_matrix"]).shape == (2, 2)
+
+
+@pytest.mark.parametrize("scenario", ["task", "domain"])
+def test_dataset_sequence_of_very_different_sizes(tmp_path, monkeypatch, scenario):
+    """Padding would take more than twice the memory; sweeps need it."""
+    monkeypatch.setattr(platformdirs, "user_cache_path", lambda name: tmp_path / "cache")
+    rng = np.random.default_rng(0)
+    names = [f"folder:{tmp_path / name}" for name in ("many", "few", "other")]
+    for name, num_images in zip(names, (20, 3, 3), strict=True):
+        for part, label, index in itertools.product(("train", "test"), ("circle", "square"), range(num_images)):
+            file = pathlib.Path(name.removeprefix("folder:")) / part / label / f"{index}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (8, 8), np.uint8)).save(file)
+    sizes = []
+    monkeypatch.setattr(sequences, "learn_tasks", lambda *arguments, **options: learned(sizes, *arguments, **options))
+    arguments = ["--datasets", *names, "--scenario", scenario, "--methods", "finetune", "kfac", "--num-epochs", "1"]
+    if scenario == "domain":
+        arguments += ["--strength", "1,10"]
+    summary = summary_of(run(dataset_sequence, tmp_path, *arguments, "--seeds", "0", "--hidden-sizes", "4"))
+    assert np.array(summary["kfac"]["accuracy_matrix"]).shape == (3, 3)
+    assert sizes == [[40, 6, 6]] * 2
+
+
+def learned(sizes, method, recipe, params, tasks, key, **options):
+    """Learns tasks, and adds their sizes to a list."""
+    sizes.append([len(task.train.labels) for task in tasks])
+    return learn_tasks(method, recipe, params, tasks, key, **options)
 
 
 def test_permuted_help(capsys):

@@ -25,10 +25,10 @@ from lifelong_jax import (
     learn_task,
     learn_tasks,
     methods,
+    pad_tasks,
 )
 from lifelong_jax.losses import cross_entropy
-from lifelong_jax.tasks import pad_tasks
-from tests.problems import RECIPE, apply_fn, make_batch, make_params
+from tests.problems import RECIPE, apply_fn, make_batch, make_params, proximal_sgd
 
 BATCH = make_batch(9)
 KEY = jax.random.key(0)
@@ -84,13 +84,58 @@ def test_tasks_are_a_list_of_tasks_of_batches(tasks, kinds):
         start(tasks)
 
 
-def test_tasks_of_other_sizes_are_taken_by_a_loop_and_padded_for_a_sweep():
-    tasks = [Task(BATCH, BATCH), Task(make_batch(7), BATCH)]
-    start(tasks)
-    sweep = functools.partial(learn_sweep, methods.ewc(), RECIPE)
-    with pytest.raises(ValueError, match=r"tasks\[1\]\.train\.inputs has shape \(7, 6\), .*tasks\.pad_tasks"):
-        sweep([SweepRun(make_params(), tasks, KEY, 1.0)])
-    sweep([SweepRun(make_params(), pad_tasks(tasks), KEY, 1.0)])
+@functools.cache
+def tasks_of_sizes():
+    """Tasks of different sizes, some of them without weights."""
+    small, large = make_batch(7, seed=3), make_batch(12, seed=4)
+    return [Task(BATCH, large), Task(small._replace(weights=None), BATCH), Task(large, small._replace(weights=None))]
+
+
+@pytest.mark.parametrize("name", ["ewc", "kfac", "si", "rwalk"])
+def test_tasks_of_any_sizes_are_learned_as_they_are_one_by_one(name):
+    """In full batches, whose order does not matter, padding changes nothing."""
+    method, params, tasks = getattr(methods, name)(), make_params(), tasks_of_sizes()
+    recipe = RECIPE._replace(batch_size=12, num_epochs=3)
+    if name == "kfac":
+        recipe = recipe._replace(optimizer_fn=proximal_sgd)
+    learned, padded = (
+        learn_tasks(method, recipe, params, some, KEY, strength=0.5) for some in (tasks, pad_tasks(tasks))
+    )
+    np.testing.assert_allclose(learned.params["w1"], padded.params["w1"], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(learned.accuracy_matrix, padded.accuracy_matrix)
+
+
+def test_tasks_of_any_sizes_are_learned_jointly():
+    recipe, params = RECIPE._replace(batch_size=36, num_epochs=3), make_params()
+    learned, padded = (
+        learn_jointly(recipe, params, some, KEY) for some in (tasks_of_sizes(), pad_tasks(tasks_of_sizes()))
+    )
+    np.testing.assert_allclose(learned.params["w1"], padded.params["w1"], rtol=1e-4, atol=1e-5)
+
+
+def test_a_sweep_is_told_how_to_pad_tasks_of_other_sizes():
+    tasks = tasks_of_sizes()[:2]
+    with pytest.raises(
+        ValueError, match=r"runs\[0\]\.tasks\[1\]\.train\.inputs has shape \(7, 6\), .*tasks\.pad_tasks"
+    ):
+        learn_sweep(methods.finetune(), RECIPE, [SweepRun(make_params(), tasks, KEY, 0.0)])
+
+
+def test_tasks_agree_in_all_but_their_sizes():
+    narrow = make_batch(7)._replace(inputs=np.zeros((7, 5)))
+    other = [
+        (dict(class_mask=jnp.ones(3, bool)), ValueError, r"tasks\[0\] has no leaf \.class_mask"),
+        (dict(permutation=jnp.arange(6)), ValueError, r"tasks\[0\] has no leaf \.permutation"),
+        (
+            dict(train=narrow),
+            ValueError,
+            r"tasks\[1\]\.train has shape \(5,\)",
+        ),
+        (dict(test=BATCH._replace(inputs=np.zeros((9, 6), np.uint8))), TypeError, r"tasks\[1\]\.test has dtype uint8"),
+    ]
+    for fields, error, message in other:
+        with pytest.raises(error, match=message):
+            start([Task(BATCH, BATCH), Task(BATCH, BATCH)._replace(**fields)])
 
 
 def test_test_inputs_are_like_training_inputs():

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lifelong_jax import Batch, Task, dataset_tasks, permuted_tasks, rotated_tasks, split_tasks
+from lifelong_jax import Batch, Task, dataset_tasks, pad_tasks, permuted_tasks, rotated_tasks, split_tasks
 from lifelong_jax.datasets import open_dataset
 from lifelong_jax.scenarios import joint_examples
-from lifelong_jax.tasks import pad_tasks, permute_features
+from lifelong_jax.tasks import permute_features
 from tests.problems import as_batch
 
 
@@ -70,6 +70,15 @@ def test_joint_examples_shows_each_task_its_own_way():
         np.testing.assert_array_equal(joint.labels[5 * index : 5 * index + 5], train.labels)
 
 
+def test_joint_examples_takes_tasks_of_any_sizes_with_and_without_weights():
+    small, large = make_batch(3), make_batch(5)
+    bare = Batch(large.inputs, large.labels)
+    joint = joint_examples([Task(small._replace(weights=2 * small.weights), small), Task(bare, small)], "domain")
+    np.testing.assert_array_equal(joint.weights, [2, 2, 2, 1, 1, 1, 1, 1])
+    np.testing.assert_array_equal(joint.inputs, np.concatenate([small.inputs, large.inputs]))
+    assert joint_examples([Task(bare, small)] * 2, "domain").weights is None
+
+
 def test_rotated_tasks_turn_counter_clockwise():
     train, test = make_batch(5, (3, 3, 2)), make_batch(4, (3, 3, 2))
     tasks = rotated_tasks(train, test, [0, 90, -180, 45])
@@ -91,31 +100,58 @@ def test_rotated_tasks_keep_the_dtype():
         np.testing.assert_allclose(turned.astype(jnp.float32), np.rot90(images.inputs, 1, axes=(1, 2)), atol=1e-5)
 
 
-def test_split_tasks_take_any_groups_and_pad_the_smaller_ones():
+def test_split_tasks_take_any_groups_and_hold_no_padding():
     train = as_batch(np.arange(9.0)[:, None], np.array([0, 1, 2, 3, 3, 1, 0, 2, 2]), np.ones(9))
     tasks = split_tasks(train, train, [[3, 1], [2, 0]], num_classes=5)
-    assert {task.train.inputs.shape for task in tasks} == {(5, 1)}
-    np.testing.assert_array_equal(tasks[0].train.weights, [1, 1, 1, 1, 0])
-    np.testing.assert_array_equal(tasks[0].train.inputs[:4, 0], [1, 3, 4, 5])
-    np.testing.assert_array_equal(tasks[1].train.labels, [0, 2, 0, 2, 2])
+    for part in (0, 1):
+        np.testing.assert_array_equal(tasks[0][part].inputs[:, 0], [1, 3, 4, 5])
+        np.testing.assert_array_equal(tasks[0][part].labels, [1, 3, 3, 1])
+        np.testing.assert_array_equal(tasks[0][part].weights, [1, 1, 1, 1])
+        np.testing.assert_array_equal(tasks[1][part].labels, [0, 2, 0, 2, 2])
     np.testing.assert_array_equal(tasks[0].class_mask, [False, True, False, True, False])
-    assert tasks[0].class_mask[tasks[0].train.labels].all()  # padding too
 
     shared = split_tasks(train, train, [[3, 1], [2, 0]], num_classes=5, shared_outputs=True)
-    np.testing.assert_array_equal(shared[0].train.labels[:4], [1, 0, 0, 1])
+    np.testing.assert_array_equal(shared[0].train.labels, [1, 0, 0, 1])
     np.testing.assert_array_equal(shared[1].train.labels, [1, 0, 1, 0, 0])
     assert shared[0].class_mask is None
+
+
+def test_padding_of_split_tasks_is_among_the_classes_of_the_task():
+    train = as_batch(np.arange(9.0)[:, None], np.array([0, 1, 2, 3, 3, 1, 0, 2, 2]), np.ones(9))
+    for task in pad_tasks(split_tasks(train, train, [[3, 1], [2, 0]], num_classes=5)):
+        assert task.train.inputs.shape == (5, 1)
+        assert task.class_mask[task.train.labels].all()
+
+
+def test_tasks_of_very_different_sizes_take_the_memory_of_the_data():
+    labels = np.repeat(np.arange(10), [6000, *[6] * 9])
+    batch = Batch(np.zeros((len(labels), 100), np.float32), labels)
+    split = split_tasks(batch, batch, [[label] for label in range(10)], num_classes=10)
+    parts = [Batch(batch.inputs[labels == label], 0 * labels[labels == label]) for label in range(10)]
+    for tasks in (split, dataset_tasks([(part, part, 2) for part in parts])):
+        assert sum(task.train.inputs.nbytes for task in tasks) == batch.inputs.nbytes
 
 
 def test_dataset_tasks_give_each_data_set_outputs_of_its_own():
     small, large = make_batch(3), make_batch(5)
     tasks = dataset_tasks([(small, large, 2), (large, small, 4)])
+    np.testing.assert_array_equal(tasks[0].train.labels, small.labels)
     np.testing.assert_array_equal(tasks[1].train.labels, large.labels + 2)
-    np.testing.assert_array_equal(tasks[0].train.weights, [1, 1, 1, 0, 0])
-    np.testing.assert_array_equal(tasks[1].test.weights, [1, 1, 1, 0, 0])
+    np.testing.assert_array_equal(tasks[1].test.labels, small.labels + 2)
     np.testing.assert_array_equal(
         np.stack([task.class_mask for task in tasks]), [[1, 1, 0, 0, 0, 0], [0, 0, 1, 1, 1, 1]]
     )
+
+
+def test_dataset_tasks_may_share_their_outputs():
+    small, large = make_batch(3), make_batch(5)
+    tasks = dataset_tasks([(small, large, 2), (large, small, 2)], shared_outputs=True)
+    for task, batch in zip(tasks, (small, large), strict=True):
+        np.testing.assert_array_equal(task.train.labels, batch.labels)
+        np.testing.assert_array_equal(task.train.inputs, batch.inputs)
+        assert task.class_mask is None
+    with pytest.raises(ValueError, match="datasets have 2, 3 classes: to share their outputs, all must have the same"):
+        dataset_tasks([(small, large, 2), (large, small, 3)], shared_outputs=True)
 
 
 def test_bad_input():
@@ -144,6 +180,8 @@ def test_bad_input():
         split_tasks(unweighted, batch, [[0, 1]], num_classes=2)
     with pytest.raises(ValueError, match="datasets is empty"):
         dataset_tasks([])
+    with pytest.raises(ValueError, match="tasks is empty: there is nothing to pad"):
+        pad_tasks([])
     with pytest.raises(ValueError, match="inputs must have the same shape per example"):
         dataset_tasks([(make_batch(5), make_batch(5, (3, 3)), 2)])
 
@@ -166,9 +204,9 @@ def test_padding_repeats_real_examples(make):
     large, small = make_batch(5), make_batch(3)
     if make == "split":
         batch = as_batch(np.arange(1.0, 13.0).reshape(4, 3), np.array([0, 1, 1, 1]), np.ones(4))
-        tasks = split_tasks(batch, batch, [[0], [1]], num_classes=2)
+        tasks = pad_tasks(split_tasks(batch, batch, [[0], [1]], num_classes=2))
     else:
-        tasks = dataset_tasks([(large, large, 2), (small, small, 2)])
+        tasks = pad_tasks(dataset_tasks([(large, large, 2), (small, small, 2)]))
     for part in (part for task in tasks for part in (task.train, task.test)):
         rows = np.column_stack([np.asarray(part.inputs).reshape(len(part.labels), -1), part.labels]).tolist()
         num_real = int((part.weights > 0).sum())
@@ -186,6 +224,7 @@ def test_tasks_are_padded_to_the_size_of_the_largest_one():
     np.testing.assert_array_equal(tasks[1].test.weights, [2, 2, 2, 0, 0])
     np.testing.assert_array_equal(tasks[0].train.inputs[:3], small.inputs)
     np.testing.assert_array_equal(tasks[0].train.labels, [0, 1, 0, 0, 1])  # the first ones again
+    assert tasks[0].test is large  # is not copied
 
 
 def test_weights_may_be_left_out():
@@ -196,14 +235,16 @@ def test_weights_may_be_left_out():
         lambda batch: dataset_tasks([(batch, batch, 2)]),
     ):
         for task, expected in zip(make_tasks(bare), make_tasks(batch), strict=True):
-            np.testing.assert_array_equal(task.train.weights, expected.train.weights)
+            assert task.train.weights is None
+            np.testing.assert_array_equal(task.train.labels, expected.train.labels)
+            np.testing.assert_array_equal(pad_tasks([task])[0].train.weights, expected.train.weights)
     assert rotated_tasks(bare, bare, [90])[0].train.weights is None
 
 
 def test_inputs_of_several_arrays():
     batch = make_batch(5)
     pair = batch._replace(inputs=(batch.inputs, batch.labels))
-    np.testing.assert_array_equal(split_tasks(pair, pair, [[0], [1]], 2)[1].train.inputs[1], [1, 1, 1])
+    np.testing.assert_array_equal(split_tasks(pair, pair, [[0], [1]], 2)[1].train.inputs[1], [1, 1])
     assert dataset_tasks([(pair, pair, 2)])[0].train.inputs[0].shape == (5, 2, 3)
     with pytest.raises(TypeError, match=r"train\.inputs is a tuple, but must be one array"):
         permuted_tasks(pair, pair, 2, jax.random.key(0))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import random
@@ -23,12 +24,13 @@ import safetensors.numpy
 from experiments import permuted
 from experiments.harness import experiment, runs, sequences
 from experiments.harness.runs import Run, open_run, read_rows
-from experiments.harness.sequences import ResumableSequence, learn_resumably
+from experiments.harness.sequences import ResumableSequence, learn_resumably, start_of_seed
 from experiments.harness.settings import RunSettings, parse_settings
 from lifelong_jax import (
     Batch,
     Progress,
     Recipe,
+    Task,
     add_quadratic_penalty,
     consolidate,
     init_consolidation,
@@ -48,6 +50,28 @@ TASKS = permuted_tasks(BATCH, BATCH, NUM_TASKS, jax.random.key(1))
 PARAMS = {"w": jax.random.normal(jax.random.key(2), (6, 3)), "b": jnp.zeros(3)}
 SMALL = ["--num-tasks", "2", "--hidden-sizes", "8", "--num-epochs", "2", "--methods", "ewc", "--seeds", "0"]
 CONSOLE = rich.console.Console()
+
+
+def task_of(num_train, num_test=1):
+    train, test = (Batch(np.ones((size, 2)), np.zeros(size, int), np.ones(size)) for size in (num_train, num_test))
+    return Task(train, test)
+
+
+def test_tasks_are_padded_where_that_takes_at_most_twice_the_memory():
+    def padded(*tasks, **options):
+        start = start_of_seed(lambda key: tasks, lambda key, x: x, 0, **options)
+        return [(len(task.train.labels), len(task.test.labels)) for task in start.tasks]
+
+    assert padded(task_of(20), task_of(30)) == [(30, 1)] * 2
+    assert padded(task_of(29, 1), task_of(1, 1), task_of(1, 29)) == [(29, 1), (1, 1), (1, 29)]  # 174 of 62
+    assert padded(task_of(30, 10), task_of(10, 10), task_of(5, 10), task_of(5, 2)) == [(30, 10)] * 4  # 160 of 82
+    assert padded(task_of(30), task_of(1), task_of(1)) == [(30, 1), (1, 1), (1, 1)]
+    assert padded(task_of(30), task_of(1), task_of(1), max_padding=math.inf) == [(30, 1)] * 3
+
+
+def test_tasks_of_one_size_go_on_sharing_their_arrays():
+    start = start_of_seed(lambda key: TASKS, lambda key, x: x, 0, max_padding=math.inf)
+    assert all(task.train is BATCH for task in start.tasks)
 
 
 def apply_fn(params, x):
