@@ -108,6 +108,12 @@ def check_class_numbers(name: str, labels: Any, num_classes: int | None) -> None
         )
 
 
+def check_labels(loss_fn: Any, name: str, params: Params, examples: Any) -> None:
+    """Raises an error that names the argument unless labels are what one of the library's own losses takes."""
+    if hasattr(loss_fn, "check_examples"):
+        loss_fn.check_examples(name, params, examples)
+
+
 def first_example(examples: Examples) -> Example:
     """Returns the shapes and dtypes of one example."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), examples)
@@ -249,6 +255,16 @@ def check_finite(name: str, tree: Any, hint: str = "Did training diverge?") -> N
 def is_finite(tree: Any) -> bool:
     """Returns whether all known values of a tree are finite."""
     return _first_where(lambda lowest: lowest == -math.inf, jax.tree.leaves_with_path(tree)) is None
+
+
+def is_zero(tree: Any) -> bool:
+    """Returns whether all values of a tree are 0."""
+    return not jax.device_get(_any_nonzero(tree))
+
+
+@jax.jit
+def _any_nonzero(tree: Any) -> jax.Array:
+    return jnp.any(jnp.stack([jnp.any(leaf != 0) for leaf in jax.tree.leaves(tree)]))
 
 
 def _first_where(fails: Callable[[float], bool], leaves: list[tuple[Any, Any]]) -> str | None:

@@ -6,6 +6,7 @@ a sequence is what the next epoch needs: a callback gets it after every epoch, a
 
 import functools
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeAlias
 
@@ -20,7 +21,7 @@ from lifelong_jax._sequences import begin_task, check_run, make_optimizer, task_
 from lifelong_jax._task_checks import check_tasks
 from lifelong_jax.consolidation import consolidate, init_consolidation
 from lifelong_jax.evaluation import evaluate
-from lifelong_jax.methods import Method
+from lifelong_jax.methods import Method, finetune
 from lifelong_jax.recipes import Recipe
 from lifelong_jax.scenarios import active_classes, joint_examples
 from lifelong_jax.training import TrainingState, init_training
@@ -385,6 +386,12 @@ def _end_task(
     """Consolidates the task just learned; returns the state, and the task's own parameters and importance."""
     measure = functools.partial(importance_of, compiled_part(recipe), method.importance_fn)
     importance, seconds = timed(measure, state.training, data, key)
+    if method.importance_fn is not finetune().importance_fn and _checks.is_zero(importance):
+        warnings.warn(
+            f"the importance of {method.name} is 0 everywhere after {state.epochs} epochs, so no strength protects "
+            f"this task: has it one class, or does the network's output not depend on its parameters?",
+            stacklevel=3,
+        )
     consolidation = consolidate(state.consolidation, state.params, importance, rule=method.rule, decay=method.decay)
     state = state._replace(consolidation=consolidation, importance_seconds=state.importance_seconds + seconds)
     return state, Consolidation(state.params, importance)

@@ -163,9 +163,7 @@ def learn_task(
 
 def check_loss(loss_fn: LossFn | TrainLossFn, state: TrainingState, name: str, examples: Examples) -> None:
     """Raises an error that names the argument unless the examples' labels are what a loss of `losses` takes."""
-    predicting = _as_predicting(loss_fn, state.model_state)
-    if hasattr(predicting, "check_examples"):
-        predicting.check_examples(name, state.params, examples)
+    _checks.check_labels(_as_predicting(loss_fn, state.model_state), name, state.params, examples)
 
 
 def train_step(

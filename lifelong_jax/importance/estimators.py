@@ -74,6 +74,7 @@ def empirical_fisher_diagonal(
     Kirkpatrick et al. 2017, doi 10.1073/pnas.1611835114; on the two Fishers, Kunstner et al. 2019, arXiv 1905.12558.
     """
     check_arguments(params, "examples", examples, weights, microbatch_size)
+    _checks.check_labels(loss_fn, "examples", params, examples)
     sum_fn = _sum_fn(method, "sum_of_squares")
     return mean_over_examples(
         as_tree(loss_fn), cotangents.unit, params, examples, None, weights, sum_fn, microbatch_size

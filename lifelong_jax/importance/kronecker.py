@@ -136,6 +136,7 @@ def empirical_kronecker_fisher(
     Martens and Grosse 2015, arXiv 1503.05671; on the two Fishers, Kunstner et al. 2019, arXiv 1905.12558.
     """
     check_arguments(params, "examples", examples, weights, microbatch_size)
+    _checks.check_labels(loss_fn, "examples", params, examples)
     means = mean_over_examples(
         as_tree(loss_fn),
         cotangents.unit,

@@ -15,6 +15,8 @@ from lifelong_jax import (
     SweepRun,
     Task,
     add_quadratic_penalty,
+    empirical_fisher_diagonal,
+    empirical_kronecker_fisher,
     evaluate,
     forms,
     init_consolidation,
@@ -279,6 +281,8 @@ def doors(batch, objective, params):
         "learn_sweep": lambda: learn_sweep(methods.ewc(), recipe, [SweepRun(params, tasks, KEY, 1.0)]),
         "evaluate": lambda: evaluate(linear, params, tasks, objective=objective),
         "learn_task": lambda: learn_task(loss_fn, optimizer, start(), none, batch, **options),
+        "empirical_fisher_diagonal": lambda: empirical_fisher_diagonal(loss_fn, params, batch),
+        "empirical_kronecker_fisher": lambda: empirical_kronecker_fisher(loss_fn, params, batch),
         "learn_stream": lambda: learn_stream(loss_fn, optimizer, start(), none, ArraySource(batch), **options),
     }
 
@@ -308,6 +312,17 @@ def test_labels_that_do_not_fit_the_objective(objective, labels, message):
     for name, run in doors(Batch(normal(4, 2), labels), objective, normal(2, 3)).items():
         with pytest.raises((ValueError, TypeError), match=message):
             pytest.fail(f"{name} took them: {run()}")
+
+
+def test_a_task_of_one_class_is_refused_or_said_to_be_unprotected():
+    batch = Batch(normal(4, 2), jnp.zeros(4, int))
+    task = Task(batch, batch, class_mask=jnp.array([True, False, False]))
+    recipe = Recipe(linear, optimizer_fn, num_epochs=1, batch_size=2, scenario="task")
+    learn = functools.partial(learn_tasks, methods.ewc(), params=normal(2, 3), tasks=[task], key=KEY, strength=1.0)
+    with pytest.raises(ValueError, match=r"tasks\[0\]\.class_mask has 1 active classes: .* the label is certain"):
+        learn(recipe)
+    with pytest.warns(UserWarning, match="the importance of ewc is 0 everywhere after 1 epochs"):
+        learn(recipe._replace(scenario="class"))
 
 
 def test_weights_of_labels_that_do_not_fit():
