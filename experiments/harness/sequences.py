@@ -200,9 +200,8 @@ def pad_cheaply(tasks: Sequence[Task], max_padding: float = MAX_PADDING) -> Sequ
       [[3, 3], [2, 3, 20]]
     """
     sizes = np.array([[len(task.train.labels), len(task.test.labels)] for task in tasks])
-    if (sizes == sizes[0]).all() or len(sizes) * sizes.max(0).sum() > max_padding * sizes.sum():
-        return tasks
-    return pad_tasks(tasks)
+    padding = len(sizes) * sizes.max(0).sum() / sizes.sum()
+    return pad_tasks(tasks) if padding <= max_padding else tasks
 
 
 def learn_resumably(
