@@ -106,7 +106,7 @@ def learn_tasks(
         is learned, because its classes are unknown. Define its functions once, not anew for each call: programs are
         compiled for these very functions, and kept, so that each new lambda costs seconds and megabytes.
       params: the parameters to start from.
-      tasks: the sequence, in order; equal shapes.
+      tasks: the sequence, in order. Each different number of examples is compiled once.
       key: the random key of shuffling and of sampled labels.
       strength: λ, not negative.
       model_state: with a `recipe.train_fn`, the model state to start from, () if there is none; otherwise None.
@@ -155,7 +155,7 @@ def learn_tasks(
             training = begin_task(method, optimizer, state.training, train_key, index)
             state = state._replace(training=training, best=init_best(recipe, training))
         for epoch in range(state.epochs - index * num_epochs, num_epochs):
-            compiled = state.epochs > start.epochs
+            compiled = state.epochs > start.epochs and (epoch > 0 or _same_sizes(tasks, index - 1, index))
             state, loss = _train_epoch(learn, state, traced_strength, data, epoch, compiled)
             state, ends = _stop_early(recipe, state, tasks, [index], index)
             ends |= epoch + 1 == num_epochs
@@ -191,7 +191,7 @@ def learn_jointly(
     Args:
       recipe: as for `learn_tasks`; in the scenario "class", the classes of all tasks are active.
       params: the parameters to start from.
-      tasks: the tasks; equal shapes.
+      tasks: the tasks; inputs of equal shapes.
       key: the random key of shuffling.
       model_state: as for `learn_tasks`.
       start: a state to go on from, as for `learn_tasks`.
@@ -340,6 +340,11 @@ def go_on_after(
         consolidation = consolidate(consolidation, params, importance, rule=method.rule, decay=method.decay)
     training = start.training._replace(params=learned[-1].anchor)
     return start._replace(epochs=len(learned) * recipe.num_epochs, training=training, consolidation=consolidation)
+
+
+def _same_sizes(tasks: Sequence[Task], index: int, other: int) -> bool:
+    shapes = [jax.tree.map(jnp.shape, tasks[number].train) for number in (index, other)]
+    return shapes[0] == shapes[1]
 
 
 def _train_epoch(

@@ -194,6 +194,12 @@ def train_step(
     def mean_loss(params: Params) -> tuple[jax.Array, ModelState]:
         return _mean_loss(loss_fn, params, model_state, batch, weights, keys)
 
+    # Line searches of optax refuse arguments of `update` that this function does not name.
+    def value_fn(
+        params: Params, *, anchor: Any, importance: Any, loss_fn: Any, examples: Any, weights: Any
+    ) -> jax.Array:
+        return mean_loss(params)[0]
+
     (loss, new_model_state), grads = jax.value_and_grad(mean_loss, has_aux=True)(params)
     extra_args = {
         **consolidation._asdict(),
@@ -202,7 +208,7 @@ def train_step(
         "weights": weights,
         "value": loss,
         "grad": grads,
-        "value_fn": lambda params: mean_loss(params)[0],
+        "value_fn": value_fn,
     }
     updates, opt_state = with_extra_args(optimizer).update(grads, state.opt_state, params, **extra_args)
     params = optax.apply_updates(params, update_after_reads(updates, grads))

@@ -1,5 +1,6 @@
 """Streams against the same data in memory; what they hold in memory; what goes wrong on the way."""
 
+import copy
 import functools
 import os
 import pathlib
@@ -266,3 +267,73 @@ def test_a_stream_is_larger_than_what_the_process_may_hold(tmp_path, monkeypatch
     in_memory: Batch = load_dataset(f"folder:{tmp_path}", image_size=IMAGE_SIZE).train
     assert in_memory.inputs.nbytes == BYTES
     np.testing.assert_allclose(np.load(tmp_path / "params.npy"), learn_channel_means(learn_task)(in_memory), rtol=1e-4)
+
+
+def test_a_stream_goes_on_from_any_state_that_a_callback_got():
+    kept = []
+
+    def keep(state):
+        kept.append(copy.deepcopy(state))
+
+    learn = functools.partial(learn_stream, LOSS_FN, OPTIMIZER, batch_size=4, num_epochs=2)
+    whole, info = learn(start(), CONSOLIDATION, SOURCE, interval=2, callback=keep)
+    assert [(state.epoch, state.step) for state in kept] == [(0, 2), (1, 0), (1, 2), (2, 0)]  # of 3 steps an epoch
+    for state in kept:
+        again, again_info = learn(state, CONSOLIDATION, SOURCE)
+        jax.tree.map(np.testing.assert_array_equal, (again.params, again_info), (whole.params, info))
+        assert again.key == whole.key
+    _, longer_info = learn(kept[-1], CONSOLIDATION, SOURCE, num_epochs=3)
+    assert longer_info.loss.shape == (3, 3)
+    np.testing.assert_array_equal(longer_info.loss[:2], info.loss)
+    with pytest.raises(ValueError, match="state is after 2 epochs of 3 batches, but there are 1 epochs of 3"):
+        learn(kept[-1], CONSOLIDATION, SOURCE, num_epochs=1)
+    with pytest.raises(ValueError, match="interval must be an integer of at least 1"):
+        learn(start(), CONSOLIDATION, SOURCE, interval=0)
+
+
+def test_a_source_that_fails_in_the_middle_loses_no_step_that_was_kept():
+    kept = []
+
+    class Failing(Subset):
+        def __getitem__(self, index):
+            if broken and index == bad:
+                raise OSError("the disk is gone")
+            return super().__getitem__(index)
+
+    bad = int(jax.random.permutation(jax.random.split(start().key)[1], NUM_EXAMPLES)[-1])
+    source, broken = Failing(SOURCE, range(NUM_EXAMPLES)), True
+    learn = functools.partial(learn_stream, LOSS_FN, OPTIMIZER, batch_size=4, num_epochs=1)
+    with pytest.raises(OSError, match="the disk is gone"):
+        learn(start(), CONSOLIDATION, source, interval=1, callback=lambda state: kept.append(copy.deepcopy(state)))
+    assert kept[-1].step >= 1
+    broken = False
+    state, _ = learn(kept[-1], CONSOLIDATION, source)
+    whole, _ = learn(start(), CONSOLIDATION, SOURCE)
+    jax.tree.map(np.testing.assert_array_equal, state.params, whole.params)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.uint8])
+def test_tokens_and_trees_arrive_as_the_source_gives_them(dtype):
+    tokens = np.random.default_rng(0).integers(0, 200, (7, 5)).astype(dtype)
+
+    class Tokens:
+        def __len__(self):
+            return len(tokens)
+
+        def __getitem__(self, index):
+            return Batch({"tokens": tokens[index], "length": np.float32(index)}, np.int32(index % 3))
+
+    batch = next(stream_batches(Tokens(), 4))
+    assert batch.inputs["tokens"].dtype == dtype
+    np.testing.assert_array_equal(batch.inputs["tokens"], tokens[:4])
+
+    def network(params, x):
+        return params[x["tokens"]].mean(0) + 0 * x["length"]
+
+    params = jnp.asarray(np.random.default_rng(1).normal(size=(200, 3)), jnp.float32)
+    optimizer, loss_fn = optax.sgd(0.1), cross_entropy(network)
+    state, none = init_training(optimizer, params, jax.random.key(0)), init_consolidation(params)
+    examples = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(Tokens()[index] for index in range(7)))
+    expected, _ = learn_task(loss_fn, optimizer, state, none, examples, num_epochs=2, batch_size=3)
+    found, _ = learn_stream(loss_fn, optimizer, state, none, Tokens(), num_epochs=2, batch_size=3)
+    assert_close(found.params, expected.params)

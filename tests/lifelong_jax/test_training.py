@@ -368,3 +368,39 @@ def test_losses_of_float16_parameters_are_averaged_in_float32():
     np.testing.assert_array_equal(info.loss, [[81.0]])
     assert state.params.dtype == jnp.float16
     np.testing.assert_allclose(state.params, [1 + 1e-3 * 18], rtol=1e-3)
+
+
+def test_an_optimiser_gets_the_batch_s_loss_its_gradient_and_the_function():
+    examples, params, consolidation = make_problem()
+
+    def see(updates, state, params, *, value, grad, value_fn, **extra_args):
+        at_params = jax.value_and_grad(lambda params: value_fn(params, **extra_args))(params)
+        return updates, (value, grad, *at_params)
+
+    zeros = (jnp.zeros(()), params, jnp.zeros(()), params)
+    seen = optax.GradientTransformationExtraArgs(lambda params: zeros, see)
+    optimizer = optax.chain(seen, add_quadratic_penalty(0.7), optax.sgd(0.05))
+    start = init_training(optimizer, params, jax.random.key(0))
+    state, info = learn_compiled(
+        loss_fn, optimizer, start, consolidation, examples, num_epochs=1, batch_size=NUM_EXAMPLES
+    )
+    value, grad, value_again, grad_again = state.opt_state[0]
+    np.testing.assert_allclose((value, value_again), [info.loss[0, 0]] * 2, rtol=1e-5)
+    chex.assert_trees_all_close(grad, grad_again, rtol=1e-5)  # without the penalty
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.chain(add_quadratic_penalty(0.0), optax.adam(0.05), optax.contrib.reduce_on_plateau(patience=1)),
+        optax.lbfgs(),
+    ],
+    ids=["reduce_on_plateau", "lbfgs"],
+)
+@pytest.mark.usefixtures("standard_promotion")
+def test_optimisers_that_look_at_the_loss(optimizer):
+    examples, params, consolidation = make_problem()
+    start = init_training(optimizer, params, jax.random.key(0))
+    learn = functools.partial(learn_compiled, loss_fn, optimizer, start, consolidation, examples)
+    _, info = learn(num_epochs=5, batch_size=NUM_EXAMPLES)
+    assert info.loss[-1, 0] < 0.9 * info.loss[0, 0]
