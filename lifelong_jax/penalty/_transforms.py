@@ -116,7 +116,7 @@ def _check_arguments(updates: optax.Updates, params: Params | None, consolidatio
             "the penalty needs params, anchor and importance: call optimizer.update(grads, state, params, "
             "**consolidation._asdict()), or hold anchor and importance in the optimiser's state, by hold_consolidation "
             "and set_consolidation of lifelong_jax.penalty. If they were passed, something between drops them, such as "
-            "optax.lookahead, optax.contrib.sam, a MultiSteps in a chain, or a trainer: hold them."
+            "MultiSteps in a chain, optax.contrib.sam or optax.lookahead: docs/guides/penalties.md says what to write."
         )
     try:
         check_trees("updates", updates, consolidation)

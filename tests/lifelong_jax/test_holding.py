@@ -179,6 +179,11 @@ def test_what_is_held_is_at_least_float32_whatever_is_set(dtype):
 
 # ------------------------------------------------------------------------------------ wrappers
 
+
+def extra_args(optimizer):
+    return optax.GradientTransformationExtraArgs(optimizer.init, optimizer.update)
+
+
 # What may be written around a penalty `p`, which holds or gets its consolidation, or is the identity.
 FORWARDING = {
     "named_chain": lambda p: optax.named_chain(("penalty", p), ("sgd", optax.sgd(RATE))),
@@ -186,6 +191,9 @@ FORWARDING = {
     "MultiSteps, transformation": lambda p: optax.MultiSteps(
         optax.chain(p, optax.sgd(RATE)), 2
     ).gradient_transformation(),
+    "MultiSteps in a chain, of the class that forwards": lambda p: optax.chain(
+        optax.clip(1e3), extra_args(optax.MultiSteps(optax.chain(p, optax.sgd(RATE)), 2))
+    ),
     "apply_if_finite": lambda p: optax.apply_if_finite(optax.chain(p, optax.adam(RATE)), 2),
     "apply_every": lambda p: optax.chain(p, optax.sgd(RATE), optax.apply_every(2)),
     "conditionally_mask": lambda p: optax.conditionally_mask(
