@@ -78,6 +78,7 @@ def cross_entropy(apply_fn: OutputFn) -> LossFn:
       ValueError where labels and outputs do not fit, or there are fewer than two classes.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> from lifelong_jax import Batch
       >>> example = Batch(jnp.zeros(2), jnp.array(1), jnp.array(1.0))
       >>> cross_entropy(lambda params, x: params + x)(jnp.zeros(2), example)
