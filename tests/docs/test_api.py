@@ -61,7 +61,7 @@ def test_names_of_a_package(package):
 
 
 def test_names_at_the_top_level():
-    modules = {"forms", "methods", "metrics", "scenarios", "tasks"}
+    modules = {"forms", "losses", "methods", "metrics", "objectives", "scenarios", "tasks"}
     assert {f"lifelong_jax.{name}" for name in set(lifelong_jax.__all__) - modules} <= set(ENTRIES)
 
 
