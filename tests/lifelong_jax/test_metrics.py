@@ -86,6 +86,34 @@ def test_what_was_not_measured_is_nan():
     assert math.isnan(backward_transfer(only_last_row))
 
 
+@pytest.mark.parametrize(
+    ("metric", "others"),
+    [
+        (forgetting, []),
+        (forgetting_since_learned, []),
+        (forgetting_ratio, [[0.1, 0.2, 0.1], [1.0, 0.8, 0.9]]),
+        (backward_transfer, []),
+        (forward_transfer, [[0.5, 0.2, 0.1]]),
+        (intransigence, [[1.0, 0.9, 0.8]]),
+    ],
+)
+def test_of_a_score_of_which_a_lower_one_is_better_a_metric_is_that_of_its_negative(metric, others):
+    of_negatives = metric(np.negative(MATRIX), *map(np.negative, others), higher_is_better=False)
+    assert of_negatives == pytest.approx(metric(MATRIX, *others))
+
+
+def test_forgetting_is_positive_and_transfer_negative_where_an_error_grew():
+    errors = [[0.2, 1.0, 0.9], [0.1, 0.3, 0.8], [0.7, 0.5, 0.4]]
+    lower = {"higher_is_better": False}
+    assert forgetting(errors, **lower) == pytest.approx(((0.7 - 0.1) + (0.5 - 0.3)) / 2)
+    assert forgetting_since_learned(errors, **lower) == pytest.approx(((0.7 - 0.2) + (0.5 - 0.3)) / 2)
+    assert backward_transfer(errors, **lower) == pytest.approx(((0.2 - 0.7) + (0.3 - 0.5)) / 2)
+    assert forward_transfer(errors, [1.5, 1.2, 1.0], **lower) == pytest.approx(((1.2 - 1.0) + (1.0 - 0.8)) / 2)
+    assert intransigence(errors, [0.1, 0.1, 0.1], **lower) == pytest.approx((0.1 + 0.2 + 0.3) / 3)
+    ratio = forgetting_ratio(errors, 1.0, [0.1, 0.1, 0.1], **lower)
+    assert ratio == pytest.approx((0.3 / 0.9 + 0.5 / 0.9 + 0.6 / 0.9) / 3 - 1)
+
+
 @pytest.mark.parametrize("metric", [average_accuracy, average_incremental_accuracy, forgetting, backward_transfer])
 @pytest.mark.parametrize("matrix", [[0.5, 0.5], [[0.5, 0.5]], np.zeros((0, 0))])
 def test_bad_input(metric, matrix):
@@ -112,3 +140,8 @@ def test_there_is_no_ratio_where_joint_training_learned_nothing(joint):
     with pytest.raises(ValueError, match=rf"joint_accuracy\[1\] is {joint}, but must be above chance, 0\.1"):
         forgetting_ratio(MATRIX, 0.1, [1.0, joint, 0.9])
     assert math.isnan(forgetting_ratio(MATRIX, 0.1, [1.0, np.nan, 0.9]))  # not measured
+
+
+def test_an_error_of_joint_training_must_be_below_that_of_a_network_that_learned_nothing():
+    with pytest.raises(ValueError, match=r"joint_accuracy\[1\] is 1, but must be below chance, 1:"):
+        forgetting_ratio(MATRIX, 1.0, [0.1, 1.0, 0.9], higher_is_better=False)
