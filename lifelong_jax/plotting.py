@@ -2,10 +2,13 @@
 
 Each function takes arrays and makes a figure: `figure.savefig("curves.png")` writes it, and a notebook shows it. The
 `draw_` functions draw into the axes of a figure of your own, from `make_figure`.
+
+Accuracies are fractions, and are drawn in percent. Another score is drawn likewise in its own unit; its name is that of
+an `Objective`, `objective.score`.
 """
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +26,7 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 
 
 _ONE_LINE = 0.22  # inches, of a title or a legend
+_TOP = 102  # of an axis in percent, so that a line at 100 is seen
 
 
 class Figure(matplotlib.figure.Figure):
@@ -35,18 +39,24 @@ class Figure(matplotlib.figure.Figure):
 
 
 def plot_accuracy_curves(
-    curves: Mapping[str, ArrayLike], task_names: Sequence[str], epochs_per_task: int, title: str
+    curves: Mapping[str, ArrayLike],
+    task_names: Sequence[str],
+    epochs_per_task: int,
+    title: str,
+    *,
+    score: str = "accuracy",
 ) -> Figure:
     """Plots each task's test accuracy while the sequence is learned: one panel per method.
 
     Lines are means over seeds. Bands are one standard error wide on each side.
 
     Args:
-      curves: for each method, fractions `[num_seeds, num_epochs, num_tasks]` after each epoch of the whole sequence;
+      curves: for each method, `[num_seeds, num_epochs, num_tasks]`, the score after each epoch of the whole sequence;
         NaN where a task was not tested.
       task_names: the tasks' names, in the order of learning.
       epochs_per_task: the number of epochs for which each task is learned.
       title: shown above the panels.
+      score: the name of the score. Accuracies are drawn in percent, other scores in their own unit.
 
     Returns:
       The figure.
@@ -56,33 +66,42 @@ def plot_accuracy_curves(
       >>> len(plot_accuracy_curves(curves, ["first", "second"], epochs_per_task=2, title="Two tasks").axes)
       1
     """
+    factor, unit = _factor_and_unit(score)
     num_epochs = np.shape(next(iter(curves.values())))[1]
     epochs = np.arange(1, num_epochs + 1)
     figure = make_figure(2.0 * max(len(curves), 2) + 0.6, 2.7, title)
     axes = figure.subplots(1, len(curves), sharex=True, sharey=True, squeeze=False)[0]
-    for axis, (method, accuracy) in zip(axes, curves.items(), strict=True):
+    for axis, (method, curve) in zip(axes, curves.items(), strict=True):
         for task, name in enumerate(task_names):
-            draw_over_seeds(axis, epochs, 100 * np.asarray(accuracy)[:, :, task], COLORS[task % len(COLORS)], name)
+            draw_over_seeds(axis, epochs, factor * np.asarray(curve)[:, :, task], COLORS[task % len(COLORS)], name)
         for boundary in range(1, len(task_names)):
             axis.axvline(boundary * epochs_per_task, color="0.85", linewidth=0.8, zorder=0)
         axis.set_title(method)
         axis.set_xlabel("epochs, all tasks")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.set_ylim(0, 102)
-    axes[0].set_ylabel("test accuracy, %")
+    _set_limits(axes[0], score)
+    axes[0].set_ylabel(f"test {score}{unit}")
     handles, labels = axes[0].get_legend_handles_labels()
     _draw_legend_below(figure, dict(zip(labels, handles, strict=True)))
     return figure
 
 
-def plot_accuracy_matrices(matrices: Mapping[str, ArrayLike], task_names: Sequence[str], title: str) -> Figure:
-    """Plots each method's accuracy matrix: a row for each task learned, a column for each task tested.
+def plot_accuracy_matrices(
+    matrices: Mapping[str, ArrayLike],
+    task_names: Sequence[str],
+    title: str,
+    *,
+    score: str = "accuracy",
+    higher_is_better: bool = True,
+) -> Figure:
+    """Plots each method's accuracy matrix: a row for each task learned, a column for each task tested. Bright is good.
 
     Args:
-      matrices: for each method, fractions `[num_tasks, num_tasks]`, such as means over seeds; NaN where a task was not
-        tested.
+      matrices: for each method, `[num_tasks, num_tasks]`, such as means over seeds; NaN where a task was not tested.
       task_names: the tasks' names, in the order of learning.
       title: shown above the panels.
+      score: the name of the score. Accuracies are drawn in percent, other scores in their own unit.
+      higher_is_better: whether a higher score is better; False for a squared error or a loss.
 
     Returns:
       The figure.
@@ -92,6 +111,10 @@ def plot_accuracy_matrices(matrices: Mapping[str, ArrayLike], task_names: Sequen
       >>> [axis.get_title() for axis in figure.axes]  # the second is the colour bar
       ['EWC', '']
     """
+    factor, unit = _factor_and_unit(score)
+    scaled = {method: factor * np.asarray(matrix, np.float64) for method, matrix in matrices.items()}
+    low, high = (0, 100) if score == "accuracy" else _range(scaled.values())
+    colors = {"cmap": "cividis" if higher_is_better else "cividis_r", "vmin": low, "vmax": high}
     num_tasks = len(task_names)
     names = [name.removeprefix("task ") for name in task_names]
     longest = max(map(len, names))
@@ -99,11 +122,11 @@ def plot_accuracy_matrices(matrices: Mapping[str, ArrayLike], task_names: Sequen
     figure.set_layout_engine("compressed")  # panels are squares, whatever the figure's shape
     axes = figure.subplots(1, len(matrices), sharex=True, sharey=True, squeeze=False)[0]
     ticks = range(0, num_tasks, 1 + num_tasks // 11)
-    for axis, (method, matrix) in zip(axes, matrices.items(), strict=True):
-        percent, extent = 100 * np.asarray(matrix), (0.5, num_tasks + 0.5, num_tasks + 0.5, 0.5)
-        image = axis.imshow(percent, vmin=0, vmax=100, cmap="cividis", extent=extent)
+    for axis, (method, matrix) in zip(axes, scaled.items(), strict=True):
+        image = axis.imshow(matrix, extent=(0.5, num_tasks + 0.5, num_tasks + 0.5, 0.5), **colors)
         if num_tasks <= 6:
-            _write_numbers(axis, percent)
+            digits = ".0f" if score == "accuracy" else ".3g"
+            _write_numbers(axis, matrix, digits, lambda number: (number > (low + high) / 2) == higher_is_better)
         axis.set_title(method)
         axis.set_xlabel("tested on task")
         rotation = {"rotation": 30, "ha": "right"} if longest > 4 else {}
@@ -111,20 +134,20 @@ def plot_accuracy_matrices(matrices: Mapping[str, ArrayLike], task_names: Sequen
         axis.set_yticks([tick + 1 for tick in ticks], [names[tick] for tick in ticks])
     axes[0].set_ylabel("after learning task")
     fraction = 0.15 / len(matrices)  # of the width of all panels
-    figure.colorbar(image, ax=list(axes), label="test accuracy, %", fraction=fraction, pad=fraction, shrink=0.8)
+    figure.colorbar(image, ax=list(axes), label=f"test {score}{unit}", fraction=fraction, pad=fraction, shrink=0.8)
     return figure
 
 
-def plot_average_accuracy(matrices: Mapping[str, ArrayLike], title: str) -> Figure:
+def plot_average_accuracy(matrices: Mapping[str, ArrayLike], title: str, *, score: str = "accuracy") -> Figure:
     """Plots the average accuracy on the tasks learned so far against their number, one line per method.
 
     Lines are means over seeds. Bands are one standard error wide on each side. A method of which only the last row is
     measured, joint training on all tasks, has a dashed line.
 
     Args:
-      matrices: for each method, accuracy matrices `[num_seeds, num_tasks, num_tasks]`, fractions; NaN where not
-        measured.
+      matrices: for each method, accuracy matrices `[num_seeds, num_tasks, num_tasks]`; NaN where not measured.
       title: shown above the plot.
+      score: the name of the score. Accuracies are drawn in percent, other scores in their own unit.
 
     Returns:
       The figure.
@@ -134,10 +157,11 @@ def plot_average_accuracy(matrices: Mapping[str, ArrayLike], title: str) -> Figu
       >>> figure.axes[0].get_lines()[0].get_ydata().tolist()
       [90.0, 80.0]
     """
+    factor, unit = _factor_and_unit(score)
     figure = make_figure(6.4, 3.6, title)
     axis = figure.subplots()
     for index, (name, of_method) in enumerate(matrices.items()):
-        of_seeds = 100 * np.asarray(of_method, np.float64)
+        of_seeds = factor * np.asarray(of_method, np.float64)
         num_tasks = of_seeds.shape[-1]
         numbers = np.arange(1, num_tasks + 1)
         averages = np.stack([of_seeds[:, row, : row + 1].mean(axis=-1) for row in range(num_tasks)], axis=-1)
@@ -148,8 +172,8 @@ def plot_average_accuracy(matrices: Mapping[str, ArrayLike], title: str) -> Figu
             draw_over_seeds(axis, numbers, averages, color, name, marker="o", markersize=3)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_xlabel("tasks learned")
-    axis.set_ylabel("average accuracy on them, %")
-    axis.set_ylim(0, 102)
+    axis.set_ylabel(f"average {score} on them{unit}")
+    _set_limits(axis, score)
     axis.legend(frameon=False, fontsize=9)
     return figure
 
@@ -159,6 +183,8 @@ def plot_strength_sweep(
     strengths: Sequence[float],
     title: str,
     measured: str = "average accuracy",
+    *,
+    score: str = "accuracy",
 ) -> Figure:
     """Plots an accuracy against the penalty's strength: one panel per optimiser, one line per place of the penalty.
 
@@ -166,11 +192,12 @@ def plot_strength_sweep(
     a strength at which training diverged for some seed.
 
     Args:
-      accuracies: for each optimiser, and for each place of the penalty in its pipeline, fractions
-        `[num_strengths, num_seeds]`; NaN where training diverged.
+      accuracies: for each optimiser, and for each place of the penalty in its pipeline, `[num_strengths, num_seeds]`;
+        NaN where training diverged.
       strengths: `[num_strengths]`, λ in ascending order.
       title: shown above the panels.
       measured: what the accuracies are, such as "validation accuracy", for the vertical axis.
+      score: the name of the score. Accuracies are drawn in percent, other scores in their own unit.
 
     Returns:
       The figure.
@@ -181,24 +208,26 @@ def plot_strength_sweep(
       >>> [text.get_text() for text in figure.legends[0].get_texts()]
       ['coupled', 'proximal']
     """
+    factor, unit = _factor_and_unit(score)
     figure = make_figure(max(3.6 * len(accuracies), 5.4) + 0.6, 3.2, title)
     axes = figure.subplots(1, len(accuracies), sharex=True, sharey=True, squeeze=False)[0]
     places = list(dict.fromkeys(place for by_place in accuracies.values() for place in by_place))
     for axis, (optimizer, by_place) in zip(axes, accuracies.items(), strict=True):
         for place, accuracy in by_place.items():
             index = places.index(place)
-            mean, error = _over_seeds(100 * np.transpose(accuracy))
+            mean, error = _over_seeds(factor * np.transpose(accuracy))
             style = {"color": COLORS[index], "linestyle": ("-", "--", "-.", ":")[index % 4]}
             axis.plot(strengths, mean, linewidth=1.6, marker="o", markersize=3, label=place, **style)
             axis.fill_between(strengths, mean - error, mean + error, color=COLORS[index], alpha=0.2, linewidth=0)
             diverged = np.isnan(mean)
-            heights = np.full(diverged.sum(), 2 + 3.5 * index)
-            axis.plot(np.array(strengths)[diverged], heights, "x", markersize=5, color=COLORS[index])
+            crosses = np.array(strengths)[diverged], np.full(diverged.sum(), (2 + 3.5 * index) / _TOP)
+            of_height = axis.get_xaxis_transform()  # 1 is the top of the panel
+            axis.plot(*crosses, "x", markersize=5, color=COLORS[index], transform=of_height)
         axis.set_title(optimizer)
         axis.set_xscale("log")
         axis.set_xlabel("strength λ (crosses: diverged)")
-        axis.set_ylim(0, 102)
-    axes[0].set_ylabel(f"{measured}, %")
+    _set_limits(axes[0], score)
+    axes[0].set_ylabel(f"{measured}{unit}")
     handles: dict[str, Any] = {}
     for axis in axes:
         handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
@@ -294,6 +323,21 @@ def _over_seeds(values: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     return mean, values.std(axis=0, ddof=1) / np.sqrt(len(values))
 
 
+def _factor_and_unit(score: str) -> tuple[float, str]:
+    return (100.0, ", %") if score == "accuracy" else (1.0, "")
+
+
+def _set_limits(axis: Axes, score: str) -> None:
+    """Of the panels that share this axis."""
+    if score == "accuracy":
+        axis.set_ylim(0, _TOP)
+
+
+def _range(matrices: Iterable[np.ndarray]) -> tuple[float, float]:
+    measured = np.concatenate([matrix[np.isfinite(matrix)] for matrix in matrices])
+    return (float(measured.min()), float(measured.max())) if measured.size else (0.0, 1.0)
+
+
 def _draw_legend_below(figure: Figure, handles: Mapping[str, Any]) -> None:
     inches = 0.7 + 0.09 * max(map(len, handles))  # of the widest entry
     ncols = max(1, min(len(handles), int(figure.get_figwidth() / inches)))
@@ -302,8 +346,8 @@ def _draw_legend_below(figure: Figure, handles: Mapping[str, Any]) -> None:
     figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=ncols, frameon=False)
 
 
-def _write_numbers(axis: Axes, percent: np.ndarray) -> None:
-    for (row, column), accuracy in np.ndenumerate(percent):
-        if np.isfinite(accuracy):
-            shade = "black" if accuracy > 50 else "white"
-            axis.text(column + 1, row + 1, f"{accuracy:.0f}", ha="center", va="center", color=shade, fontsize=8)
+def _write_numbers(axis: Axes, matrix: np.ndarray, digits: str, is_bright: Callable[[float], bool]) -> None:
+    for (row, column), number in np.ndenumerate(matrix):
+        if np.isfinite(number):
+            shade = "black" if is_bright(number) else "white"
+            axis.text(column + 1, row + 1, f"{number:{digits}}", ha="center", va="center", color=shade, fontsize=8)

@@ -137,7 +137,7 @@ def test_a_strength_sweep_marks_where_training_diverged():
     assert np.isnan(mean[2, 1])  # so that the last point has no neighbour
     assert all(line.get_marker() != "None" for line in sgd.get_lines())
     crosses = [line.get_xydata() for line in sgd.get_lines() if line.get_marker() == "x"]
-    np.testing.assert_allclose(np.concatenate(crosses), [[10, 2], [10, 5.5]])
+    np.testing.assert_allclose(np.concatenate(crosses), np.array([[10, 2], [10, 5.5]]) / [1, 102])  # of the height
     np.testing.assert_allclose(lines(adam, "proximal")[0][:, 1], 100 * accuracy[:, 0])  # this seed did not diverge
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["coupled", "proximal"]
     colours = [line.get_color() for axis in figure.axes for line in axis.get_lines() if line.get_label() == "proximal"]
@@ -164,3 +164,43 @@ def test_parts_of_a_figure_of_ones_own():
     x, y = np.linspace(-1, 1, 9), np.linspace(-2, 2, 11)
     plotting.draw_low_loss(right, x, y, x**2 + y[:, None] ** 2, [0.5, 1.0], plotting.COLORS[1])
     assert figure._repr_png_().startswith(b"\x89PNG")
+
+
+def test_another_score_is_drawn_in_its_own_unit():
+    error = RNG.uniform(0, 300, size=(2, 4, 2))
+    (axis,) = plotting.plot_accuracy_curves({"EWC": error}, ["a", "b"], 2, "", score="squared error").axes
+    np.testing.assert_allclose(lines(axis, "a")[0][:, 1], error[:, :, 0].mean(axis=0))
+    assert axis.get_ylabel() == "test squared error"
+    assert axis.get_ylim()[1] > lines(axis, "a")[0][:, 1].max()
+    (axis,) = plotting.plot_average_accuracy({"EWC": error[:, :2]}, "", score="squared error").axes
+    np.testing.assert_allclose(axis.get_lines()[0].get_ydata()[0], error[:, 0, 0].mean())
+    assert axis.get_ylabel() == "average squared error on them"
+    of_method = {"EWC": np.where([[False], [True], [False], [False]], np.nan, error.reshape(4, 4))}
+    (axis,) = plotting.plot_strength_sweep({"": of_method}, STRENGTHS, "", "squared error", score="squared error").axes
+    np.testing.assert_allclose(lines(axis, "EWC")[0][:, 1], of_method["EWC"].mean(axis=1))
+    assert axis.get_ylabel() == "squared error"
+    (cross,) = (line for line in axis.get_lines() if line.get_marker() == "x")
+    ((_, height),) = axis.transAxes.inverted().transform(cross.get_transform().transform(cross.get_xydata()))
+    assert height == pytest.approx(2 / 102)
+
+
+@pytest.mark.parametrize("higher_is_better", [False, True])
+def test_a_matrix_is_bright_where_the_score_is_good(higher_is_better):
+    matrix = np.array([[-0.5, np.nan], [2.345, 3.5]])
+    options = {"score": "squared error", "higher_is_better": higher_is_better}
+    figure = plotting.plot_accuracy_matrices({"EWC": matrix, "MAS": matrix + 1}, ["1", "2"], "", **options)
+    axis = figure.axes[0]
+    (image,) = axis.images
+    assert image.get_clim() == (-0.5, 4.5)
+    lowest, highest = (sum(image.to_rgba(value)[:3]) for value in (-0.5, 4.5))
+    assert (highest > lowest) == higher_is_better
+    texts = {text.get_text(): text.get_color() for text in axis.texts}
+    good, bad = ("3.5", "-0.5") if higher_is_better else ("-0.5", "3.5")
+    assert texts.keys() == {"-0.5", "2.35", "3.5"}
+    assert (texts[good], texts[bad]) == ("black", "white")
+    assert figure.axes[2].get_ylabel() == "test squared error"
+
+
+def test_matrices_of_a_score_that_was_never_measured_are_drawn():
+    figure = plotting.plot_accuracy_matrices({"EWC": np.full((2, 2), np.nan)}, ["1", "2"], "", score="loss")
+    assert_is_a_picture(figure)
