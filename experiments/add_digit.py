@@ -11,7 +11,14 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from experiments.harness.experiment import Experiment, Settings, Strength, load_or_exit, make_network, run_experiment
+from experiments.harness.experiment import (
+    Experiment,
+    ImageSettings,
+    Strength,
+    load_or_exit,
+    make_network,
+    run_experiment,
+)
 from experiments.harness.settings import check_settings, parse_settings
 from lifelong_jax import Batch, Task
 from lifelong_jax.datasets import Dataset
@@ -22,7 +29,7 @@ LARGEST_ADDEND = 10_000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(Settings):
+class Config(ImageSettings):
     """Learn to add 1 to a digit, then to add 2: can the network still add 1?"""
 
     dataset: str = "digits"

@@ -15,7 +15,14 @@ from typing import Literal
 import flax.linen as nn
 import jax
 
-from experiments.harness.experiment import Experiment, Settings, Strength, load_or_exit, make_network, run_experiment
+from experiments.harness.experiment import (
+    Experiment,
+    ImageSettings,
+    Strength,
+    load_or_exit,
+    make_network,
+    run_experiment,
+)
 from experiments.harness.settings import check_settings, parse_settings, refuse
 from lifelong_jax import dataset_tasks
 from lifelong_jax.models import AlexNet, init_network, load_pretrained
@@ -25,7 +32,7 @@ STRENGTH = Strength(l2=0.01, ewc=1e3, mas=1.0, kfac=316.0, local_mas=1.0, si=1e3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(Settings):
+class Config(ImageSettings):
     """Learn one data set after another with a shared trunk and a head for each."""
 
     datasets: tuple[str, ...] = ("digits", "letters")

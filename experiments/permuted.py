@@ -7,7 +7,14 @@ task after the other. After each task it is tested on all of them.
 import dataclasses
 import functools
 
-from experiments.harness.experiment import Experiment, Settings, Strength, load_or_exit, make_network, run_experiment
+from experiments.harness.experiment import (
+    Experiment,
+    ImageSettings,
+    Strength,
+    load_or_exit,
+    make_network,
+    run_experiment,
+)
 from experiments.harness.settings import DatasetName, check_num_tasks, parse_settings
 from lifelong_jax import permuted_tasks
 from lifelong_jax.models import init_network
@@ -18,7 +25,7 @@ STRENGTH = Strength(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(Settings):
+class Config(ImageSettings):
     """Compare how much methods forget of a sequence of permuted-image tasks."""
 
     dataset: DatasetName = "digits"

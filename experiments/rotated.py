@@ -9,7 +9,14 @@ import functools
 
 import numpy as np
 
-from experiments.harness.experiment import Experiment, Settings, Strength, load_or_exit, make_network, run_experiment
+from experiments.harness.experiment import (
+    Experiment,
+    ImageSettings,
+    Strength,
+    load_or_exit,
+    make_network,
+    run_experiment,
+)
 from experiments.harness.settings import DatasetName, check_num_tasks, check_settings, parse_settings
 from lifelong_jax import rotated_tasks
 from lifelong_jax.models import init_network
@@ -18,7 +25,7 @@ STRENGTH = Strength(l2=0.0316, ewc=100.0, mas=0.1, kfac=100.0, local_mas=0.316, 
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(Settings):
+class Config(ImageSettings):
     """Compare transfer and forgetting on images that are rotated a little further in every task."""
 
     dataset: DatasetName = "digits"

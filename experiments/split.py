@@ -16,7 +16,14 @@ from typing import Literal
 import jax
 import numpy as np
 
-from experiments.harness.experiment import Experiment, Settings, Strength, load_or_exit, make_network, run_experiment
+from experiments.harness.experiment import (
+    Experiment,
+    ImageSettings,
+    Strength,
+    load_or_exit,
+    make_network,
+    run_experiment,
+)
 from experiments.harness.settings import DatasetName, check_settings, parse_settings, refuse
 from lifelong_jax import Task, split_tasks
 from lifelong_jax.datasets import Dataset
@@ -27,7 +34,7 @@ STRENGTH = Strength(l2=0.0316, ewc=1e3, mas=10.0, kfac=3.16e3, local_mas=10.0, s
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(Settings):
+class Config(ImageSettings):
     """Compare methods on disjoint groups of classes, in the task-, domain- or class-incremental scenario."""
 
     scenario: Literal["task", "domain", "class"] = "task"

@@ -1,6 +1,6 @@
 """Shows a run in TensorBoard or Weights & Biases, while it goes on or afterwards.
 
-The loss and the accuracies of every epoch are read from the run's log, `metrics.jsonl`. TensorBoard has a line for each
+The loss and the scores of every epoch are read from the run's log, `metrics.jsonl`. TensorBoard has a line for each
 sequence of tasks; Weights & Biases has one run for all of them. The program ends with the run, or by Ctrl-C.
 """
 
@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 import tyro
 
 from experiments.harness.runs import read_rows
+from experiments.harness.scores import ACCURACY
 
 Add: TypeAlias = Callable[[str, Mapping[str, float], int], None]
 """`add(sequence, numbers, epochs)`: what was measured of a sequence of tasks after so many epochs."""
@@ -60,7 +61,8 @@ def send(run: pathlib.Path, add: Add, sent: set[tuple]) -> None:
     """Sends the epochs of a run's log that are not in `sent`, and adds them to it."""
     for row in read_rows(run):
         if row.get("event") == "epoch" and (row["method"], row["seed"], row["epochs"]) not in sent:
-            measured = {f"accuracy/task {number}": accuracy for number, accuracy in enumerate(row["accuracies"], 1)}
+            name = row.get("score", ACCURACY.name)
+            measured = {f"{name}/task {number}": score for number, score in enumerate(row["accuracies"], 1)}
             if row["loss"] is not None:  # NaN or infinite, in JSON
                 measured["loss"] = row["loss"]
             add(f"{row['method']}, seed {row['seed']}", measured, row["epochs"])

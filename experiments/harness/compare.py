@@ -12,8 +12,9 @@ import rich.console
 import rich.progress
 
 from experiments.harness.parallel import map_as_finished, num_at_once
-from experiments.harness.report import Outcome, estimate, format_estimate, progress_bar
+from experiments.harness.report import Outcome, estimate, format_score, progress_bar
 from experiments.harness.runs import Run
+from experiments.harness.scores import ACCURACY, Score
 from experiments.harness.sequences import ResumableSequence, start_of_seed
 from lifelong_jax.continual import Progress, SequenceState
 from lifelong_jax.metrics import average_accuracy
@@ -38,6 +39,7 @@ def compare(
     console: rich.console.Console,
     *,
     keep_tasks: bool = False,
+    score: Score = ACCURACY,
 ) -> dict[str, Outcome]:
     """Lets each learner learn the same sequences of tasks, one for each seed, with a progress bar.
 
@@ -55,6 +57,7 @@ def compare(
       run: the run, for the log and the checkpoints.
       console: where the progress bar is shown.
       keep_tasks: whether each task's own parameters and importance are kept; see `ResumableSequence.task_file`.
+      score: what the learners measure.
 
     Returns:
       What was measured of each learner.
@@ -63,7 +66,7 @@ def compare(
       KeyboardInterrupt: if the run is asked to stop, once each sequence that is being learned has its checkpoint.
     """
     sequences = {
-        (name, seed): ResumableSequence(run, method=name, seed=seed, keep_tasks=keep_tasks)
+        (name, seed): ResumableSequence(run, method=name, seed=seed, score=score.name, keep_tasks=keep_tasks)
         for name in learners
         for seed in seeds
     }
@@ -82,9 +85,10 @@ def compare(
             learned[place] = measured_and_curve
             name, _ = place
             if all((name, seed) in learned for seed in seeds):
-                accuracy = estimate([average_accuracy(learned[name, seed][0]["accuracy_matrix"]) for seed in seeds])
+                average = estimate([average_accuracy(learned[name, seed][0]["accuracy_matrix"]) for seed in seeds])
                 seconds = time.perf_counter() - line.started[name]
-                text = f"{name}: average accuracy {format_estimate(accuracy, 100)} %, in {seconds:.0f} s"
+                shown = f"{score.name} {format_score(average, score)}{' %' * score.in_percent}"
+                text = f"{name}: average {shown}, in {seconds:.0f} s"
                 console.print(text, highlight=False)
     if len(learned) < len(sequences):
         raise KeyboardInterrupt
@@ -131,11 +135,13 @@ def _learn_sequence(
     def draw(progress: Progress) -> None:
         curve[progress.epochs - 1, : len(progress.accuracies)] = progress.accuracies
 
+    tested = sequence.score if sequence.score == ACCURACY.name else f"test {sequence.score}"
+
     def report(progress: Progress) -> None:
         sequence.log_epoch(progress)
         draw(progress)
         where = "all tasks" if progress.task is None else f"task {progress.task + 1}"
-        status = f"seed {sequence.seed}, {where}, loss {progress.loss:.3f}, accuracy {progress.accuracies[-1]:.3f}"
+        status = f"seed {sequence.seed}, {where}, loss {progress.loss:.3f}, {tested} {progress.accuracies[-1]:.3f}"
         show(progress.epochs, len(curve), status=status)
 
     if start is not None:

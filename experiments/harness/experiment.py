@@ -17,13 +17,23 @@ from experiments.harness.parallel import num_at_once
 from experiments.harness.pipelines import MOMENTUM, interval_of, momentum_with_penalty, steps_of_task
 from experiments.harness.report import fail_if_all_diverged, report_comparison
 from experiments.harness.runs import Run, open_run
+from experiments.harness.scores import score_of
 from experiments.harness.sequences import learn_resumably
-from experiments.harness.settings import DataSettings, Numbers, Seeds, check_memory, check_settings, refuse
+from experiments.harness.settings import (
+    DataSettings,
+    Numbers,
+    RunSettings,
+    Seeds,
+    check_memory,
+    check_settings,
+    refuse,
+)
 from experiments.harness.tune import choose_strengths, sweep_strengths
 from lifelong_jax import methods
 from lifelong_jax.datasets.named import Dataset, hold_out_validation, load_dataset
 from lifelong_jax.methods import Method
 from lifelong_jax.models import CNN, MLP
+from lifelong_jax.objectives import CLASSIFICATION, Objective
 from lifelong_jax.penalty import add_quadratic_penalty, proximal_adam, proximal_quadratic_penalty
 from lifelong_jax.recipes import Recipe
 from lifelong_jax.sweep import learn_sweep
@@ -60,7 +70,7 @@ class Strength:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings(DataSettings):
+class Settings(RunSettings):
     """The settings that all comparisons have; a script's own dataclass adds to them."""
 
     methods: tuple[Literal["finetune", "l2", "ewc", "mas", "kfac", "local_mas", "si", "rwalk", "joint"], ...] = (
@@ -75,15 +85,6 @@ class Settings(DataSettings):
     (output sensitivity), kfac (ewc with Kronecker factors), local_mas (output sensitivity layer by layer), si (Synaptic
     Intelligence: each parameter's share in the fall of the loss), rwalk (an online Fisher diagonal and such shares),
     joint (all tasks' data at once: the upper bound)."""
-
-    network: Literal["mlp", "cnn"] = "mlp"
-    """The network: a multilayer perceptron, or a small convolutional network for images."""
-
-    hidden_sizes: tuple[int, ...] = (256, 256)
-    """Widths of the multilayer perceptron's hidden layers."""
-
-    features: tuple[int, ...] = (16, 32)
-    """Channels of the convolutional network's layers."""
 
     num_epochs: int = 20
     """Passes over each task's training data."""
@@ -136,8 +137,7 @@ class Settings(DataSettings):
 
     def __post_init__(self) -> None:
         """Validates before computing."""
-        super().__post_init__()
-        names = ("hidden_sizes", "features", "num_epochs", "batch_size", "learning_rate")
+        names = ("num_epochs", "batch_size", "learning_rate")
         strengths = {f"strength.{name}": value for name, value in dataclasses.asdict(self.strength).items()}
         check_settings(
             positive={name: getattr(self, name) for name in names},
@@ -153,6 +153,26 @@ class Settings(DataSettings):
             check_settings(distinct={"strength": written})
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageSettings(Settings, DataSettings):
+    """The settings of comparisons on data sets of images, which are given by name, as the network is."""
+
+    network: Literal["mlp", "cnn"] = "mlp"
+    """The network: a multilayer perceptron, or a small convolutional network for images."""
+
+    hidden_sizes: tuple[int, ...] = (256, 256)
+    """Widths of the multilayer perceptron's hidden layers."""
+
+    features: tuple[int, ...] = (16, 32)
+    """Channels of the convolutional network's layers."""
+
+    def __post_init__(self) -> None:
+        """Validates before computing."""
+        DataSettings.__post_init__(self)
+        Settings.__post_init__(self)
+        check_settings(positive={"hidden_sizes": self.hidden_sizes, "features": self.features})
+
+
 class Experiment(NamedTuple):
     """A sequence of tasks, and a network that learns it.
 
@@ -163,8 +183,9 @@ class Experiment(NamedTuple):
       make_tasks: `make_tasks(datasets, key) -> tasks`.
       task_names: short names, for tables and pictures.
       scenario: "task", "domain" or "class".
-      apply_fn: `apply_fn(params, x) -> [num_classes]`, one example's outputs; a flax model's `apply`.
+      apply_fn: `apply_fn(params, x) -> outputs`, of one example; a flax model's `apply`.
       init_params: `init_params(key, x) -> params`, such as `functools.partial(init_network, model)`.
+      objective: what the outputs mean, and the score.
     """
 
     name: str
@@ -175,6 +196,7 @@ class Experiment(NamedTuple):
     scenario: Scenario
     apply_fn: OutputFn
     init_params: Callable[[jax.Array, Example], Params]
+    objective: Objective = CLASSIFICATION
 
 
 def run_experiment(settings: Settings, experiment: Experiment) -> None:
@@ -214,6 +236,7 @@ def run_experiment(settings: Settings, experiment: Experiment) -> None:
             run,
             console,
             keep_tasks=settings.keep_tasks,
+            score=score_of(experiment.objective),
         )
         report_comparison(
             outcomes,
@@ -223,6 +246,7 @@ def run_experiment(settings: Settings, experiment: Experiment) -> None:
             compilation_seconds(),
             run,
             console,
+            score=score_of(experiment.objective),
         )
         fail_if_all_diverged(outcome.accuracy_matrix[:, -1] for outcome in outcomes.values())
 
@@ -271,7 +295,7 @@ def load_or_exit(name: str, settings: DataSettings) -> Dataset:
         raise SystemExit(f"error: {error}") from error
 
 
-def make_network(settings: Settings, num_outputs: int) -> nn.Module:
+def make_network(settings: ImageSettings, num_outputs: int) -> nn.Module:
     """Makes the network that the settings name.
 
     Args:
@@ -333,6 +357,7 @@ def make_recipes(settings: Settings, experiment: Experiment) -> dict[str, Recipe
         settings.num_epochs,
         settings.batch_size,
         scenario=experiment.scenario,
+        objective=experiment.objective,
     )
     every = settings.interval or interval_of(num_steps)
     with_factors = shared._replace(optimizer_fn=make_optimizer_fn(settings, num_steps, every))
@@ -365,7 +390,7 @@ def make_method(settings: Settings, name: str) -> Method | None:
 def tune(
     settings: Settings, experiment: Experiment, recipes: dict[str, Recipe], run: Run, console: rich.console.Console
 ) -> Strength:
-    """Chooses each method's strength by its average accuracy on validation data, taken from the training data.
+    """Chooses each method's strength by its average score on validation data, taken from the training data.
 
     Seeds that are added to the run after a choice have no say in it: what was learned with it stays valid. Methods that
     are added have their strengths chosen from the same seeds as the others.
@@ -402,8 +427,9 @@ def tune(
         run,
         console,
         split="validation",
+        score=score_of(experiment.objective),
     )
-    best = choose_strengths(matrices, strengths, run, console)
+    best = choose_strengths(matrices, strengths, run, console, score=score_of(experiment.objective))
     console.print("chosen: " + ", ".join(f"--strength.{name} {strength:g}" for name, strength in best.items()))
     chosen = dataclasses.replace(settings.strength, **best)
     run.write_json("strength.json", dataclasses.asdict(chosen))

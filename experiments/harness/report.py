@@ -6,7 +6,7 @@ import io
 import math
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import rich.cells
@@ -17,6 +17,7 @@ import rich.text
 from numpy.typing import ArrayLike
 
 from experiments.harness.runs import Run
+from experiments.harness.scores import ACCURACY, Score
 from lifelong_jax import metrics
 from lifelong_jax._tables import markdown_table
 
@@ -72,6 +73,23 @@ def format_estimate(quantity: Estimate, scale: float = 1.0, digits: int = 1) -> 
         return "–"
     mean = f"{scale * quantity.mean:z.{digits}f}"  # z: no minus sign before 0.0
     return mean if math.isnan(quantity.stderr) else f"{mean}±{scale * quantity.stderr:.{digits}f}"
+
+
+def format_score(quantity: Estimate, score: Score) -> str:
+    """Formats a score, or a difference of scores, for a table.
+
+    Args:
+      quantity: the estimate, a fraction if it is of accuracies.
+      score: how it is shown.
+
+    Returns:
+      The text, as `format_estimate` makes it.
+
+    Example:
+      >>> format_score(estimate([0.5, 0.7]), ACCURACY)
+      '60.0±10.0'
+    """
+    return format_estimate(quantity, score.factor, score.digits)
 
 
 def print_table(
@@ -167,10 +185,10 @@ class Outcome(NamedTuple):
     """What was measured of a learner, over seeds.
 
     Attributes:
-      accuracy_matrix: `[num_seeds, num_tasks, num_tasks]`, fractions; NaN where not measured.
-      initial_accuracies: `[num_seeds, num_tasks]`, fractions, before any task was learned; NaN where not measured.
-      curves: `[num_seeds, num_epochs, num_tasks]`, the test accuracy after each epoch of the whole sequence; NaN before
-        a task is learned.
+      accuracy_matrix: `[num_seeds, num_tasks, num_tasks]`, fractions, or another score; NaN where not measured.
+      initial_accuracies: `[num_seeds, num_tasks]`, before any task was learned; NaN where not measured.
+      curves: `[num_seeds, num_epochs, num_tasks]`, the test score after each epoch of the whole sequence; NaN before a
+        task is learned.
       training_seconds: `[num_seeds]`, compilation left out.
       importance_seconds: `[num_seeds]`, compilation left out.
     """
@@ -199,7 +217,7 @@ def fail_if_all_diverged(accuracies: Iterable[ArrayLike]) -> None:
 
 
 class Summary(NamedTuple):
-    """A learner's metrics over seeds; accuracies are fractions.
+    """A learner's metrics over seeds; accuracies are fractions. Another score stands in their place.
 
     Attributes:
       average_accuracy: over all tasks, after the last.
@@ -211,7 +229,7 @@ class Summary(NamedTuple):
       first_task_accuracy: after the last task.
       last_task_accuracy: after the last task.
       accuracy_matrix: `[num_tasks, num_tasks]`, the mean over seeds.
-      margin_over: for each baseline, the difference of the average accuracies, seed by seed.
+      margin_over: for each baseline, by how much the average accuracy is better, seed by seed.
     """
 
     average_accuracy: Estimate
@@ -226,11 +244,12 @@ class Summary(NamedTuple):
     margin_over: dict[str, Estimate]
 
 
-def summarize(outcomes: Mapping[str, Outcome]) -> dict[str, Summary]:
+def summarize(outcomes: Mapping[str, Outcome], *, higher_is_better: bool = True) -> dict[str, Summary]:
     """Computes each learner's metrics over seeds.
 
     Args:
       outcomes: from `compare`.
+      higher_is_better: whether a higher score is better.
 
     Returns:
       A summary for each learner.
@@ -244,7 +263,12 @@ def summarize(outcomes: Mapping[str, Outcome]) -> dict[str, Summary]:
     joint_accuracies = outcomes["joint"].accuracy_matrix[:, -1] if "joint" in outcomes else no_joint
 
     def over_seeds(metric: Callable[..., float], *arrays: np.ndarray) -> Estimate:
-        return estimate([metric(*of_seed) for of_seed in zip(*arrays, strict=True)])
+        directed = functools.partial(metric, higher_is_better=higher_is_better)
+        return estimate([directed(*of_seed) for of_seed in zip(*arrays, strict=True)])
+
+    def margin(name: str, baseline: str) -> Estimate:
+        difference = averages[name] - averages[baseline]
+        return estimate(difference if higher_is_better else -difference)
 
     summaries = {}
     for name, outcome in outcomes.items():
@@ -252,7 +276,7 @@ def summarize(outcomes: Mapping[str, Outcome]) -> dict[str, Summary]:
         baselines = [baseline for baseline in _BASELINES if baseline in outcomes and name not in _BASELINES]
         summaries[name] = Summary(
             average_accuracy=estimate(averages[name]),
-            average_incremental_accuracy=over_seeds(metrics.average_incremental_accuracy, matrices),
+            average_incremental_accuracy=estimate(list(map(metrics.average_incremental_accuracy, matrices))),
             forgetting=over_seeds(metrics.forgetting, matrices),
             backward_transfer=over_seeds(metrics.backward_transfer, matrices),
             forward_transfer=over_seeds(metrics.forward_transfer, matrices, outcome.initial_accuracies),
@@ -260,7 +284,7 @@ def summarize(outcomes: Mapping[str, Outcome]) -> dict[str, Summary]:
             first_task_accuracy=estimate(matrices[:, -1, 0]),
             last_task_accuracy=estimate(matrices[:, -1, -1]),
             accuracy_matrix=matrices.mean(axis=0),
-            margin_over={baseline: estimate(averages[name] - averages[baseline]) for baseline in baselines},
+            margin_over={baseline: margin(name, baseline) for baseline in baselines},
         )
     return summaries
 
@@ -273,11 +297,14 @@ def report_comparison(
     compilation_seconds: float,
     run: Run,
     console: rich.console.Console,
+    *,
+    score: Score = ACCURACY,
 ) -> None:
     """Prints the tables; writes `summary.json`, `table.md`, `table.csv`, `times.json`, and three pictures.
 
-    The pictures are `accuracy.png`, `average_accuracy.png` and `accuracy_matrices.png`. Only `times.json` has times, so
-    that the other files of equal runs are equal.
+    The pictures are `accuracy.png`, `average_accuracy.png` and `accuracy_matrices.png`; another score has its own name
+    there, and in `summary.json` and `table.csv`. Only `times.json` has times, so that the other files of equal runs are
+    equal.
 
     Args:
       outcomes: from `compare`.
@@ -287,44 +314,51 @@ def report_comparison(
       compilation_seconds: from `time_compilation`.
       run: where the files go.
       console: where the tables are printed.
+      score: what was measured.
     """
-    summary = summarize(outcomes)
-    run.write_summary({"methods": summary})
+    summary = summarize(outcomes, higher_is_better=score.higher_is_better)
+    run.write_summary({"methods": {name: _renamed(of_method, score) for name, of_method in summary.items()}})
     num_seeds = len(next(iter(outcomes.values())).training_seconds)
     spread = f", mean±standard error over {num_seeds} seeds" if num_seeds > 1 else ""
-    tables = {f"{title}: percent{spread}": _metrics_table(summary)}
+    unit = "percent" if score.in_percent else score.name
+    tables = {f"{title}: {unit}{spread}": _metrics_table(summary, score)}
     baselines = [baseline for baseline in _BASELINES if baseline in summary]
     if baselines:
-        tables[f"Differences in average accuracy{spread}"] = _margins_table(summary, baselines)
+        tables[f"Differences in average {score.name}{spread}"] = _margins_table(summary, baselines, score)
     report_tables(tables, run, console)
-    (run.folder / "table.csv").write_text(_csv(summary), encoding="utf-8")
+    (run.folder / "table.csv").write_text(_csv(summary, score), encoding="utf-8")
     _report_times(outcomes, compilation_seconds, spread, run, console)
-    _draw_comparison(outcomes, summary, title, task_names, num_epochs, run)
+    _draw_comparison(outcomes, summary, title, task_names, num_epochs, run, score)
     console.print(f"results in {run.folder}", highlight=False, soft_wrap=True)
 
 
-def _metrics_table(summary: Mapping[str, Summary]) -> list[list[str]]:
-    header = ["method", *(key.replace("_", " ") for key in _METRICS)]
+def _renamed(of_method: Summary, score: Score) -> dict[str, Any]:
+    return {score.rename(key): value for key, value in of_method._asdict().items()}
+
+
+def _metrics_table(summary: Mapping[str, Summary], score: Score) -> list[list[str]]:
+    header = ["method", *(score.rename(key).replace("_", " ") for key in _METRICS)]
     return [header] + [
-        [name, *(format_estimate(getattr(of_method, key), 100) for key in _METRICS)]
+        [name, *(format_score(getattr(of_method, key), score) for key in _METRICS)]
         for name, of_method in summary.items()
     ]
 
 
-def _margins_table(summary: Mapping[str, Summary], baselines: Sequence[str]) -> list[list[str]]:
-    none = estimate([np.nan])
-    header = ["method", *(f"above {baseline}" for baseline in baselines)]
+def _margins_table(summary: Mapping[str, Summary], baselines: Sequence[str], score: Score) -> list[list[str]]:
+    none, side = estimate([np.nan]), "above" if score.higher_is_better else "below"
+    header = ["method", *(f"{side} {baseline}" for baseline in baselines)]
     return [header] + [
-        [name, *(format_estimate(of_method.margin_over.get(baseline, none), 100) for baseline in baselines)]
+        [name, *(format_score(of_method.margin_over.get(baseline, none), score) for baseline in baselines)]
         for name, of_method in summary.items()
     ]
 
 
-def _csv(summary: Mapping[str, Summary]) -> str:
-    """The metrics as fractions, each with its standard error; a cell is empty where a metric is not defined."""
+def _csv(summary: Mapping[str, Summary], score: Score) -> str:
+    """The metrics, accuracies as fractions, with their standard errors; empty where a metric is not defined."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["method", *(name for key in _METRICS for name in (key, f"{key}_stderr"))])
+    names = map(score.rename, _METRICS)
+    writer.writerow(["method", *(column for name in names for column in (name, f"{name}_stderr"))])
     for name, of_method in summary.items():
         numbers = [number for key in _METRICS for number in getattr(of_method, key)[:2]]
         writer.writerow([name, *("" if math.isnan(number) else number for number in numbers)])
@@ -353,11 +387,12 @@ def _draw_comparison(
     task_names: Sequence[str],
     num_epochs: int,
     run: Run,
+    score: Score,
 ) -> None:
     from lifelong_jax import plotting  # here, as matplotlib is slow to import
 
     finding = ", ".join(  # no line may end between a name and its number
-        f"{name}\N{NO-BREAK SPACE}{format_estimate(of_method.average_accuracy, 100, 0)}"
+        f"{name}\N{NO-BREAK SPACE}{format_estimate(of_method.average_accuracy, score.factor, score.digits - 1)}"
         for name, of_method in summary.items()
     )
     pictures = {
@@ -365,16 +400,19 @@ def _draw_comparison(
             {name: outcome.curves for name, outcome in outcomes.items()},
             task_names,
             num_epochs,
-            f"{title}: average accuracy at the end, percent: {finding}",
+            f"{title}: average {score.name} at the end{', percent' * score.in_percent}: {finding}",
+            score=score.name,
         ),
         "average_accuracy": plotting.plot_average_accuracy(
-            {name: outcome.accuracy_matrix for name, outcome in outcomes.items()}, title
+            {name: outcome.accuracy_matrix for name, outcome in outcomes.items()}, title, score=score.name
         ),
         "accuracy_matrices": plotting.plot_accuracy_matrices(
             {name: of_method.accuracy_matrix for name, of_method in summary.items()},
             task_names,
-            f"{title}: test accuracy in percent, by the task learned last",
+            f"{title}: test {score.name}{' in percent' * score.in_percent}, by the task learned last",
+            score=score.name,
+            higher_is_better=score.higher_is_better,
         ),
     }
     for name, figure in pictures.items():
-        figure.savefig(run.folder / f"{name}.png")
+        figure.savefig(run.folder / f"{score.rename(name)}.png")

@@ -25,7 +25,7 @@ from experiments.harness.record import RECORD, check_unchanged, digests_of_setti
 from experiments.harness.settings import ADDED_TO, RunSettings
 from lifelong_jax import _files
 
-_KINDS = {"event": str, "split": str, "method": str, "seed": int, "epochs": int}
+_KINDS = {"event": str, "split": str, "score": str, "method": str, "seed": int, "epochs": int}
 """The kinds of what is no number, list or None in the rows of the log."""
 
 _NEEDED = {

@@ -12,6 +12,7 @@ import numpy as np
 
 from experiments.harness.checkpoints import restore_checkpoint, save_checkpoint
 from experiments.harness.runs import Run, row_key
+from experiments.harness.scores import ACCURACY
 from lifelong_jax import _files
 from lifelong_jax.checkpoint import save_consolidation
 from lifelong_jax.continual import Progress, SequenceState, init_sequence, learn_jointly, learn_tasks
@@ -36,7 +37,16 @@ class ResumableSequence:
     than 50 milliseconds, 200 times as long as it took. One is also written when the run is asked to stop.
     """
 
-    def __init__(self, run: Run, *, method: str, seed: int, split: str | None = None, keep_tasks: bool = False) -> None:
+    def __init__(
+        self,
+        run: Run,
+        *,
+        method: str,
+        seed: int,
+        split: str | None = None,
+        score: str = ACCURACY.name,
+        keep_tasks: bool = False,
+    ) -> None:
         """Finds what the run has of it already.
 
         Args:
@@ -44,10 +54,12 @@ class ResumableSequence:
           method: the learner's name.
           seed: the seed of its tasks.
           split: "validation" if strengths are chosen by it, else None.
+          score: the name of what is measured; the log has it, unless it is the accuracy.
           keep_tasks: whether each task's own parameters and importance are kept, in `task_file`.
         """
-        self.run, self.seed = run, seed
+        self.run, self.seed, self.score = run, seed, score
         self._labels = {"method": method, "seed": seed} | ({"split": split} if split else {})
+        self._labels |= {"score": score} if score != ACCURACY.name else {}
         self.name = f"{split} {method}, seed {seed}" if split else f"{method}, seed {seed}"
         self._folder = run.folder / "sequences" / urllib.parse.quote(self.name, safe=" (),+=")
         self._keep_tasks = keep_tasks

@@ -12,8 +12,9 @@ import numpy as np
 import rich.console
 
 from experiments.harness.parallel import map_as_finished, num_at_once
-from experiments.harness.report import Estimate, estimate, format_estimate, print_table, progress_bar
+from experiments.harness.report import Estimate, estimate, format_score, print_table, progress_bar
 from experiments.harness.runs import Run
+from experiments.harness.scores import ACCURACY, Score
 from experiments.harness.sequences import ResumableSequence, start_of_seed
 from experiments.harness.settings import check_settings
 from lifelong_jax import metrics
@@ -37,6 +38,7 @@ def sweep_strengths(
     console: rich.console.Console,
     *,
     split: str | None = None,
+    score: Score = ACCURACY,
 ) -> dict[str, np.ndarray]:
     """Lets each learner learn the same sequences of tasks, one for each seed, at each strength, with a progress bar.
 
@@ -55,6 +57,7 @@ def sweep_strengths(
       run: the run, for the log.
       console: where the progress bar is shown.
       split: the split's name in the log; "validation" if strengths are chosen by it.
+      score: what the learners measure.
 
     Returns:
       Each learner's accuracy matrices, `[num_strengths, num_seeds, num_tasks, num_tasks]`; NaN where training diverged.
@@ -73,7 +76,9 @@ def sweep_strengths(
         for name, learner in learners.items():
             start = time.perf_counter()
             sequences = {
-                (seed, strength): ResumableSequence(run, method=f"{name} {strength:.3g}", seed=seed, split=split)
+                (seed, strength): ResumableSequence(
+                    run, method=f"{name} {strength:.3g}", seed=seed, split=split, score=score.name
+                )
                 for seed in seeds
                 for strength in strengths
             }
@@ -93,20 +98,20 @@ def sweep_strengths(
                     if measured[place] is None:
                         measured[place] = {key: array[index] for key, array in accuracies._asdict().items()}
                         sequences[place].finish(**measured[place])
-                        accuracy = metrics.average_accuracy(measured[place]["accuracy_matrix"])
-                        status = f"strength {place[1]:.3g}, seed {place[0]}: accuracy {accuracy:.3f}"
+                        average = metrics.average_accuracy(measured[place]["accuracy_matrix"])
+                        status = f"strength {place[1]:.3g}, seed {place[0]}: {score.name} {average:.3f}"
                         bar.update(line, advance=1, status=status)
             if run.stopping.is_set():
                 raise KeyboardInterrupt
             of_learner = [[measured[seed, strength]["accuracy_matrix"] for seed in seeds] for strength in strengths]
             matrices[name] = np.array(of_learner)
-            best = _at_best(average_accuracies(matrices[name]), strengths)
+            best = _at_best(average_accuracies(matrices[name]), strengths, score)
             console.print(f"{name}: {best}, in {time.perf_counter() - start:.0f} s", highlight=False)
     return matrices
 
 
 def average_accuracies(matrices: np.ndarray) -> list[Estimate]:
-    """Computes the average accuracy at each strength, over seeds.
+    """Computes the average accuracy, or another score, at each strength, over seeds.
 
     Args:
       matrices: `[num_strengths, num_seeds, num_tasks, num_tasks]`.
@@ -118,15 +123,21 @@ def average_accuracies(matrices: np.ndarray) -> list[Estimate]:
 
 
 def choose_strengths(
-    matrices: Mapping[str, np.ndarray], strengths: Sequence[float], run: Run, console: rich.console.Console
+    matrices: Mapping[str, np.ndarray],
+    strengths: Sequence[float],
+    run: Run,
+    console: rich.console.Console,
+    *,
+    score: Score = ACCURACY,
 ) -> dict[str, float]:
-    """Chooses each learner's strength by its average accuracy; prints the table; writes `tuning.md` and `tuning.png`.
+    """Chooses each learner's strength by its average score; prints the table; writes `tuning.md` and `tuning.png`.
 
     Args:
       matrices: from `sweep_strengths`, on validation data.
       strengths: λ, ascending.
       run: the run, for the files.
       console: where the table is printed.
+      score: what was measured.
 
     Returns:
       The best strength for each learner.
@@ -136,19 +147,20 @@ def choose_strengths(
     """
     from lifelong_jax.plotting import plot_strength_sweep  # here, as matplotlib is slow to import
 
-    accuracies = {name: average_accuracies(of_learner) for name, of_learner in matrices.items()}
-    header = ["strength", *accuracies]
+    averages = {name: average_accuracies(of_learner) for name, of_learner in matrices.items()}
+    header = ["strength", *averages]
     rows = [
-        [f"{strength:.3g}", *(format_estimate(of_learner[index], 100) for of_learner in accuracies.values())]
+        [f"{strength:.3g}", *(format_score(of_learner[index], score) for of_learner in averages.values())]
         for index, strength in enumerate(strengths)
     ]
-    title = "Average accuracy on validation data, percent (–: diverged)"
+    title = f"Average {score.name} on validation data{', percent' * score.in_percent} (–: diverged)"
     print_table(console, title, header, rows)
     (run.folder / "tuning.md").write_text(markdown_table(header, rows), encoding="utf-8")
-    curves = {name: [accuracy.values for accuracy in of_learner] for name, of_learner in accuracies.items()}
-    figure = plot_strength_sweep({"": curves}, strengths, title, "average validation accuracy")
+    curves = {name: [average.values for average in of_learner] for name, of_learner in averages.items()}
+    measured = f"average validation {score.name}"
+    figure = plot_strength_sweep({"": curves}, strengths, title, measured, score=score.name)
     figure.savefig(run.folder / "tuning.png")
-    best = {name: best_strength(of_learner, strengths, name) for name, of_learner in accuracies.items()}
+    best = {name: best_strength(of_learner, strengths, name, score) for name, of_learner in averages.items()}
     for name, strength in best.items():
         warn_at_edge(name, strength, strengths, console)
     return best
@@ -174,13 +186,16 @@ def warn_at_edge(name: str, strength: float, strengths: Sequence[float], console
             console.print(f"{text} may be better", highlight=False, soft_wrap=True)
 
 
-def best_strength(accuracies: Sequence[Estimate], strengths: Sequence[float], name: str = "training") -> float:
-    """Chooses the strength at which the accuracy is best.
+def best_strength(
+    averages: Sequence[Estimate], strengths: Sequence[float], name: str = "training", score: Score = ACCURACY
+) -> float:
+    """Chooses the strength at which the score is best.
 
     Args:
-      accuracies: from `average_accuracies`, on validation data.
+      averages: from `average_accuracies`, on validation data.
       strengths: λ.
       name: the learner's name, for the message.
+      score: what was measured.
 
     Returns:
       One of the strengths at which training did not diverge.
@@ -192,22 +207,25 @@ def best_strength(accuracies: Sequence[Estimate], strengths: Sequence[float], na
       >>> best_strength([estimate([0.5]), estimate([0.7]), estimate([np.nan])], [1.0, 10.0, 100.0])
       10.0
     """
-    best = _best(accuracies)
+    best = _best(averages, score)
     if best is None:
         raise SystemExit(f"error: {name} diverged at every strength: lower the learning rate.")
     return float(strengths[best])
 
 
-def _best(accuracies: Sequence[Estimate]) -> int | None:
-    means = np.array([accuracy.mean for accuracy in accuracies])
-    return None if np.isnan(means).all() else int(np.nanargmax(means))
+def _best(averages: Sequence[Estimate], score: Score) -> int | None:
+    means = np.array([average.mean for average in averages])
+    if np.isnan(means).all():
+        return None
+    return int(np.nanargmax(means) if score.higher_is_better else np.nanargmin(means))
 
 
-def _at_best(accuracies: Sequence[Estimate], strengths: Sequence[float]) -> str:
-    best = _best(accuracies)
+def _at_best(averages: Sequence[Estimate], strengths: Sequence[float], score: Score) -> str:
+    best = _best(averages, score)
     if best is None:
         return "diverged at every strength"
-    return f"average accuracy {format_estimate(accuracies[best], 100)} % at strength {strengths[best]:.3g}"
+    shown = f"{score.name} {format_score(averages[best], score)}{' %' * score.in_percent}"
+    return f"average {shown} at strength {strengths[best]:.3g}"
 
 
 def _chunks(places: Iterable[tuple[int, float]], size: int) -> Iterator[tuple[tuple[int, float], ...]]:

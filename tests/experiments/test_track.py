@@ -72,6 +72,16 @@ def test_tensorboard_gets_the_epochs_of_a_run_that_goes_on(run, monkeypatch, cap
     assert "3 epochs sent" in capsys.readouterr().out
 
 
+def test_a_score_has_its_own_name(run, monkeypatch):
+    package = unittest.mock.MagicMock()
+    monkeypatch.setitem(sys.modules, "wandb", package)
+    run.log(event="epoch", method="ewc", seed=0, score="squared error", task=1, epochs=1, loss=0.5, accuracies=[2.5])
+    run.write_summary({})
+    track.main(track.Config("wandb", run.folder))
+    (call,) = package.init.return_value.__enter__.return_value.log.call_args_list
+    assert call.args == ({"ewc, seed 0/squared error/task 1": 2.5, "ewc, seed 0/loss": 0.5, "ewc, seed 0/epochs": 1},)
+
+
 def test_weights_and_biases_have_one_run_with_the_settings(run, monkeypatch):
     package = unittest.mock.MagicMock()
     monkeypatch.setitem(sys.modules, "wandb", package)

@@ -31,7 +31,7 @@ def call(tmp_path, monkeypatch):
     monkeypatch.setattr(permuted, "make_network", lambda settings, num_outputs: network)
     monkeypatch.setattr(experiment, "make_optimizer_fn", lambda *arguments: optimizer_fn)
     for plot in ("plot_accuracy_curves", "plot_average_accuracy", "plot_accuracy_matrices", "plot_strength_sweep"):
-        monkeypatch.setattr(plotting, plot, lambda *arguments: unittest.mock.Mock())
+        monkeypatch.setattr(plotting, plot, lambda *arguments, **options: unittest.mock.Mock())
     log = Run.log
     monkeypatch.setattr(Run, "log", lambda run, **row: (logged.append((run.folder, row)), log(run, **row)))
 
@@ -99,7 +99,7 @@ def test_what_is_added_after_a_choice_of_strengths_leaves_the_choice_as_it_was(c
 
 
 def test_until_strengths_are_chosen_added_seeds_have_a_say(call, monkeypatch):
-    def killed(*arguments):
+    def killed(*arguments, **options):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(SystemExit):

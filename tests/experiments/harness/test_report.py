@@ -16,8 +16,13 @@ from experiments.harness.report import (
     print_table,
     progress_bar,
     report_comparison,
+    summarize,
 )
 from experiments.harness.runs import Run
+from experiments.harness.scores import score_of
+from lifelong_jax import plotting
+from lifelong_jax.objectives import regression
+from tests.experiments.files import read_table
 
 METRICS = (
     "average accuracy",
@@ -91,11 +96,11 @@ def outcomes_of(seconds):
     return of_both
 
 
-def report(folder, seconds):
+def report(folder, seconds, **options):
     folder.mkdir()
     screen = io.StringIO()
     console = rich.console.Console(file=screen, width=80)
-    report_comparison(outcomes_of(seconds), "2 tasks", ["1", "2"], 1, 10 * seconds, Run(folder), console)
+    report_comparison(outcomes_of(seconds), "2 tasks", ["1", "2"], 1, 10 * seconds, Run(folder), console, **options)
     return screen.getvalue()
 
 
@@ -120,3 +125,57 @@ def test_seconds_are_said_to_leave_out_compilation_and_are_in_no_other_file(tmp_
     assert files >= {"summary.json", "table.md", "table.csv", "accuracy.png"}
     for name in files - {"times.json"}:
         assert (tmp_path / "fast" / name).read_bytes() == (tmp_path / "slow" / name).read_bytes()
+
+
+def test_of_errors_the_metrics_and_the_margins_are_those_of_their_negatives():
+    of_accuracies = summarize(outcomes_of(1.0))
+    negated = {
+        name: outcome._replace(accuracy_matrix=-outcome.accuracy_matrix, initial_accuracies=-outcome.initial_accuracies)
+        for name, outcome in outcomes_of(1.0).items()
+    }
+    of_errors = summarize(negated, higher_is_better=False)
+    for name, summary in of_accuracies.items():
+        for metric in ("forgetting", "backward_transfer", "forward_transfer", "intransigence"):
+            np.testing.assert_allclose(getattr(of_errors[name], metric).values, getattr(summary, metric).values)
+        np.testing.assert_allclose(of_errors[name].average_accuracy.mean, -summary.average_accuracy.mean)
+        assert of_errors[name].margin_over.keys() == summary.margin_over.keys()
+    better = of_errors["joint"].margin_over["finetune"].mean
+    np.testing.assert_allclose(better, of_accuracies["joint"].margin_over["finetune"].mean)
+    assert better > 0
+
+
+def test_another_score_is_reported_in_its_own_unit_and_by_its_own_name(tmp_path):
+    folder = tmp_path / "run"
+    screen = report(folder, seconds=1.0, score=score_of(regression()))
+    assert "2 tasks: squared error, mean±standard error over 2 seeds" in screen
+    assert "Differences in average squared error, mean" in screen
+    assert "percent" not in screen and "accuracy" not in screen and "%" not in screen
+    table = read_table(folder / "table.md")
+    header = "| method | average squared error | average incremental squared error | forgetting | backward transfer |"
+    assert header in table
+    assert "| finetune | 0.700±0.050 | 0.750±0.025 | -0.300±0.100 | 0.300±0.100 |" in table  # it fell
+    assert "| method | below finetune |" in table
+    assert "| joint | -0.200±0.050 |" in table  # above it
+    finetune, *_ = csv.DictReader((folder / "table.csv").read_text().splitlines())
+    np.testing.assert_allclose(float(finetune["average_squared_error"]), 0.7)
+    assert not [name for name in finetune if "accuracy" in name]
+    summary = json.loads((folder / "summary.json").read_text())["methods"]
+    np.testing.assert_allclose(summary["finetune"]["average_squared_error"]["mean"], 0.7)
+    assert "accuracy" not in (folder / "summary.json").read_text()
+    pictures = {"squared_error.png", "average_squared_error.png", "squared_error_matrices.png"}
+    assert {path.name for path in folder.glob("*.png")} == pictures
+
+
+def test_the_titles_and_axes_of_pictures_name_the_score(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plotting.Figure, "savefig", lambda figure, path: drawn.append(figure))
+    report(tmp_path / "run", seconds=1.0, score=score_of(regression()))
+    titles = [figure.get_suptitle().replace("\N{NO-BREAK SPACE}", " ") for figure in drawn]
+    assert titles == [
+        "2 tasks: average squared error at the end: finetune 0.70±0.05, ewc 0.70±0.05, joint 0.90±0.00",
+        "2 tasks",
+        "2 tasks: test squared error, by the task learned last",
+    ]
+    labels = {axis.get_ylabel() for figure in drawn for axis in figure.axes}
+    assert labels == {"test squared error", "average squared error on them", "after learning task", ""}
+    assert drawn[2].axes[0].images[0].get_cmap().name == "cividis_r"  # bright is good

@@ -247,7 +247,7 @@ def test_a_script_goes_on_to_the_same_numbers(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(experiment, "make_optimizer_fn", lambda *arguments: optimizer_fn)
     picture = unittest.mock.Mock()
     for plot in ("plot_accuracy_curves", "plot_average_accuracy", "plot_accuracy_matrices", "plot_strength_sweep"):
-        monkeypatch.setattr(plotting, plot, lambda *arguments: picture)
+        monkeypatch.setattr(plotting, plot, lambda *arguments, **options: picture)
     log = Run.log
 
     def run_until(num_rows, *arguments):

@@ -15,9 +15,11 @@ import rich.console
 
 from experiments.harness import runs, tune
 from experiments.harness.runs import Run, open_run, read_rows
+from experiments.harness.scores import score_of
 from experiments.harness.settings import RunSettings
 from experiments.harness.tune import average_accuracies, choose_strengths, sweep_strengths
 from lifelong_jax import Batch, SweepRun, permuted_tasks, plotting
+from lifelong_jax.objectives import regression
 from lifelong_jax.sweep import SweepAccuracies
 
 STRENGTHS, SEEDS = (1.0, 10.0, 100.0), (0, 3)
@@ -209,15 +211,16 @@ def test_strengths_and_seeds_are_told_apart_by_the_log(tmp_path, strengths, seed
     assert not learner.learned
 
 
-def choose(matrices, folder):
+def choose(matrices, folder, **options):
     screen = io.StringIO()
-    best = choose_strengths(matrices, STRENGTHS, Run(folder), rich.console.Console(file=screen, width=200))
+    console = rich.console.Console(file=screen, width=200)
+    best = choose_strengths(matrices, STRENGTHS, Run(folder), console, **options)
     return best, screen.getvalue()
 
 
 @pytest.fixture
 def no_picture(monkeypatch):
-    monkeypatch.setattr(plotting, "plot_strength_sweep", lambda *arguments: unittest.mock.Mock())
+    monkeypatch.setattr(plotting, "plot_strength_sweep", lambda *arguments, **options: unittest.mock.Mock())
 
 
 def constant(accuracies):
@@ -234,6 +237,30 @@ def test_the_best_strength_is_chosen(tmp_path, no_picture):
     assert "| 10 | 80.0±0.0 | 60.0±0.0 |" in table
     assert "| 100 | 15.0±5.0 | – |" in table
     assert "–: diverged" in printed
+
+
+def test_of_errors_the_lowest_is_chosen(tmp_path):
+    errors = {"ewc": constant([[3.0, 5.0], [0.5, 0.9], [8.0, 2.0]]), "mas": constant([[5, 5], [6, 6], [1, np.nan]])}
+    best, printed = choose(errors, tmp_path, score=score_of(regression()))
+    assert best == {"ewc": 10.0, "mas": 1.0}
+    assert "Average squared error on validation data (–: diverged)" in printed
+    assert "| 10 | 0.700±0.200 | 6.000±0.000 |" in re.sub(" +", " ", (tmp_path / "tuning.md").read_text())
+    assert (tmp_path / "tuning.png").exists()
+
+
+def test_of_errors_the_lowest_is_told_while_strengths_are_compared(tmp_path):
+    screen = io.StringIO()
+    errors = {0.1: 3.0, 1.0: 0.5, 10.0: 2.0}
+
+    def learner(runs):
+        matrices = np.array([np.full((2, 2), errors[run.strength]) for run in runs])
+        return SweepAccuracies(matrices, matrices[:, 0])
+
+    console = rich.console.Console(file=screen, width=200)
+    arguments = ({"ewc": learner}, list(errors), make_tasks, init_params, (0, 1), Run(tmp_path), console)
+    sweep_strengths(*arguments, score=score_of(regression()))
+    assert "ewc: average squared error 0.500±0.000 at strength 1, in" in screen.getvalue()
+    assert {row["score"] for row in read_rows(tmp_path)} == {"squared error"}
 
 
 @pytest.mark.parametrize(
