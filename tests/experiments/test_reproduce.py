@@ -68,14 +68,16 @@ def test_fisher_at_prediction(state, batch):
         return jax.tree.map(jnp.square, jax.grad(loss_at(label))(state.params, batch.inputs[n]))
 
     expected = mean_over(range(NUM_REAL), squared)
-    assert_close(published_importances.fisher_at_prediction(apply_fn, state, batch, KEY), expected)
+    assert_close(published_importances.fisher_at_prediction(apply_fn, CLASSIFICATION, state, batch, KEY), expected)
 
 
 def test_fisher_of_few_examples_is_exact_on_them(state, batch):
     exact = methods.ewc("exact").importance_fn(apply_fn, CLASSIFICATION, state, batch, KEY)
-    assert_close(published_importances.fisher_of_500(apply_fn, state, batch, KEY), exact)  # there are fewer than 500
+    assert_close(
+        published_importances.fisher_of_500(apply_fn, CLASSIFICATION, state, batch, KEY), exact
+    )  # of fewer than 500
     many = jax.tree.map(lambda x: jnp.tile(x, (100,) + (1,) * (x.ndim - 1)), batch)
-    drawn = published_importances.fisher_of_500(apply_fn, state, many, KEY)
+    drawn = published_importances.fisher_of_500(apply_fn, CLASSIFICATION, state, many, KEY)
     assert_close(jax.tree.map(jnp.shape, drawn), jax.tree.map(jnp.shape, exact))
     ratio = sum(map(jnp.sum, jax.tree.leaves(drawn))) / sum(map(jnp.sum, jax.tree.leaves(exact)))
     assert 0.7 < ratio < 1.4
@@ -97,7 +99,7 @@ def test_squared_gradients_of_batches(state, batch, monkeypatch):
         lambda *arguments, batch_size: mean_over_batches(*arguments, batch_size=4),
     )
     expected = mean_over(shuffled(4), squared)
-    assert_close(published_importances.squared_batch_gradient(apply_fn, state, batch, KEY), expected)
+    assert_close(published_importances.squared_batch_gradient(apply_fn, CLASSIFICATION, state, batch, KEY), expected)
 
 
 @pytest.mark.parametrize("over_outputs", [published_importances.mean_of_active, published_importances.sum_of_all])
@@ -110,12 +112,12 @@ def test_mas_of_batches(state, batch, over_outputs):
 
         return jax.tree.map(jnp.abs, jax.grad(loss_fn)(state.params))
 
-    ours = published_importances.mas_of_batches(4, over_outputs)(apply_fn, state, batch, KEY)
+    ours = published_importances.mas_of_batches(4, over_outputs)(apply_fn, CLASSIFICATION, state, batch, KEY)
     assert_close(ours, mean_over(shuffled(4), absolute))
 
 
 def test_scaled_mas(state, batch):
-    leaves = jax.tree.leaves(published_importances.scaled_mas(apply_fn, state, batch, KEY))
+    leaves = jax.tree.leaves(published_importances.scaled_mas(apply_fn, CLASSIFICATION, state, batch, KEY))
     assert min(leaf.min() for leaf in leaves) == 0
     assert max(leaf.max() for leaf in leaves) == 1
 
