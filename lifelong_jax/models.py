@@ -7,16 +7,17 @@ layers for `local_mas_importance`.
 import functools
 import pathlib
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lifelong_jax import _checks
+from lifelong_jax._batch_axis import BATCH_AXIS
 from lifelong_jax._extras import needs_extra
 from lifelong_jax.importance.layers import layer_output
-from lifelong_jax.types import Example, Params
+from lifelong_jax.types import Example, ModelState, Params, TrainFn
 
 with needs_extra("models"):
     import flax.linen as nn
@@ -32,6 +33,7 @@ class MLP(nn.Module):
       hidden_sizes: the widths of the hidden layers.
       num_outputs: the width of the output layer.
       activation: "relu" or "tanh", applied after each hidden layer.
+      dropout: the share of each hidden layer's outputs that are set to 0 in training; see `train_functions`.
 
     Example:
       >>> model = MLP(hidden_sizes=(256, 256), num_outputs=10)
@@ -43,14 +45,18 @@ class MLP(nn.Module):
     hidden_sizes: tuple[int, ...]
     num_outputs: int
     activation: Literal["relu", "tanh"] = "relu"
+    dropout: float = 0.0
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Computes the outputs `[num_outputs]` of one example `x`. It may have any shape, and is flattened."""
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}.")
         activate = {"relu": nn.relu, "tanh": jnp.tanh}[self.activation]
         x = x.reshape(-1)
         for size in self.hidden_sizes:
             x = layer_output(activate(nn.Dense(size)(x)))
+            x = nn.Dropout(self.dropout, deterministic=not train)(x)
         return nn.Dense(self.num_outputs)(x)
 
 
@@ -60,6 +66,7 @@ class CNN(nn.Module):
     Attributes:
       features: the number of output channels of each convolution.
       num_outputs: the width of the output layer.
+      batch_norm: whether each convolution is followed by batch normalisation, before its ReLU; see `train_functions`.
 
     Example:
       >>> model = CNN(features=(16, 32), num_outputs=10)
@@ -70,9 +77,10 @@ class CNN(nn.Module):
 
     features: tuple[int, ...]
     num_outputs: int
+    batch_norm: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Computes the outputs `[num_outputs]` of one image `x`, `[height, width, channels]`."""
         smallest = 2 ** len(self.features)
         if x.ndim != 3 or min(x.shape[:2]) < smallest:
@@ -81,7 +89,10 @@ class CNN(nn.Module):
                 f"{smallest} pixels, not {x.shape}: use fewer features or a larger image_size."
             )
         for size in self.features:
-            x = layer_output(nn.relu(Conv(size, window=3, padding=1)(x)))
+            x = Conv(size, window=3, padding=1)(x)
+            if self.batch_norm:
+                x = nn.BatchNorm(use_running_average=not train, momentum=0.9, axis_name=BATCH_AXIS)(x)
+            x = layer_output(nn.relu(x))
             x = nn.avg_pool(x, (2, 2), strides=(2, 2))
         return nn.Dense(self.num_outputs)(x.reshape(-1))
 
@@ -189,8 +200,7 @@ class AlexNet(nn.Module):
     With 1,000 outputs it has 61 million parameters. The input is a colour image in [0, 1]. The network normalises it by
     ImageNet's mean and standard deviation, as the pretrained weights require (see `load_pretrained`). The features of
     the last convolution are averaged to 6×6, so that images may have any size of at least 63×63; the pretrained weights
-    were trained on 224×224. There is no dropout: its noise would add to the importances, and the output would not be a
-    function of the parameters and one example only.
+    were trained on 224×224. There is no dropout.
 
     Attributes:
       num_outputs: the width of the output layer, `fc8`, called the head.
@@ -275,6 +285,55 @@ def _init_program() -> Callable[[nn.Module, jax.Array, Example], Params]:
     # numbers. A program with compiler options cannot be part of another one, so init_network calls it only outside jit.
     options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
     return jax.jit(lambda model, key, x: model.init(key, x), static_argnums=0, compiler_options=options)
+
+
+@functools.cache  # one pair for each network, so that jit compiles once
+def train_functions(model: nn.Module) -> tuple[Callable[[Params, ModelState, Example], jax.Array], TrainFn]:
+    """Makes a `Recipe`'s two functions of a flax module with dropout or batch normalisation.
+
+    Args:
+      model: a module of one example, hashable, whose call takes `train`: whether it is being trained. Its random keys
+        are called "dropout", and the axis of its batch normalisation "batch".
+
+    Returns:
+      `apply_fn(params, model_state, x) -> outputs`, the module as it predicts, and
+      `train_fn(params, model_state, x, key) -> (outputs, model_state)`, as it is trained.
+
+    Example:
+      >>> model = MLP((5,), 10, dropout=0.5)
+      >>> apply_fn, train_fn = train_functions(model)
+      >>> params, model_state = split_variables(init_network(model, jax.random.key(0), jnp.ones(64)))
+      >>> train_fn(params, model_state, jnp.ones(64), jax.random.key(1))[0].shape
+      (10,)
+    """
+
+    def apply_fn(params: Params, model_state: ModelState, x: Example) -> jax.Array:
+        outputs: Any = model.apply({**params, **model_state}, x)
+        return outputs
+
+    def train_fn(params: Params, model_state: ModelState, x: Example, key: jax.Array) -> tuple[jax.Array, ModelState]:
+        variables, names = {**params, **model_state}, list(model_state)
+        return model.apply(variables, x, train=True, rngs={"dropout": key}, mutable=names)
+
+    return apply_fn, train_fn
+
+
+def split_variables(variables: Params) -> tuple[Params, ModelState]:
+    """Splits a flax module's variables, for the functions of `train_functions`.
+
+    Args:
+      variables: from `init_network`.
+
+    Returns:
+      The parameters, `{"params": ...}`, and the model state: the module's other collections, such as "batch_stats".
+
+    Example:
+      >>> variables = init_network(CNN((2,), 10, batch_norm=True), jax.random.key(0), jnp.ones((8, 8, 1)))
+      >>> [list(part) for part in split_variables(variables)]
+      [['params'], ['batch_stats']]
+    """
+    model_state = {name: collection for name, collection in variables.items() if name != "params"}
+    return {"params": variables["params"]}, model_state
 
 
 def load_pretrained(params: Params, path: str | pathlib.Path) -> Params:
