@@ -11,14 +11,8 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from experiments.harness.experiment import (
-    Experiment,
-    ImageSettings,
-    Strength,
-    load_or_exit,
-    make_network,
-    run_experiment,
-)
+from experiments.harness.experiment import Experiment, ImageSettings, Strength, load_or_exit, run_experiment
+from experiments.harness.networks import make_network, network_functions
 from experiments.harness.settings import check_settings, parse_settings
 from lifelong_jax import Batch, Task
 from lifelong_jax.datasets import Dataset
@@ -62,6 +56,7 @@ def main(config: Config) -> None:
     """Runs the comparison."""
     dataset = load_or_exit(config.dataset, config)
     network = make_network(config, dataset.num_classes + max(config.addends))
+    apply_fn, train_fn = network_functions(config, network)
     experiment = Experiment(
         name="add_digit",
         title=f"Adding {', then '.join(map(str, config.addends))} to {config.dataset}",
@@ -69,8 +64,9 @@ def main(config: Config) -> None:
         make_tasks=lambda datasets, key: [make_task(datasets[0], config.addends, addend) for addend in config.addends],
         task_names=[f"+{addend}" for addend in config.addends],
         scenario="domain",
-        apply_fn=network.apply,
+        apply_fn=apply_fn,
         init_params=functools.partial(init_network, network),
+        train_fn=train_fn,
     )
     run_experiment(config, experiment)
 

@@ -15,14 +15,8 @@ from typing import Literal
 import flax.linen as nn
 import jax
 
-from experiments.harness.experiment import (
-    Experiment,
-    ImageSettings,
-    Strength,
-    load_or_exit,
-    make_network,
-    run_experiment,
-)
+from experiments.harness.experiment import Experiment, ImageSettings, Strength, load_or_exit, run_experiment
+from experiments.harness.networks import make_network, network_functions
 from experiments.harness.settings import check_settings, parse_settings, refuse
 from lifelong_jax import dataset_tasks
 from lifelong_jax.models import AlexNet, init_network, load_pretrained
@@ -84,6 +78,7 @@ def main(config: Config) -> None:
         params = init_network(network, key, x)
         return params if config.pretrained is None else load_pretrained(params, config.pretrained)
 
+    apply_fn, train_fn = network_functions(config, network)
     experiment = Experiment(
         name="dataset_sequence",
         title=f"{' → '.join(config.datasets)}, {config.scenario}-incremental",
@@ -91,8 +86,9 @@ def main(config: Config) -> None:
         make_tasks=lambda datasets, key: dataset_tasks(datasets, shared_outputs=shared_outputs),
         task_names=[short_name(name) for name in config.datasets],
         scenario=config.scenario,
-        apply_fn=network.apply,
+        apply_fn=apply_fn,
         init_params=init_params,
+        train_fn=train_fn,
     )
     run_experiment(config, experiment)
 

@@ -7,14 +7,8 @@ task after the other. After each task it is tested on all of them.
 import dataclasses
 import functools
 
-from experiments.harness.experiment import (
-    Experiment,
-    ImageSettings,
-    Strength,
-    load_or_exit,
-    make_network,
-    run_experiment,
-)
+from experiments.harness.experiment import Experiment, ImageSettings, Strength, load_or_exit, run_experiment
+from experiments.harness.networks import make_network, network_functions
 from experiments.harness.settings import DatasetName, check_num_tasks, parse_settings
 from lifelong_jax import permuted_tasks
 from lifelong_jax.models import init_network
@@ -45,6 +39,7 @@ def main(config: Config) -> None:
     """Runs the comparison."""
     dataset = load_or_exit(config.dataset, config)
     network = make_network(config, dataset.num_classes)
+    apply_fn, train_fn = network_functions(config, network)
     experiment = Experiment(
         name="permuted",
         title=f"{config.num_tasks} permuted tasks of {config.dataset}",
@@ -52,8 +47,9 @@ def main(config: Config) -> None:
         make_tasks=lambda datasets, key: permuted_tasks(datasets[0].train, datasets[0].test, config.num_tasks, key),
         task_names=[f"task {task + 1}" for task in range(config.num_tasks)],
         scenario="domain",
-        apply_fn=network.apply,
+        apply_fn=apply_fn,
         init_params=functools.partial(init_network, network),
+        train_fn=train_fn,
     )
     run_experiment(config, experiment)
 

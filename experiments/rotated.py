@@ -9,14 +9,8 @@ import functools
 
 import numpy as np
 
-from experiments.harness.experiment import (
-    Experiment,
-    ImageSettings,
-    Strength,
-    load_or_exit,
-    make_network,
-    run_experiment,
-)
+from experiments.harness.experiment import Experiment, ImageSettings, Strength, load_or_exit, run_experiment
+from experiments.harness.networks import make_network, network_functions
 from experiments.harness.settings import DatasetName, check_num_tasks, check_settings, parse_settings
 from lifelong_jax import rotated_tasks
 from lifelong_jax.models import init_network
@@ -50,6 +44,7 @@ def main(config: Config) -> None:
     dataset = load_or_exit(config.dataset, config)
     network = make_network(config, dataset.num_classes)
     angles = np.linspace(0, config.max_angle, config.num_tasks)
+    apply_fn, train_fn = network_functions(config, network)
     experiment = Experiment(
         name="rotated",
         title=f"{config.dataset} rotated by 0 to {config.max_angle:g}°",
@@ -57,8 +52,9 @@ def main(config: Config) -> None:
         make_tasks=lambda datasets, key: rotated_tasks(datasets[0].train, datasets[0].test, angles),
         task_names=[f"{angle:.0f}°" for angle in angles],
         scenario="domain",
-        apply_fn=network.apply,
+        apply_fn=apply_fn,
         init_params=functools.partial(init_network, network),
+        train_fn=train_fn,
     )
     run_experiment(config, experiment)
 

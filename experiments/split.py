@@ -16,14 +16,8 @@ from typing import Literal
 import jax
 import numpy as np
 
-from experiments.harness.experiment import (
-    Experiment,
-    ImageSettings,
-    Strength,
-    load_or_exit,
-    make_network,
-    run_experiment,
-)
+from experiments.harness.experiment import Experiment, ImageSettings, Strength, load_or_exit, run_experiment
+from experiments.harness.networks import make_network, network_functions
 from experiments.harness.settings import DatasetName, check_settings, parse_settings, refuse
 from lifelong_jax import Task, split_tasks
 from lifelong_jax.datasets import Dataset
@@ -76,6 +70,7 @@ def main(config: Config) -> None:
         groups = class_groups(config, num_classes, key)
         return split_tasks(train, test, groups, num_classes, shared_outputs=shared_outputs)
 
+    apply_fn, train_fn = network_functions(config, network)
     experiment = Experiment(
         name="split",
         title=f"Split {config.dataset}, {config.scenario}-incremental",
@@ -83,8 +78,9 @@ def main(config: Config) -> None:
         make_tasks=make_tasks,
         task_names=[f"task {task + 1}" for task in range(-(-dataset.num_classes // config.classes_per_task))],
         scenario=config.scenario,
-        apply_fn=network.apply,
+        apply_fn=apply_fn,
         init_params=functools.partial(init_network, network),
+        train_fn=train_fn,
     )
     run_experiment(config, experiment)
 

@@ -5,7 +5,6 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Annotated, Literal, NamedTuple
 
-import flax.linen as nn
 import jax
 import optax
 import rich.console
@@ -18,7 +17,7 @@ from experiments.harness.pipelines import MOMENTUM, interval_of, momentum_with_p
 from experiments.harness.report import fail_if_all_diverged, report_comparison
 from experiments.harness.runs import Run, open_run
 from experiments.harness.scores import score_of
-from experiments.harness.sequences import learn_resumably
+from experiments.harness.sequences import learn_resumably, learn_validation_runs
 from experiments.harness.settings import (
     DataSettings,
     Numbers,
@@ -32,12 +31,10 @@ from experiments.harness.tune import choose_strengths, sweep_strengths
 from lifelong_jax import methods
 from lifelong_jax.datasets.named import Dataset, hold_out_validation, load_dataset
 from lifelong_jax.methods import Method
-from lifelong_jax.models import CNN, MLP
 from lifelong_jax.objectives import CLASSIFICATION, Objective
 from lifelong_jax.penalty import add_quadratic_penalty, proximal_adam, proximal_quadratic_penalty
 from lifelong_jax.recipes import Recipe
-from lifelong_jax.sweep import learn_sweep
-from lifelong_jax.types import Example, OptimizerFn, OutputFn, Params, Scenario, Task
+from lifelong_jax.types import Example, OptimizerFn, Params, Scenario, Task, TrainFn
 
 STRENGTHS = tuple(float(f"{10 ** (half_decade / 2):.3g}") for half_decade in range(-8, 13))
 """The strengths that --tune compares."""
@@ -166,11 +163,23 @@ class ImageSettings(Settings, DataSettings):
     features: tuple[int, ...] = (16, 32)
     """Channels of the convolutional network's layers."""
 
+    dropout: float = 0.0
+    """The share of the multilayer perceptron's hidden outputs that are set to 0 in training."""
+
+    batch_norm: bool = False
+    """Batch normalisation in the convolutional network."""
+
     def __post_init__(self) -> None:
         """Validates before computing."""
         DataSettings.__post_init__(self)
         Settings.__post_init__(self)
         check_settings(positive={"hidden_sizes": self.hidden_sizes, "features": self.features})
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}.")
+        if self.dropout and self.network != "mlp":
+            raise ValueError(f"--dropout is for network mlp, not {self.network}.")
+        if self.batch_norm and self.network != "cnn":
+            raise ValueError(f"--batch-norm is for network cnn, not {self.network}.")
 
 
 class Experiment(NamedTuple):
@@ -183,9 +192,10 @@ class Experiment(NamedTuple):
       make_tasks: `make_tasks(datasets, key) -> tasks`.
       task_names: short names, for tables and pictures.
       scenario: "task", "domain" or "class".
-      apply_fn: `apply_fn(params, x) -> outputs`, of one example; a flax model's `apply`.
+      apply_fn: `apply_fn(params, x) -> outputs`, of one example; with `train_fn`, as in `Recipe`.
       init_params: `init_params(key, x) -> params`, such as `functools.partial(init_network, model)`.
       objective: what the outputs mean, and the score.
+      train_fn: as in `Recipe`; `init_params` then makes all variables of a flax module.
     """
 
     name: str
@@ -194,9 +204,10 @@ class Experiment(NamedTuple):
     make_tasks: Callable[[Sequence[Dataset], jax.Array], Sequence[Task]]
     task_names: Sequence[str]
     scenario: Scenario
-    apply_fn: OutputFn
+    apply_fn: Callable[..., jax.Array]
     init_params: Callable[[jax.Array, Example], Params]
     objective: Objective = CLASSIFICATION
+    train_fn: TrainFn | None = None
 
 
 def run_experiment(settings: Settings, experiment: Experiment) -> None:
@@ -295,19 +306,6 @@ def load_or_exit(name: str, settings: DataSettings) -> Dataset:
         raise SystemExit(f"error: {error}") from error
 
 
-def make_network(settings: ImageSettings, num_outputs: int) -> nn.Module:
-    """Makes the network that the settings name.
-
-    Args:
-      settings: the kind of network, and the widths of its layers.
-      num_outputs: the number of classes.
-
-    Returns:
-      A flax module of one example.
-    """
-    return CNN(settings.features, num_outputs) if settings.network == "cnn" else MLP(settings.hidden_sizes, num_outputs)
-
-
 def make_optimizer_fn(settings: Settings, num_steps: int, every: int | None = None) -> OptimizerFn:
     """Makes the pipeline of optimiser and penalty.
 
@@ -358,6 +356,7 @@ def make_recipes(settings: Settings, experiment: Experiment) -> dict[str, Recipe
         settings.batch_size,
         scenario=experiment.scenario,
         objective=experiment.objective,
+        train_fn=experiment.train_fn,
     )
     every = settings.interval or interval_of(num_steps)
     with_factors = shared._replace(optimizer_fn=make_optimizer_fn(settings, num_steps, every))
@@ -406,9 +405,7 @@ def tune(
       The strengths: the best ones for the methods that are compared.
     """
     learners = {
-        field.name: functools.partial(
-            learn_sweep, make_method(settings, field.name), recipes[field.name], forward_transfer=False
-        )
+        field.name: functools.partial(learn_validation_runs, make_method(settings, field.name), recipes[field.name])
         for field in dataclasses.fields(Strength)
         if field.name in settings.methods
     }

@@ -17,10 +17,11 @@ from lifelong_jax import _files
 from lifelong_jax.checkpoint import save_consolidation
 from lifelong_jax.continual import Progress, SequenceState, init_sequence, learn_jointly, learn_tasks
 from lifelong_jax.methods import Method
+from lifelong_jax.models import split_variables
 from lifelong_jax.recipes import Recipe
-from lifelong_jax.sweep import SweepRun
+from lifelong_jax.sweep import SweepAccuracies, SweepRun, learn_sweep
 from lifelong_jax.tasks import pad_tasks
-from lifelong_jax.types import Consolidation, Example, Params, Task
+from lifelong_jax.types import Consolidation, Example, ModelState, Params, Task
 
 _LOGGED = ("task", "epochs", "loss", "accuracies")  # of Progress
 
@@ -216,6 +217,38 @@ def pad_cheaply(tasks: Sequence[Task], max_padding: float = MAX_PADDING) -> Sequ
     return pad_tasks(tasks) if padding <= max_padding else tasks
 
 
+def split_start(recipe: Recipe, variables: Params) -> tuple[Params, ModelState]:
+    """Splits what `init_params` made into parameters and a model state.
+
+    Args:
+      recipe: with a `train_fn` of `models.train_functions`, or with none.
+      variables: a flax module's variables, or without a `train_fn`, parameters.
+
+    Returns:
+      The parameters, and the model state, or None.
+    """
+    return (variables, None) if recipe.train_fn is None else split_variables(variables)
+
+
+def learn_validation_runs(method: Method, recipe: Recipe, runs: Sequence[SweepRun]) -> SweepAccuracies:
+    """Learns several runs of a sequence as one program, to choose a strength.
+
+    Args:
+      method: as for `learn_sweep`.
+      recipe: as for `learn_sweep`.
+      runs: from `start_of_seed`, whose parameters are what `split_start` splits.
+
+    Returns:
+      Each run's scores, on tasks that have been learned.
+    """
+    starts = [split_start(recipe, run.params) for run in runs]
+    split = [
+        run._replace(params=params, model_state=model_state)
+        for run, (params, model_state) in zip(runs, starts, strict=True)
+    ]
+    return learn_sweep(method, recipe, split, forward_transfer=False)
+
+
 def learn_resumably(
     method: Method | None,
     recipe: Recipe,
@@ -234,7 +267,7 @@ def learn_resumably(
       method: as for `learn_tasks`; None learns all tasks at once, as `learn_jointly` does.
       recipe: as for `learn_tasks`.
       strength: λ; not used without a method.
-      params: where training starts.
+      params: where training starts; with a `recipe.train_fn`, the variables that `split_start` splits.
       tasks: the sequence.
       key: the random key of the sequence.
       sequence: its checkpoints.
@@ -245,7 +278,8 @@ def learn_resumably(
     Returns:
       The state after the last task.
     """
-    start = init_sequence(method, recipe, params, tasks, key, strength=strength)
+    params, model_state = split_start(recipe, params)
+    start = init_sequence(method, recipe, params, tasks, key, strength=strength, model_state=model_state)
     start = sequence.restore(start if prepare is None else prepare(start, sequence))
 
     def callback(state: SequenceState, progress: Progress) -> None:

@@ -7,11 +7,11 @@ import optax
 import pytest
 
 from experiments import permuted
-from experiments.harness import experiment
+from experiments.harness import experiment, networks
 from experiments.harness.runs import Run, read_rows
 from experiments.harness.settings import DataSettings, parse_settings
 from lifelong_jax import add_quadratic_penalty, plotting
-from lifelong_jax.models import MLP
+from lifelong_jax.models import CNN, MLP, train_functions
 from tests.pictures import break_image, write_image
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -107,6 +107,20 @@ def test_until_strengths_are_chosen_added_seeds_have_a_say(call, monkeypatch):
         call(*SMALL, "--seeds", "0", "--methods", "ewc", "--strength", "1,100")
     _, added = call("--resume", "--seeds", "1")
     assert places(row for row in added if row.get("split") == "validation") == [("ewc 1", 1), ("ewc 100", 1)]
+
+
+def test_a_network_is_trained_otherwise_than_it_predicts_only_if_it_is_asked_to():
+    for arguments, expected, is_trained_otherwise in (
+        ((), MLP((256, 256), 10), False),
+        (("--network", "cnn"), CNN((16, 32), 10), False),
+        (("--dropout", "0.2"), MLP((256, 256), 10, dropout=0.2), True),
+        (("--network", "cnn", "--batch-norm"), CNN((16, 32), 10, batch_norm=True), True),
+    ):
+        settings = parse_settings(permuted.Config, "permuted", arguments)
+        network = networks.make_network(settings, 10)
+        functions = networks.network_functions(settings, network)
+        assert network == expected
+        assert functions == (train_functions(expected) if is_trained_otherwise else (network.apply, None))
 
 
 def test_images_of_folders_become_what_the_settings_say(tmp_path, monkeypatch):

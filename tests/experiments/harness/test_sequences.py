@@ -41,7 +41,7 @@ from lifelong_jax import (
 )
 from lifelong_jax.checkpoint import load_consolidation, read_metadata
 from lifelong_jax.continual import go_on_after
-from lifelong_jax.models import MLP
+from lifelong_jax.models import CNN, MLP
 
 NUM_TASKS, NUM_EPOCHS = 3, 2
 INPUTS = jax.random.normal(jax.random.key(0), (20, 6))
@@ -240,9 +240,18 @@ def test_the_last_task_is_learned_again_from_what_was_kept(tmp_path, often):
     assert np.isnan(resumed.accuracy_matrix[:-1]).all()
 
 
-def test_a_script_goes_on_to_the_same_numbers(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("network", "flags"),
+    [
+        (MLP((8,), 10), []),
+        (MLP((8,), 10, dropout=0.5), ["--dropout", "0.5"]),
+        (CNN((2,), 10, batch_norm=True), ["--network", "cnn", "--features", "2", "--batch-norm"]),
+    ],
+    ids=["mlp", "dropout", "batch_norm"],
+)
+@pytest.mark.usefixtures("standard_promotion")
+def test_a_script_goes_on_to_the_same_numbers(tmp_path, monkeypatch, capsys, network, flags):
     # The same objects in every call, so that what is compiled is used again.
-    network = MLP((8,), 10)
     monkeypatch.setattr(permuted, "make_network", lambda settings, num_outputs: network)
     monkeypatch.setattr(experiment, "make_optimizer_fn", lambda *arguments: optimizer_fn)
     picture = unittest.mock.Mock()
@@ -257,7 +266,8 @@ def test_a_script_goes_on_to_the_same_numbers(tmp_path, monkeypatch, capsys):
                 raise Killed
 
         monkeypatch.setattr(Run, "log", log_or_die)
-        permuted.main(parse_settings(permuted.Config, "permuted", [*SMALL, "--output-dir", str(tmp_path), *arguments]))
+        arguments = [*SMALL, *flags, "--output-dir", str(tmp_path), *arguments]
+        permuted.main(parse_settings(permuted.Config, "permuted", arguments))
 
     sweep = ["--strength", "1,10"]
     run_until(-1, *sweep)
