@@ -16,7 +16,7 @@ from lifelong_jax.tasks import with_permutation
 from lifelong_jax.types import Batch, Example, ModelState, OutputFn, Params, Scenario, Task
 
 _MAX_EXAMPLES = 1024  # at once; more are no faster
-_MAX_FLOATS = 2**26  # of all activations of the examples at once: 256 MiB in float32
+_MAX_FLOATS = 2**28  # of all activations of the examples at once: 1 GiB in float32, if none were freed
 
 
 @functools.partial(jax.jit, static_argnames=("apply_fn", "objective"))

@@ -323,8 +323,8 @@ def _weighted_outputs(outputs: jax.Array, example: Batch, scale: float = 1.0) ->
     outputs = outputs if scale == 1 else outputs * scale
     if example.label_weights is None:
         return outputs
-    weights = _label_weights_like(outputs, example)
-    return jnp.where(weights == 0, 0, weights * outputs + (1 - weights) * jax.lax.stop_gradient(outputs))
+    weights, fixed = _label_weights_like(outputs, example), jax.lax.stop_gradient(outputs)
+    return jnp.where(weights == 0, 0, fixed + weights * (outputs - fixed))
 
 
 def _label_weights_like(values: jax.Array, example: Batch) -> jax.Array:

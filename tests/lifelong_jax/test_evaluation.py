@@ -1,5 +1,6 @@
 """Accuracies: exact, by weight, in parts, and what is refused."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -75,3 +76,12 @@ def test_inactive_outputs_do_not_count_whatever_they_are():
     test = Batch(outputs, jnp.array([1, 2, 2, 2]), jnp.ones(4))
     task = Task(test, test, class_mask=jnp.array([False, True, True]))
     assert evaluate(lambda params, x: x, jnp.array(0.0), [task], "task") == [0.75]  # the last has an active NaN
+
+
+def test_large_activations_are_evaluated_a_few_at_a_time():
+    def network(params, x):
+        return (jnp.tanh(jnp.outer(x, x) * params) @ x)[:2]
+
+    test = Batch(jax.ShapeDtypeStruct((1024, 1000), float), *[jax.ShapeDtypeStruct((1024,), t) for t in (int, float)])
+    compiled = evaluation.score.lower(network, jax.ShapeDtypeStruct((), float), test, None, None).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 2**30  # all at once would take 4 times as much

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from lifelong_jax import explain
+from lifelong_jax._jaxprs import activation_floats
 from lifelong_jax.importance.cotangents import Cotangents, stacked
-from lifelong_jax.importance.plan import _activation_floats, default_microbatch_size
+from lifelong_jax.importance.plan import default_microbatch_size
 from tests.lifelong_jax.importance.models import MODELS, made, some_cotangents
 
 
@@ -85,5 +86,5 @@ def test_activations_are_what_depends_on_the_example() -> None:
         return (2 * params) @ jnp.sin(x)  # 2 * params is computed once
 
     jaxpr = jax.make_jaxpr(output_fn)(jnp.zeros((5, 3)), jnp.zeros(3)).jaxpr
-    assert _activation_floats(jaxpr, [True, False]) == 3 + 5
-    assert _activation_floats(jaxpr, [False, False]) == 5 * 3 + 3 + 5
+    assert activation_floats(jaxpr, [True, False]) == 3 + 5
+    assert activation_floats(jaxpr, [False, False]) == 5 * 3 + 3 + 5

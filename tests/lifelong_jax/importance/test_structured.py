@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from lifelong_jax import empirical_fisher_diagonal, explain, fisher_diagonal, mas_importance
-from lifelong_jax.importance import reference, structured, tapping
+from lifelong_jax._jaxprs import count_constants_and_carry
+from lifelong_jax.importance import reference, structured
 from lifelong_jax.importance.cotangents import stacked
 from tests.lifelong_jax.importance.models import MODELS, assert_close, in_float64, made, normal, some_cotangents
 
@@ -210,7 +211,7 @@ def test_squares_for_a_bias_are_those_for_its_kernel(reduction: str) -> None:
     jaxpr = jax.make_jaxpr(functools.partial(run, microbatch_size=2))(params, examples).jaxpr
     (over_microbatches,) = (e for e in jaxpr.eqns if e.primitive.name == "scan")
     (over_cotangents,) = (e for e in over_microbatches.params["jaxpr"].jaxpr.eqns if e.primitive.name == "scan")
-    _, num_carried = tapping._count_constants_and_carry(over_cotangents)
+    _, num_carried = count_constants_and_carry(over_cotangents)
     assert num_carried == 4  # for each layer, squares and their scales
 
 
