@@ -174,7 +174,7 @@ class ScaledSource:
         """Reads one example."""
         example = self.source[index]
         images: Any = np.asarray(example.inputs)
-        scaled = images / np.float32(255) if images.dtype == np.uint8 else images.astype(np.float32)
+        scaled = images * np.float32(1 / 255) if images.dtype == np.uint8 else images.astype(np.float32)
         return example._replace(inputs=scaled)
 
 

@@ -13,8 +13,8 @@ import pytest
 from lifelong_jax import (
     Batch,
     Task,
+    _epochs,
     consolidate,
-    continual,
     evaluate,
     fisher_diagonal,
     init_consolidation,
@@ -186,7 +186,7 @@ def test_the_trainer_sees_the_current_task_alone(monkeypatch):
         jax.debug.callback(lambda weights: seen.append(float(weights[0])), examples.weights, ordered=True)
         return training.learn_task(loss_fn, optimizer, state, consolidation, examples, weights=weights, **settings)
 
-    monkeypatch.setattr(continual, "learn_task", spy)
+    monkeypatch.setattr(_epochs, "learn_task", spy)
     fresh = functools.partial(coupled_sgd)  # another object, so that nothing compiled before is used
     learn(methods.ewc(), RECIPE._replace(optimizer_fn=fresh), tasks=tasks)
     jax.effects_barrier()

@@ -19,7 +19,7 @@ def test_birds_as_tfds_mocks_them(mocked_birds):
     birds = datasets.load_dataset("caltech_birds2011", mocked_birds, image_size=12)
     opened = datasets.open_dataset("caltech_birds2011", mocked_birds, image_size=12)
     batches = list(stream_batches(opened.test, 2))
-    first = opened.train.source.records[0]
+    first = opened.train.source.source.records[0]
     with pytest.raises(ValueError, match="all must have the same shape: set image_size"):
         datasets.load_dataset("caltech_birds2011", mocked_birds)
     assert birds.num_classes == 200
@@ -85,7 +85,7 @@ def test_several_labels_and_videos_are_refused_by_name(tmp_path, prepare):
 def test_damaged_files_are_refused_by_name(tmp_path, prepare):
     prepared = prepare("broken")
     assert datasets.load_dataset("broken", tmp_path).num_classes == 3
-    source = datasets.open_dataset("broken", tmp_path).train.source
+    source = datasets.open_dataset("broken", tmp_path).train.source.source
     assert sorted(example.inputs.max() for example in source) == list(range(6))
     (shard,) = prepared.glob("*train.array_record*")
     whole = bytearray(shard.read_bytes())

@@ -9,6 +9,7 @@ import pytest
 
 from lifelong_jax import Batch, fisher_diagonal, kronecker_fisher, mas_importance, methods
 from lifelong_jax.importance.cotangents import MAX_PASSES, sampled
+from lifelong_jax.objectives import CLASSIFICATION
 from lifelong_jax.training import TrainingState
 
 KEY = jax.random.key(0)
@@ -76,8 +77,8 @@ def test_users_of_methods_are_told_of_sampled_labels():
     state, batch = TrainingState(params, (), KEY), Batch(inputs, jnp.zeros(2, int))
     for make in (methods.ewc, methods.kfac):
         with pytest.raises(ValueError, match="in methods, fisher='sampled'"):
-            make().importance_fn(apply_fn, state, batch, KEY)
-        jax.eval_shape(functools.partial(make("sampled").importance_fn, apply_fn), state, batch, KEY)
+            make().importance_fn(apply_fn, CLASSIFICATION, state, batch, KEY)
+        jax.eval_shape(functools.partial(make("sampled").importance_fn, apply_fn, CLASSIFICATION), state, batch, KEY)
 
 
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
