@@ -322,6 +322,9 @@ def report_comparison(
     spread = f", mean±standard error over {num_seeds} seeds" if num_seeds > 1 else ""
     unit = "percent" if score.in_percent else score.name
     tables = {f"{title}: {unit}{spread}": _metrics_table(summary, score)}
+    if not score.in_percent:  # a loss of 2 may be low on one task, and high on another
+        of_tasks = f"{score.name.capitalize()} on each task after the last{spread}"
+        tables[of_tasks] = _tasks_table(outcomes, task_names, score)
     baselines = [baseline for baseline in _BASELINES if baseline in summary]
     if baselines:
         tables[f"Differences in average {score.name}{spread}"] = _margins_table(summary, baselines, score)
@@ -341,6 +344,13 @@ def _metrics_table(summary: Mapping[str, Summary], score: Score) -> list[list[st
     return [header] + [
         [name, *(format_score(getattr(of_method, key), score) for key in _METRICS)]
         for name, of_method in summary.items()
+    ]
+
+
+def _tasks_table(outcomes: Mapping[str, Outcome], task_names: Sequence[str], score: Score) -> list[list[str]]:
+    return [["method", *task_names]] + [
+        [name, *(format_score(estimate(of_task), score) for of_task in outcome.accuracy_matrix[:, -1].T)]
+        for name, outcome in outcomes.items()
     ]
 
 

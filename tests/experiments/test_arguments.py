@@ -12,11 +12,13 @@ from experiments import (
     dataset_sequence,
     permuted,
     reconsolidate,
+    regression,
     reproduce,
     rotated,
     split,
     strength_sweep,
     strength_transfer,
+    text,
 )
 from experiments.harness.settings import parse_settings
 from tests.experiments.files import read_table
@@ -59,6 +61,10 @@ def call(script, output_dir, *arguments):
         (permuted, "--strength 1,10 --methods finetune joint", "none of the methods finetune, joint has a strength"),
         (split, "--classes-per-task 11", "classes_per_task must be below 10, the number of classes of digits"),
         (split, "--classes-per-task 10", "so that there are several tasks, not 10"),
+        (regression, "--classes 2 10", "classes must be below 10, as digits has them, not (2, 10)"),
+        (regression, "--turns 0", "turns must be finite and above 0"),
+        (text, "--width 6", "width must be a multiple of 4, the number of heads, not 6"),
+        (text, "--num-examples 1000000", "for prose, not 1000000"),
     ],
 )
 def test_wrong_arguments_are_one_line_and_leave_nothing(tmp_path, capsys, script, arguments, message):

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from experiments import permuted, reconsolidate, rotated, split, strength_sweep
+from experiments import permuted, reconsolidate, regression, rotated, split, strength_sweep
 from experiments.__main__ import scripts
 from experiments.harness.settings import DataSettings, parse_settings
 
@@ -41,7 +41,7 @@ def test_a_help_imports_nothing_that_only_a_run_needs():
     assert not SLOW & set(json.loads(result.stdout))
 
 
-@pytest.mark.parametrize("script", [permuted, rotated, split, reconsolidate, strength_sweep])
+@pytest.mark.parametrize("script", [permuted, rotated, split, regression, reconsolidate, strength_sweep])
 def test_the_help_names_every_kind_of_data_set(script, capsys):
     with pytest.raises(SystemExit, match="0"):
         parse_settings(script.Config, script.__name__, ["--help"])
@@ -53,7 +53,7 @@ def test_the_help_names_every_kind_of_data_set(script, capsys):
 def test_every_script_that_takes_a_data_set_has_the_flags_of_images():
     configs = [importlib.import_module(f"experiments.{name}").Config for name in sorted(NAMES - {"track"})]
     taking = [config for config in configs if {"dataset", "datasets"} & config.__dataclass_fields__.keys()]
-    assert len(taking) == 7
+    assert len(taking) == 8
     assert all(issubclass(config, DataSettings) for config in taking)
 
 

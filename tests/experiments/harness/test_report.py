@@ -154,6 +154,9 @@ def test_another_score_is_reported_in_its_own_unit_and_by_its_own_name(tmp_path)
     header = "| method | average squared error | average incremental squared error | forgetting | backward transfer |"
     assert header in table
     assert "| finetune | 0.700±0.050 | 0.750±0.025 | -0.300±0.100 | 0.300±0.100 |" in table  # it fell
+    assert "Squared error on each task after the last, mean±standard error over 2 seeds" in screen
+    assert "| method | 1 | 2 |" in table
+    assert "| finetune | 0.500±0.000 | 0.900±0.100 |" in table
     assert "| method | below finetune |" in table
     assert "| joint | -0.200±0.050 |" in table  # above it
     finetune, *_ = csv.DictReader((folder / "table.csv").read_text().splitlines())
