@@ -119,11 +119,11 @@ def _check_task(
             _checks.check_same_inputs(f"an input of {name}.{part}", inputs, "one of tasks[0].train", x)
             checked[arrays] = batch
     if task.class_mask is not None:
-        _check_class_mask(name, task, task.class_mask, recipe, outputs)
+        _check_class_mask(name, task, task.class_mask, recipe.objective, outputs)
 
 
-def _check_class_mask(name: str, task: Task, class_mask: jax.Array, recipe: Recipe, outputs: Any) -> None:
-    if recipe.objective.likelihood != "categorical":
+def _check_class_mask(name: str, task: Task, class_mask: jax.Array, objective: Objective, outputs: Any) -> None:
+    if objective.likelihood != "categorical":
         raise ValueError(f"{name} has a class_mask, which is for classification: leave it None.")
     if class_mask.shape != outputs.shape[-1:]:
         raise ValueError(
@@ -133,11 +133,6 @@ def _check_class_mask(name: str, task: Task, class_mask: jax.Array, recipe: Reci
         raise TypeError(f"{name}.class_mask has dtype {class_mask.dtype}, but must have bools.")
     if not _checks.is_concrete(class_mask):
         return
-    if recipe.scenario == "task" and np.sum(class_mask) < 2:
-        raise ValueError(
-            f"{name}.class_mask has {np.sum(class_mask)} active classes: with fewer than two, the label is certain, "
-            f"and the loss and the importance are 0. Join classes to tasks of two or more."
-        )
     for batch in parts_of(task).values():
         if not np.asarray(class_mask)[counted_labels(batch)].all():
             raise ValueError(f"{name} has labels that are not among the classes of its class_mask.")

@@ -13,9 +13,9 @@ from lifelong_jax import (
     Consolidation,
     Recipe,
     SweepRun,
+    _epochs,
     add_quadratic_penalty,
     consolidate,
-    continual,
     forms,
     init_consolidation,
     kronecker_fisher,
@@ -272,9 +272,9 @@ def sequence():
 
 def test_a_sequence_has_one_trace_and_a_sweep_learns_the_same():
     tasks, recipe = sequence()
-    continual._learn_epoch.clear_cache()
+    _epochs.learn_epoch.clear_cache()
     learned = learn_tasks(methods.kfac(), recipe, PARAMS, tasks, jax.random.key(5), strength=1.0)
-    assert continual._learn_epoch._cache_size() == 1
+    assert _epochs.learn_epoch._cache_size() == 1
     assert forms.is_form(learned.consolidation.importance["w"])
     swept = learn_sweep(methods.kfac(), recipe, [SweepRun(PARAMS, tasks, jax.random.key(5), s) for s in (1.0, 10.0)])
     np.testing.assert_allclose(swept.accuracy_matrix[0], learned.accuracy_matrix, atol=1e-6)

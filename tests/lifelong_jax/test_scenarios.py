@@ -85,6 +85,7 @@ def written_out(classes, params, inputs, labels, stored):
     return params, importances
 
 
+@pytest.mark.filterwarnings("ignore:the importance of")  # of a task of one class, it is 0
 @pytest.mark.parametrize("scenario", ["task", "class"])
 @pytest.mark.parametrize("method", [methods.ewc(), methods.mas("separate")], ids=["ewc", "mas"])
 def test_masks_equal_a_network_that_has_the_active_outputs_alone(scenario, method):

@@ -85,6 +85,7 @@ def test_equals_the_runs_one_by_one(method, scenario):
     assert len({matrix.tobytes() for matrix in swept.accuracy_matrix}) == len(runs)  # or little would be seen here
 
 
+@pytest.mark.filterwarnings("ignore:the importance of")  # of a task of one class, it is 0
 def test_one_run_equals_that_run():
     (run,) = make_runs("task", [1], [3.0])
     tests = [task.test._replace(weights=task.test.weights.astype(jnp.float32)) for task in run.tasks]  # as loaded data
