@@ -231,7 +231,7 @@ def test_dataset_sequence_of_scenes_and_birds(tmp_path, mocked_birds, monkeypatc
     assert np.array(summary["mas"]["accuracy_matrix"]).shape == (2, 2)
 
 
-@pytest.mark.parametrize("scenario", ["task", "domain"])
+@pytest.mark.parametrize("scenario", ["domain", pytest.param("task", marks=pytest.mark.slow)])
 def test_dataset_sequence_of_very_different_sizes(tmp_path, monkeypatch, scenario):
     """Padding would take more than twice the memory; sweeps need it."""
     monkeypatch.setattr(platformdirs, "user_cache_path", lambda name: tmp_path / "cache")

@@ -54,6 +54,7 @@ def test_a_run_reports_squared_errors_and_takes_another_seed(call):
     assert {path.name for path in folder.glob("*.png")} == pictures
 
 
+@pytest.mark.slow
 def test_the_strength_of_the_lowest_error_is_chosen(call):
     folder = call(*SMALL, "--methods", "ewc", "--seeds", "0", "--num-epochs", "8", "--strength", "0.1,1e6")
     swept = {row["method"]: row["accuracy_matrix"] for row in read_rows(folder) if row.get("split") == "validation"}

@@ -23,14 +23,14 @@ def call(output_dir, *arguments):
 
 
 def test_a_run_reports_losses_per_byte_and_takes_another_method(tmp_path):
-    begun = call(tmp_path, *SMALL, "--seeds", "0", "1", "--methods", "finetune", "ewc", "joint")
+    begun = call(tmp_path, *SMALL, "--seeds", "0", "1", "--methods", "finetune", "joint")
     before = read_rows(begun)
-    folder = call(tmp_path, "--resume", str(begun), "--methods", "mas", "l2")
+    folder = call(tmp_path, "--resume", str(begun), "--methods", "ewc")
     rows = read_rows(folder)
     assert rows[: len(before)] == before
-    assert {row["method"] for row in rows[len(before) :]} == {"mas", "l2"}
+    assert {row["method"] for row in rows[len(before) :]} == {"ewc"}
     summary = json.loads((folder / "summary.json").read_text())["methods"]
-    assert summary.keys() == set(text.Config().methods)
+    assert summary.keys() == {"finetune", "ewc", "joint"}
     for of_method in summary.values():  # nothing is learned yet, and all bytes are about as likely
         assert abs(of_method["average_loss_per_byte"]["mean"] - np.log(256)) < 1
     assert "| method | average loss per byte |" in read_table(folder / "table.md")

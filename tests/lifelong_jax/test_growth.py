@@ -297,7 +297,12 @@ def quadratic(form, change):
     return float(jnp.sum(forms.quadratic_terms(form, change)))
 
 
-@pytest.mark.parametrize("case", CASES)
+QUICK = {"outputs", "groups"}
+
+
+@pytest.mark.parametrize(
+    "case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+)
 def test_factors_of_old_entries_are_kept_exactly(case):
     (old_params, importance), (params, like) = with_factors(case)
     extended = extend_consolidation(Consolidation(old_params, importance), params, like=like)

@@ -105,8 +105,10 @@ def written_out_epoch(state, batch, weights, batch_size):
     return state._replace(params=params, opt_state=opt_state, model_state=model_state, key=key)
 
 
-@pytest.mark.parametrize("num_padding", [0, 3])
-@pytest.mark.parametrize("batch_size", [3, 4, 99])
+@pytest.mark.parametrize(
+    ("batch_size", "num_padding"),
+    [(3, 0), (4, 3), *[pytest.param(*case, marks=pytest.mark.slow) for case in ((3, 3), (4, 0), (99, 0), (99, 3))]],
+)
 def test_ragged_batches_and_padding_count_right(num_padding, batch_size):
     weights = jnp.array([1.0, 2, 1, 0.5, 1, 1, 3])
     expected = written_out_epoch(start(), BATCH, weights, batch_size)
