@@ -125,7 +125,7 @@ def plot_accuracy_matrices(
     for axis, (method, matrix) in zip(axes, scaled.items(), strict=True):
         image = axis.imshow(matrix, extent=(0.5, num_tasks + 0.5, num_tasks + 0.5, 0.5), **colors)
         if num_tasks <= 6:
-            digits = ".0f" if score == "accuracy" else ".3g"
+            digits = max(0, 2 - int(np.log10(max(1, abs(low), abs(high)))))  # three in all, where there is a point
             _write_numbers(axis, matrix, digits, lambda number: (number > (low + high) / 2) == higher_is_better)
         axis.set_title(method)
         axis.set_xlabel("tested on task")
@@ -346,8 +346,8 @@ def _draw_legend_below(figure: Figure, handles: Mapping[str, Any]) -> None:
     figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=ncols, frameon=False)
 
 
-def _write_numbers(axis: Axes, matrix: np.ndarray, digits: str, is_bright: Callable[[float], bool]) -> None:
+def _write_numbers(axis: Axes, matrix: np.ndarray, digits: int, is_bright: Callable[[float], bool]) -> None:
     for (row, column), number in np.ndenumerate(matrix):
         if np.isfinite(number):
             shade = "black" if is_bright(number) else "white"
-            axis.text(column + 1, row + 1, f"{number:{digits}}", ha="center", va="center", color=shade, fontsize=8)
+            axis.text(column + 1, row + 1, f"{number:.{digits}f}", ha="center", va="center", color=shade, fontsize=8)

@@ -195,8 +195,8 @@ def test_a_matrix_is_bright_where_the_score_is_good(higher_is_better):
     lowest, highest = (sum(image.to_rgba(value)[:3]) for value in (-0.5, 4.5))
     assert (highest > lowest) == higher_is_better
     texts = {text.get_text(): text.get_color() for text in axis.texts}
-    good, bad = ("3.5", "-0.5") if higher_is_better else ("-0.5", "3.5")
-    assert texts.keys() == {"-0.5", "2.35", "3.5"}
+    good, bad = ("3.50", "-0.50") if higher_is_better else ("-0.50", "3.50")
+    assert texts.keys() == {"-0.50", "2.35", "3.50"}
     assert (texts[good], texts[bad]) == ("black", "white")
     assert figure.axes[2].get_ylabel() == "test squared error"
 
@@ -204,3 +204,9 @@ def test_a_matrix_is_bright_where_the_score_is_good(higher_is_better):
 def test_matrices_of_a_score_that_was_never_measured_are_drawn():
     figure = plotting.plot_accuracy_matrices({"EWC": np.full((2, 2), np.nan)}, ["1", "2"], "", score="loss")
     assert_is_a_picture(figure)
+
+
+@pytest.mark.parametrize(("largest", "written"), [(9.876, "9.88"), (98.76, "98.8"), (987.6, "988"), (98765.0, "98765")])
+def test_numbers_in_matrices_fit_their_squares(largest, written):
+    figure = plotting.plot_accuracy_matrices({"EWC": [[largest]]}, ["1"], "", score="squared error")
+    assert [text.get_text() for text in figure.axes[0].texts] == [written]
