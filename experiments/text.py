@@ -26,7 +26,7 @@ from lifelong_jax.importance import layer_output
 from lifelong_jax.models import init_network
 from lifelong_jax.objectives import classification
 
-STRENGTH = Strength(l2=0.316, ewc=31.6, mas=0.01, kfac=0.0, local_mas=0.01, si=100.0, rwalk=1.0)  # on validation data
+STRENGTH = Strength(l2=0.316, ewc=31.6, mas=0.01, kfac=0.0, local_mas=0.01, si=100.0, rwalk=10.0)  # on validation data
 OBJECTIVE = classification(score="loss")._replace(score="loss per byte")
 NUM_BYTES, NUM_HEADS = 256, 4
 MODULES = ("argparse", "ast", "difflib", "doctest", "inspect", "pdb", "pickle", "statistics", "tarfile", "typing")
