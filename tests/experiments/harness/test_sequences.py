@@ -244,7 +244,7 @@ def test_the_last_task_is_learned_again_from_what_was_kept(tmp_path, often):
     ("network", "flags"),
     [
         (MLP((8,), 10), []),
-        (MLP((8,), 10, dropout=0.5), ["--dropout", "0.5"]),
+        pytest.param(MLP((8,), 10, dropout=0.5), ["--dropout", "0.5"], marks=pytest.mark.slow),
         (CNN((2,), 10, batch_norm=True), ["--network", "cnn", "--features", "2", "--batch-norm"]),
     ],
     ids=["mlp", "dropout", "batch_norm"],
