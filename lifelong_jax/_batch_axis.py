@@ -9,17 +9,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var, jaxprs_in_params
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
-from lifelong_jax._jaxprs import (
-    JIT,
-    REMAT,
-    bind,
-    constants_of,
-    count_constants_and_carry,
-    every_equation,
-    open_jaxpr,
-)
+from lifelong_jax._jaxprs import JIT, REMAT, bind, equations_within, evaluate_call
 
 BATCH_AXIS = "batch"
 _UNCHANGED_BY_REPEATS = frozenset({"pmax", "pmin", "axis_index"})  # in place of padding stands one of the examples
@@ -33,16 +25,12 @@ def weigh_means(function: Callable[..., Any], weight: jax.Array, *arguments: Any
     It is called under `jax.vmap(..., axis_name="batch")`.
     """
     jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
-    if not _averages(jaxpr.jaxpr):
+    if not any(_is_over_batch(inner) for equation in jaxpr.eqns for inner in equations_within(equation)):
         return function(*arguments)
     size = jax.lax.axis_size(BATCH_AXIS)
     share = weight / jax.lax.psum(weight, BATCH_AXIS) * size  # what 1 stands for in a mean without weights
     outputs = _evaluate(jaxpr.jaxpr, jaxpr.consts, jax.tree.leaves(arguments), share)
     return jax.tree.unflatten(jax.tree.structure(shapes), outputs)
-
-
-def _averages(jaxpr: Jaxpr) -> bool:
-    return any(_is_over_batch(equation) for equation in every_equation(jaxpr))
 
 
 def _is_over_batch(equation: JaxprEqn) -> bool:
@@ -58,49 +46,38 @@ def _evaluate(jaxpr: Jaxpr, constants: Sequence[Any], arguments: Sequence[Any], 
 
     for equation in jaxpr.eqns:
         inputs = [read(variable) for variable in equation.invars]
-        if any(_averages(open_jaxpr(inner)) for inner in jaxprs_in_params(equation.params)):
+        if _is_over_batch(equation):
+            outputs = _weigh(equation, inputs, share)
+        elif any(map(_is_over_batch, equations_within(equation))):
             outputs = _evaluate_call(equation, inputs, share)
-        elif _is_over_batch(equation) and equation.primitive.name not in _UNCHANGED_BY_REPEATS:
-            if not equation.primitive.name.startswith("psum"):
-                raise ValueError(
-                    f"the network uses {equation.primitive.name} over the axis {BATCH_AXIS!r}, which padding would "
-                    f"enter: use jax.lax.pmean, pmax or pmin."
-                )
-            outputs = bind(equation, [x * share.astype(x.dtype) for x in inputs])
         else:
             outputs = bind(equation, inputs)
         values.update(zip(equation.outvars, outputs, strict=True))
     return [read(variable) for variable in jaxpr.outvars]
 
 
+def _weigh(equation: JaxprEqn, inputs: list[Any], share: jax.Array) -> list[Any]:
+    name = equation.primitive.name
+    if name in _UNCHANGED_BY_REPEATS:
+        return bind(equation, inputs)
+    if not name.startswith("psum"):
+        raise ValueError(
+            f"the network uses {name} over the axis {BATCH_AXIS!r}, which padding would enter: use jax.lax.pmean, pmax "
+            f"or pmin."
+        )
+    return bind(equation, [x * share.astype(x.dtype) for x in inputs])
+
+
 def _evaluate_call(equation: JaxprEqn, inputs: list[Any], share: jax.Array) -> list[Any]:
-    name, parameters = equation.primitive.name, equation.params
+    name = equation.primitive.name
     if name not in JIT | REMAT | {"scan"}:
         raise ValueError(
             f"the network takes a mean over the axis {BATCH_AXIS!r} inside of {name}, where it cannot be weighted: "
             f"take it outside."
         )
 
-    def call(arguments: Sequence[Any]) -> list[Any]:
-        return _evaluate(open_jaxpr(parameters["jaxpr"]), constants_of(parameters["jaxpr"]), arguments, share)
+    def evaluate(jaxpr: Jaxpr, constants: Sequence[Any], arguments: Sequence[Any], scanned: None) -> tuple[list, None]:
+        return _evaluate(jaxpr, constants, arguments, share), None
 
-    if name in JIT:
-        return call(inputs)
-    if name in REMAT:
-        return jax.checkpoint(call, prevent_cse=parameters["prevent_cse"], policy=parameters["policy"])(inputs)
-    num_constants, num_carried = count_constants_and_carry(equation)
-    first_scanned = num_constants + num_carried
-
-    def step(carry: list[Any], scanned: list[Any]) -> tuple[list[Any], list[Any]]:
-        outputs = call([*inputs[:num_constants], *carry, *scanned])
-        return outputs[:num_carried], outputs[num_carried:]
-
-    carry, stacked = jax.lax.scan(
-        step,
-        inputs[num_constants:first_scanned],
-        inputs[first_scanned:],
-        length=parameters["length"],
-        reverse=parameters["reverse"],
-        unroll=parameters["unroll"],
-    )
-    return [*carry, *stacked]
+    outputs, _ = evaluate_call(equation, inputs, evaluate, None)
+    return outputs

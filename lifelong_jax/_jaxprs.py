@@ -1,7 +1,7 @@
-"""Jaxprs: which equations call others, how one equation is evaluated, and how many numbers a program computes."""
+"""Jaxprs: which equations call others, how they are evaluated, and how many numbers a program computes."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -40,12 +40,48 @@ def count_constants_and_carry(scan: JaxprEqn) -> tuple[int, int]:
     return len(scan.invars) - carried - scanned, carried
 
 
-def every_equation(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
-    """Yields the equations of a jaxpr and of the jaxprs that they call."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in jaxprs_in_params(equation.params):
-            yield from every_equation(open_jaxpr(inner))
+def equations_within(equation: JaxprEqn) -> Iterator[JaxprEqn]:
+    """Yields an equation, and those of the jaxprs that it calls."""
+    yield equation
+    for jaxpr in jaxprs_in_params(equation.params):
+        for inner in open_jaxpr(jaxpr).eqns:
+            yield from equations_within(inner)
+
+
+def evaluate_call(
+    equation: JaxprEqn, inputs: list[Any], evaluate: Callable[..., tuple[list[Any], Any]], scanned: Any
+) -> tuple[list[Any], Any]:
+    """Evaluates a `jit`, `remat` or `scan`, with a function in the place of the evaluation of what it calls.
+
+    `evaluate(jaxpr, constants, arguments, scanned) -> (outputs, collected)`. `scanned` is a tree of arrays with an axis
+    for each scan around; so is what is collected. Each step of a scan gets and gives its slice.
+    """
+    name, parameters = equation.primitive.name, equation.params
+    inner, constants = open_jaxpr(parameters["jaxpr"]), constants_of(parameters["jaxpr"])
+
+    def call(arguments: Sequence[Any], scanned: Any) -> tuple[list[Any], Any]:
+        return evaluate(inner, constants, arguments, scanned)
+
+    if name in JIT:
+        return call(inputs, scanned)
+    if name in REMAT:
+        return jax.checkpoint(call, prevent_cse=parameters["prevent_cse"], policy=parameters["policy"])(inputs, scanned)
+    num_constants, num_carried = count_constants_and_carry(equation)
+    first_scanned = num_constants + num_carried
+
+    def step(carry: list[Any], of_step: tuple[list[Any], Any]) -> tuple[list[Any], tuple[list[Any], Any]]:
+        outputs, collected = call([*inputs[:num_constants], *carry, *of_step[0]], of_step[1])
+        return outputs[:num_carried], (outputs[num_carried:], collected)
+
+    carry, (stacked, collected) = jax.lax.scan(
+        step,
+        inputs[num_constants:first_scanned],
+        (inputs[first_scanned:], scanned),
+        length=parameters["length"],
+        reverse=parameters["reverse"],
+        unroll=parameters["unroll"],
+    )
+    return [*carry, *stacked], collected
 
 
 def activation_floats(jaxpr: Jaxpr, is_constant: Sequence[bool]) -> int:

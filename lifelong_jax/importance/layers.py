@@ -6,9 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var, jaxprs_in_params
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
-from lifelong_jax._jaxprs import JIT, REMAT, bind, open_jaxpr
+from lifelong_jax._jaxprs import JIT, REMAT, bind, constants_of, equations_within, open_jaxpr
 from lifelong_jax._numerics import wide_dtype
 from lifelong_jax.importance.tapping import trace
 from lifelong_jax.types import Example, Params
@@ -90,12 +90,12 @@ def _evaluate_layers(
         if _is_mark(equation):
             marked.append(inputs[0][0])
             outputs = [(jax.lax.stop_gradient(inputs[0][0]), False)]
-        elif not _has_marks(equation):
+        elif not any(map(_is_mark, equations_within(equation))):
             learned = any(depends for _, depends in inputs)
             outputs = [(output, learned) for output in bind(equation, [value for value, _ in inputs])]
         elif name in JIT | REMAT:
             inner = equation.params["jaxpr"]
-            outputs = _evaluate_layers(open_jaxpr(inner), getattr(inner, "consts", ()), inputs, marked)
+            outputs = _evaluate_layers(open_jaxpr(inner), constants_of(inner), inputs, marked)
         else:
             raise ValueError(f"layer_output cannot be used inside of a {name}: mark layers outside of it.")
         values.update(zip(equation.outvars, outputs, strict=True))
@@ -104,9 +104,3 @@ def _evaluate_layers(
 
 def _is_mark(equation: JaxprEqn) -> bool:
     return equation.primitive.name == "name" and equation.params["name"] == _LAYER_OUTPUT
-
-
-def _has_marks(equation: JaxprEqn) -> bool:
-    return _is_mark(equation) or any(
-        _has_marks(inner) for jaxpr in jaxprs_in_params(equation.params) for inner in jaxpr.eqns
-    )

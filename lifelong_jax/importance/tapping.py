@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
-from lifelong_jax._jaxprs import JIT, REMAT, bind, constants_of, count_constants_and_carry, open_jaxpr
+from lifelong_jax._jaxprs import JIT, REMAT, bind, count_constants_and_carry, evaluate_call, open_jaxpr
 from lifelong_jax.types import Example, Params
 
 _CASTS = frozenset({"convert_element_type", "copy", "name"})
@@ -164,34 +164,12 @@ def evaluate(
 def _evaluate_call(
     equation: JaxprEqn, inputs: list[Any], uses: dict[int, Use], zeros: dict[int, jax.Array], level: int
 ) -> tuple[list[Any], dict[int, jax.Array]]:
-    parameters = equation.params
-    inner = open_jaxpr(parameters["jaxpr"])
-    constants = constants_of(parameters["jaxpr"])
+    def evaluate_inner(
+        jaxpr: Jaxpr, constants: Sequence[Any], arguments: Sequence[Any], zeros: dict[int, jax.Array]
+    ) -> tuple[list[Any], dict[int, jax.Array]]:
+        return evaluate(jaxpr, constants, arguments, uses, zeros, level)
 
-    def call(arguments: Sequence[Any], zeros: dict[int, jax.Array]) -> tuple[list[Any], dict[int, jax.Array]]:
-        return evaluate(inner, constants, arguments, uses, zeros, level)
-
-    if equation.primitive.name in JIT:
-        return call(inputs, zeros)
-    if equation.primitive.name in REMAT:
-        return jax.checkpoint(call, prevent_cse=parameters["prevent_cse"], policy=parameters["policy"])(inputs, zeros)
-
-    num_constants, num_carried = count_constants_and_carry(equation)
-    first_scanned = num_constants + num_carried
-
-    def step(carry: list[Any], scanned: tuple[list[Any], dict[int, jax.Array]]) -> tuple[list[Any], tuple]:
-        outputs, operands = call([*inputs[:num_constants], *carry, *scanned[0]], scanned[1])
-        return outputs[:num_carried], (outputs[num_carried:], operands)
-
-    carry, (stacked, operands) = jax.lax.scan(
-        step,
-        inputs[num_constants:first_scanned],
-        (inputs[first_scanned:], zeros),
-        length=parameters["length"],
-        reverse=parameters["reverse"],
-        unroll=parameters["unroll"],
-    )
-    return [*carry, *stacked], operands
+    return evaluate_call(equation, inputs, evaluate_inner, zeros)
 
 
 def nested_vmap(function: Callable, depth: int) -> Callable:
