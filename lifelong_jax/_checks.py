@@ -85,7 +85,6 @@ ONE_CLASS_EACH = "Use labels[:, 0] for a column, or labels.argmax(axis=1) for on
 
 def check_classes(name: str, batch: Batch, num_classes: int | None = None) -> None:
     """Raises ValueError or TypeError, naming the field, unless each example has one class, below `num_classes`."""
-    check_batch(name, batch)
     if np.ndim(batch.labels) != 1:
         raise ValueError(
             f"{name}.labels has shape {np.shape(batch.labels)}, but must be [num_examples], one class per example. "

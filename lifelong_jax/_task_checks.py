@@ -33,6 +33,7 @@ def check_tasks(
         raise ValueError("tasks is empty: there is nothing to learn.")
     for index, task in enumerate(tasks):
         _check_parts(f"tasks[{index}]", task)
+    _checks.check_batch("tasks[0].train", tasks[0].train)
     x = _checks.first_example(tasks[0].train.inputs)
     with _checks.for_one_example("recipe.apply_fn", x):
         outputs = jax.eval_shape(with_model_state(recipe.apply_fn, model_state), params, x)
@@ -73,7 +74,6 @@ def _check_parts(name: str, task: Task) -> None:
     for part, batch in parts_of(task).items():
         if not isinstance(batch, Batch):
             raise TypeError(f"{name}.{part} is a {type(batch).__name__}, but must be a Batch(inputs, labels).")
-        _checks.check_batch(f"{name}.{part}", batch)
 
 
 def parts_of(task: Task) -> dict[str, Batch]:
@@ -113,6 +113,7 @@ def _check_task(
             raise ValueError(f"{name}.{part} has a class_mask: leave it None, and set the task's class_mask.")
         arrays = tuple(map(id, jax.tree.leaves(batch)))
         if arrays not in checked:  # permuted tasks share their examples
+            _checks.check_batch(f"{name}.{part}", batch)
             recipe.objective.check_fn(f"{name}.{part}", batch, outputs)
             _checks.check_finite(f"{name}.{part}.inputs", batch.inputs, hint="Clean the data.")
             inputs = _checks.first_example(batch.inputs)

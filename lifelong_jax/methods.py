@@ -259,13 +259,9 @@ def _fisher(
     estimator: Callable[..., Params],
     num_samples: int | None = None,
 ) -> Params:
-    def logits_fn(params: Params, example: Batch) -> jax.Array:
-        return objective.logits_fn(apply_fn(params, example.inputs), example)
-
     sampling = {} if num_samples is None else {"num_samples": num_samples, "key": key}
-    examples = _unlabelled(batch)
-    options = {"weights": batch.weights, "likelihood": objective.likelihood, **sampling}
-    return _per_label(estimator(logits_fn, state.params, examples, **options), objective, batch)
+    estimate = functools.partial(estimator, likelihood=objective.likelihood, **sampling)
+    return _mean_over_labels(estimate, objective.logits_fn, apply_fn, objective, state, batch)
 
 
 def _of_all_positions(
@@ -288,10 +284,7 @@ def _empirical_fisher(
     *,
     estimator: Callable[..., Params],
 ) -> Params:
-    def loss_fn(params: Params, example: Batch) -> jax.Array:
-        return objective.loss_fn(apply_fn(params, example.inputs), example)
-
-    return _per_label(estimator(loss_fn, state.params, batch, weights=batch.weights), objective, batch)
+    return _mean_over_labels(estimator, objective.loss_fn, apply_fn, objective, state, batch)
 
 
 def _output_sensitivity(
@@ -303,19 +296,23 @@ def _output_sensitivity(
     *,
     estimator: Callable[..., Params],
 ) -> Params:
-    def output_fn(params: Params, example: Batch) -> jax.Array:
-        return active_outputs(apply_fn(params, example.inputs), example)
-
-    examples = _unlabelled(batch)
-    return _per_label(estimator(output_fn, state.params, examples, weights=batch.weights), objective, batch)
+    return _mean_over_labels(estimator, active_outputs, apply_fn, objective, state, batch)
 
 
-def _unlabelled(batch: Batch) -> Any:
-    return batch._replace(labels=None, weights=None)  # type: ignore[arg-type]
+def _mean_over_labels(
+    estimator: Callable[..., Params],
+    of_outputs: Callable[[jax.Array, Batch], jax.Array],
+    apply_fn: OutputFn,
+    objective: Objective,
+    state: TrainingState,
+    batch: Batch,
+) -> Params:
+    """Computes the importance of `of_outputs(outputs, example)`, as a mean over labels."""
 
+    def function(params: Params, example: Batch) -> jax.Array:
+        return of_outputs(apply_fn(params, example.inputs), example)
 
-def _per_label(importance: Params, objective: Objective, batch: Batch) -> Params:
-    """Makes a mean over labels of a mean over examples, which have several labels each."""
+    importance = estimator(function, state.params, batch, weights=batch.weights)
     counts = label_counts(objective, batch)
     if counts is None or counts is batch.weights:
         return importance

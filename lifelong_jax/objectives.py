@@ -173,7 +173,7 @@ def label_counts(objective: Objective, batch: Batch) -> jax.Array | None:
     Returns:
       `[num_examples]`, or None if all examples have the weight 1 and one label.
     """
-    if _counts_one(objective, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)):
+    if _counts_one(objective, _checks.first_example(batch)):
         return batch.weights
     assert objective.count_fn is not None
     counts = jax.vmap(objective.count_fn)(batch)
@@ -330,8 +330,12 @@ def _weighted_outputs(outputs: jax.Array, example: Batch, scale: float = 1.0) ->
 def _label_weights_like(values: jax.Array, example: Batch) -> jax.Array:
     weights = example.label_weights
     assert weights is not None
-    weights = weights.reshape(weights.shape + (1,) * (values.ndim - weights.ndim))
-    return jnp.broadcast_to(weights, values.shape).astype(values.dtype)
+    return jnp.broadcast_to(_with_axes(weights, values.ndim), values.shape).astype(values.dtype)
+
+
+def _with_axes(weights: Any, ndim: int) -> Any:
+    """Adds axes of length 1 at the end: weights are given for the first axes of labels."""
+    return weights.reshape(weights.shape + (1,) * (ndim - weights.ndim))
 
 
 def _counts_one(objective: Objective, example: Any) -> bool:
@@ -349,10 +353,8 @@ def counted_labels(batch: Batch) -> np.ndarray:
     labels = np.asarray(batch.labels)
     if batch.label_weights is None:
         return labels
-    weights = np.asarray(batch.label_weights)
-    return labels[
-        np.broadcast_to(weights.reshape(weights.shape + (1,) * (labels.ndim - weights.ndim)), labels.shape) > 0
-    ]
+    weights = _with_axes(np.asarray(batch.label_weights), labels.ndim)
+    return labels[np.broadcast_to(weights, labels.shape) > 0]
 
 
 def _check_label_weights(name: str, batch: Batch) -> None:

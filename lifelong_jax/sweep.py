@@ -123,9 +123,9 @@ def _check_runs(method: Method, recipe: Recipe, runs: Sequence[SweepRun], max_st
     for index, run in enumerate(runs):
         if not isinstance(run, SweepRun):
             raise TypeError(f"runs[{index}] is a {type(run).__name__}: pass a SweepRun(params, tasks, key, strength).")
-    if max_steps is not None and isinstance(recipe, Recipe) and recipe.patience is not None:
-        raise ValueError("max_steps is given, but recipe.patience says when training ends: leave one of them None.")
     check_tasks(method, recipe, runs[0].params, runs[0].model_state, runs[0].tasks)
+    if max_steps is not None and recipe.patience is not None:
+        raise ValueError("max_steps is given, but recipe.patience says when training ends: leave one of them None.")
     checked, first = {id(runs[0].tasks)}, runs[0].tasks[0]
     for index, run in enumerate(runs):
         _checks.check_same_structure(f"runs[{index}].params", run.params, "runs[0].params", runs[0].params)

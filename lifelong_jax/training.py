@@ -268,14 +268,15 @@ def _mean_loss(
     keys: jax.Array | None,
 ) -> tuple[jax.Array, ModelState]:
     """Computes the mean loss of a batch, weighted, and the next model state."""
+    weights = scale_weights(weights)
     if model_state is None:
         losses = jax.vmap(loss_fn, in_axes=(None, 0))(params, batch)
     else:
-        losses, model_state = _losses_and_state(loss_fn, params, model_state, batch, scale_weights(weights), keys)
+        losses, model_state = _losses_and_state(loss_fn, params, model_state, batch, weights, keys)
     if losses.ndim != 1:
         raise ValueError(f"loss_fn must return a scalar for one example, not an array of shape {losses.shape[1:]}.")
     losses = widen(losses)  # a sum in float16 overflows
-    weights = scale_weights(weights).astype(losses.dtype)
+    weights = weights.astype(losses.dtype)
     return jnp.sum(weights * losses) / jnp.maximum(jnp.sum(weights), 1), model_state  # 0 for padding alone
 
 
