@@ -36,21 +36,21 @@ def init_best(recipe: Recipe, training: TrainingState) -> Best | None:
     return Best(jax.tree.map(jnp.copy, training), jnp.asarray(worst, jnp.float32), jnp.zeros((), jnp.int32))
 
 
-def validation_score(
-    recipe: Recipe, training: TrainingState, tasks: Sequence[Task], masks: Sequence[jax.Array | None]
-) -> jax.Array:
-    """Measures the mean score on the validation examples of tasks."""
+def keep_best(
+    recipe: Recipe, best: Best, training: TrainingState, tasks: Sequence[Task], masks: Sequence[jax.Array | None]
+) -> Best:
+    """Returns the better of the best epoch so far and the last one, by the mean score on tasks' validation examples."""
     options = (recipe.objective, training.model_state)
     scores = [
         score(recipe.apply_fn, training.params, task.validation, task.permutation, mask, *options)
         for task, mask in zip(tasks, masks, strict=True)
     ]
-    return jnp.stack(scores).mean().astype(jnp.float32)
+    mean = jnp.stack(scores).mean().astype(jnp.float32)
+    return _better(best, training, mean, higher_is_better=recipe.objective.higher_is_better)
 
 
 @functools.partial(jax.jit, static_argnames=("higher_is_better",))
-def keep_best(best: Best, training: TrainingState, score: jax.Array, *, higher_is_better: bool) -> Best:
-    """Returns the better of the best epoch so far and the last one."""
+def _better(best: Best, training: TrainingState, score: jax.Array, *, higher_is_better: bool) -> Best:
     is_better = score > best.score if higher_is_better else score < best.score  # NaN is not
     keep = functools.partial(jax.tree.map, functools.partial(jnp.where, is_better))
     fields = ("params", "opt_state", "model_state")  # the key is that of the next epoch

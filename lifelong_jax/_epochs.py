@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import optax
 
 from lifelong_jax._sequences import make_optimizer
 from lifelong_jax.methods import ImportanceFn, WrapOptimizer
@@ -34,6 +35,30 @@ def compiled_part(recipe: Recipe) -> Recipe:
     return recipe._replace(num_epochs=1, scenario="domain", patience=None)
 
 
+def train(
+    recipe: Recipe,
+    optimizer: optax.GradientTransformation,
+    consolidation: Consolidation,
+    data: TrainingData,
+    state: TrainingState,
+    *,
+    num_epochs: int,
+    max_steps: int | None = None,
+) -> tuple[TrainingState, TrainingInfo]:
+    """Trains on a task's training examples, as a recipe says."""
+    return learn_task(
+        training_loss(recipe, data.permutation),
+        optimizer,
+        state,
+        consolidation,
+        data.examples,
+        num_epochs=num_epochs,
+        batch_size=recipe.batch_size,
+        max_steps=max_steps,
+        weights=label_counts(recipe.objective, data.examples),
+    )
+
+
 @functools.partial(jax.jit, static_argnames=("recipe", "wrap_optimizer"), donate_argnames=("state",))
 def learn_epoch(
     recipe: Recipe,
@@ -44,25 +69,19 @@ def learn_epoch(
     data: TrainingData,
 ) -> tuple[TrainingState, TrainingInfo]:
     """Trains for an epoch; frees the arrays of the state."""
-    return learn_task(
-        training_loss(recipe, data.permutation),
-        make_optimizer(recipe.optimizer_fn, wrap_optimizer, strength),
-        state,
-        consolidation,
-        data.examples,
-        num_epochs=1,
-        batch_size=recipe.batch_size,
-        weights=label_counts(recipe.objective, data.examples),
-    )
+    optimizer = make_optimizer(recipe.optimizer_fn, wrap_optimizer, strength)
+    return train(recipe, optimizer, consolidation, data, state, num_epochs=1)
 
 
-@functools.partial(jax.jit, static_argnames=("recipe", "importance_fn"))
 def importance_of(
     recipe: Recipe, importance_fn: ImportanceFn, state: TrainingState, data: TrainingData, key: jax.Array
 ) -> Params:
     """Computes a method's importance on a task's training examples."""
     network = network_of(recipe, state.model_state, data.permutation)
     return importance_fn(network, recipe.objective, state, data.examples, key)
+
+
+compute_importance = jax.jit(importance_of, static_argnames=("recipe", "importance_fn"))
 
 
 def timed(function: functools.partial, *args: object, compiled: bool = False) -> tuple[Any, float]:

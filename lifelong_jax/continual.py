@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from lifelong_jax import _checks
-from lifelong_jax._early_stopping import Best, init_best, keep_best, validation_score
-from lifelong_jax._epochs import TrainingData, compiled_part, importance_of, learn_epoch, timed, training_data
+from lifelong_jax._early_stopping import Best, init_best, keep_best
+from lifelong_jax._epochs import TrainingData, compiled_part, compute_importance, learn_epoch, timed, training_data
 from lifelong_jax._sequences import begin_task, check_run, make_optimizer, task_keys
 from lifelong_jax._task_checks import check_tasks
 from lifelong_jax.consolidation import consolidate, init_consolidation
-from lifelong_jax.evaluation import evaluate
+from lifelong_jax.evaluation import scores_of_tasks
 from lifelong_jax.methods import Method, finetune
 from lifelong_jax.recipes import Recipe
 from lifelong_jax.scenarios import active_classes, joint_examples
@@ -285,7 +285,7 @@ def init_sequence(
         accuracies = _evaluate(recipe, training, tasks)
     importance = None
     if method is not None:  # its shapes, so that the first task's consolidation has the forms of the others
-        measure = functools.partial(importance_of, compiled_part(recipe), method.importance_fn)
+        measure = functools.partial(compute_importance, compiled_part(recipe), method.importance_fn)
         importance = jax.eval_shape(measure, training, training_data(tasks, recipe.scenario, 0), key)
     return SequenceState(
         epochs=0,
@@ -375,13 +375,12 @@ def _stop_early(
     if state.best is None:
         return state, False
     masks = [active_classes(tasks, recipe.scenario, index, latest) for index in indices]
-    score = validation_score(recipe, state.training, [tasks[index] for index in indices], masks)
-    best = keep_best(state.best, state.training, score, higher_is_better=recipe.objective.higher_is_better)
+    best = keep_best(recipe, state.best, state.training, [tasks[index] for index in indices], masks)
     return state._replace(best=best), int(best.num_worse) >= recipe.patience  # type: ignore[operator]
 
 
 def _end_training(state: SequenceState, epochs: int) -> SequenceState:
-    training = state.training if state.best is None else jax.tree.map(jnp.copy, state.best.training)
+    training = state.training if state.best is None else state.best.training
     return state._replace(training=training, epochs=epochs)
 
 
@@ -389,7 +388,7 @@ def _end_task(
     method: Method, recipe: Recipe, state: SequenceState, data: TrainingData, key: jax.Array
 ) -> tuple[SequenceState, Consolidation]:
     """Consolidates the task just learned; returns the state, and the task's own parameters and importance."""
-    measure = functools.partial(importance_of, compiled_part(recipe), method.importance_fn)
+    measure = functools.partial(compute_importance, compiled_part(recipe), method.importance_fn)
     importance, seconds = timed(measure, state.training, data, key)
     if method.importance_fn is not finetune().importance_fn and _checks.is_zero(importance):
         warnings.warn(
@@ -409,8 +408,8 @@ def _with_row(accuracy_matrix: np.ndarray, index: int, accuracies: list[float]) 
 
 
 def _evaluate(recipe: Recipe, training: TrainingState, tasks: Sequence[Task]) -> list[float]:
-    options = {"objective": recipe.objective, "model_state": training.model_state}
-    return evaluate(recipe.apply_fn, training.params, tasks, recipe.scenario, **options)
+    settings = (recipe.scenario, recipe.objective, training.model_state)
+    return scores_of_tasks(recipe.apply_fn, training.params, tasks, *settings)
 
 
 def _model_state_of(start: SequenceState) -> ModelState:

@@ -13,7 +13,7 @@ from lifelong_jax.losses import ExampleLoss, with_model_state
 from lifelong_jax.objectives import CLASSIFICATION, Objective, label_counts
 from lifelong_jax.scenarios import active_classes, with_class_mask
 from lifelong_jax.tasks import with_permutation
-from lifelong_jax.types import Batch, Example, ModelState, OutputFn, Params, Scenario, Task
+from lifelong_jax.types import Batch, ModelState, OutputFn, Params, Scenario, Task
 
 _MAX_EXAMPLES = 1024  # at once; more are no faster
 _MAX_FLOATS = 2**28  # of all activations of the examples at once: 1 GiB in float32, if none were freed
@@ -60,13 +60,18 @@ def score(
     """
     _checks.check_batch("test", test)
     output_fn = with_permutation(with_model_state(apply_fn, model_state), permutation)
-    ExampleLoss(objective, output_fn).check_examples("test", params, test)
+    x = _checks.first_example(test.inputs)
+    with _checks.for_one_example("apply_fn", x):
+        jaxpr, outputs = jax.make_jaxpr(output_fn, return_shape=True)(params, x)
+    objective.check_fn("test", test, outputs)
     num_examples = len(test.labels)
     counts = label_counts(objective, test)
     counts = jnp.ones(num_examples) if counts is None else counts.astype(float)  # a sum of narrow floats is rounded
     weights = jnp.ones(num_examples) if test.weights is None else test.weights.astype(float)
     test = with_class_mask(test, class_mask)._replace(weights=weights)
-    size = equal_size(num_examples, _examples_at_once(output_fn, params, _checks.first_example(test.inputs)))
+    is_constant = [True] * len(jax.tree.leaves(params)) + [False] * len(jax.tree.leaves(x))
+    num_floats = max(1, activation_floats(jaxpr.jaxpr, is_constant))
+    size = equal_size(num_examples, max(1, min(_MAX_EXAMPLES, _MAX_FLOATS // num_floats)))
 
     def of_example(example: Batch) -> jax.Array:
         return objective.score_fn(output_fn(params, example.inputs), example).astype(weights.dtype)
@@ -80,12 +85,6 @@ def score(
 
     # Summed like the weights below: a sum of the parts' rounded sums could exceed theirs.
     return jnp.sum(jax.lax.map(scores, jnp.arange(0, num_examples, size))) / jnp.sum(counts)
-
-
-def _examples_at_once(output_fn: OutputFn, params: Params, x: Example) -> int:
-    jaxpr = jax.make_jaxpr(output_fn)(params, x)
-    is_constant = [True] * len(jax.tree.leaves(params)) + [False] * len(jax.tree.leaves(x))
-    return max(1, min(_MAX_EXAMPLES, _MAX_FLOATS // max(1, activation_floats(jaxpr.jaxpr, is_constant))))
 
 
 def evaluate(
@@ -126,6 +125,30 @@ def evaluate(
     for index, task in enumerate(tasks):
         _checks.check_batch(f"tasks[{index}].test", task.test)
         loss_fn.check_examples(f"tasks[{index}].test", params, task.test)
+    return scores_of_tasks(apply_fn, params, tasks, scenario, objective, model_state)
+
+
+def scores_of_tasks(
+    apply_fn: Callable[..., jax.Array],
+    params: Params,
+    tasks: Sequence[Task],
+    scenario: Scenario,
+    objective: Objective,
+    model_state: ModelState,
+) -> list[float]:
+    """Measures the score on each task's test set, as `evaluate` does, without its checks: a loop makes them once.
+
+    Args:
+      apply_fn: as for `evaluate`; so are the other arguments.
+      params: the parameters.
+      tasks: the tasks.
+      scenario: which outputs are active.
+      objective: what the outputs mean.
+      model_state: the model state, or None.
+
+    Returns:
+      A score for each task.
+    """
     class_masks = [active_classes(tasks, scenario, index, len(tasks) - 1) for index in range(len(tasks))]
     scores = [
         score(apply_fn, params, task.test, task.permutation, class_mask, objective, model_state)

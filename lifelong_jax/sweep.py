@@ -13,17 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from lifelong_jax import _checks
-from lifelong_jax._early_stopping import init_best, keep_best, validation_score
+from lifelong_jax._early_stopping import init_best, keep_best
+from lifelong_jax._epochs import TrainingData, importance_of, train
 from lifelong_jax._sequences import begin_task, check_run, make_optimizer, task_keys
 from lifelong_jax._task_checks import check_tasks
 from lifelong_jax.consolidation import consolidate, init_consolidation
 from lifelong_jax.evaluation import score
 from lifelong_jax.methods import Method
-from lifelong_jax.objectives import label_counts
-from lifelong_jax.recipes import Recipe, network_of, training_loss
+from lifelong_jax.recipes import Recipe
 from lifelong_jax.scenarios import active_classes, with_class_mask
-from lifelong_jax.training import TrainingState, learn_task
-from lifelong_jax.types import Batch, Consolidation, ModelState, Params, Scenario, Task
+from lifelong_jax.training import TrainingState
+from lifelong_jax.types import Consolidation, ModelState, Params, Scenario, Task
 
 
 class SweepRun(NamedTuple):
@@ -237,34 +237,24 @@ def _learn_run(tasks: Task, start: _Start, *, plan: _Plan, by_task: tuple[bool, 
     def evaluate(state: TrainingState, latest: jax.Array | int) -> jax.Array:
         return _evaluate(plan, state, task_at, _mask_at(test_masks, latest), latest)
 
-    def examples_of(task: Task, index: jax.Array | int) -> Batch:
-        return with_class_mask(task.train, _mask_at(train_masks, index))
+    def data_of(task: Task, index: jax.Array | int) -> TrainingData:
+        return TrainingData(with_class_mask(task.train, _mask_at(train_masks, index)), task.permutation)
 
-    def importance_of(state: TrainingState, task: Task, examples: Batch, key: jax.Array) -> Params:
-        network = network_of(recipe, state.model_state, task.permutation)
-        return method.importance_fn(network, recipe.objective, state, examples, key)
+    measure = functools.partial(importance_of, recipe, method.importance_fn)
 
     def learn(carry: _Carry, index: jax.Array) -> tuple[_Carry, jax.Array]:
         previous, consolidation, diverged = carry
         train_key, importance_key = task_keys(key, index)
         task = task_at(index)
-        examples = examples_of(task, index)
-        train = functools.partial(
-            learn_task,
-            training_loss(recipe, task.permutation),
-            optimizer,
-            consolidation=consolidation,
-            examples=examples,
-            batch_size=recipe.batch_size,
-            weights=label_counts(recipe.objective, examples),
-        )
+        data = data_of(task, index)
+        learn_data = functools.partial(train, recipe, optimizer, consolidation, data)
         state = begin_task(method, optimizer, previous, train_key, index)
         if recipe.patience is None:
-            state, info = train(state, num_epochs=recipe.num_epochs, max_steps=plan.max_steps)
+            state, info = learn_data(state, num_epochs=recipe.num_epochs, max_steps=plan.max_steps)
             learned = (info.loss, state.params)
         else:
-            state, learned = _learn_with_patience(recipe, train, state, task, _mask_at(train_masks, index))
-        importance = importance_of(state, task, examples, importance_key)
+            state, learned = _learn_with_patience(recipe, learn_data, state, task, _mask_at(train_masks, index))
+        importance = measure(state, data, importance_key)
         consolidation = consolidate(consolidation, state.params, importance, rule=method.rule, decay=method.decay)
         finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(learned)]
         diverged |= ~jnp.stack(finite).all()
@@ -273,7 +263,7 @@ def _learn_run(tasks: Task, start: _Start, *, plan: _Plan, by_task: tuple[bool, 
     state = TrainingState(params, optimizer.init(params), key, model_state)
     initial_accuracies = evaluate(state, 0) if plan.ahead else jnp.full(num_tasks, _UNKNOWN)
     # The importance's shapes, so that the first task's consolidation has the forms of the others.
-    like = jax.eval_shape(importance_of, state, task_at(0), examples_of(task_at(0), 0), key)
+    like = jax.eval_shape(measure, state, data_of(task_at(0), 0), key)
     carry = (state, init_consolidation(params, like), jnp.array(False))
     (*_, diverged), accuracy_matrix = jax.lax.scan(learn, carry, jnp.arange(num_tasks))
     return jax.tree.map(lambda x: jnp.where(diverged, _UNKNOWN, x), (accuracy_matrix, initial_accuracies))
@@ -284,10 +274,9 @@ def _mask_at(masks: jax.Array | None, index: jax.Array | int) -> jax.Array | Non
 
 
 def _learn_with_patience(
-    recipe: Recipe, train: Callable, state: TrainingState, task: Task, mask: jax.Array | None
+    recipe: Recipe, learn_data: Callable, state: TrainingState, task: Task, mask: jax.Array | None
 ) -> tuple[TrainingState, tuple[jax.Array, Params]]:
     """Learns a task with early stopping; returns the best state, and the sum of losses and the last parameters."""
-    better = recipe.objective.higher_is_better
 
     def goes_on(carry: tuple) -> jax.Array:
         epoch, _, best, _ = carry
@@ -295,9 +284,8 @@ def _learn_with_patience(
 
     def learn(carry: tuple) -> tuple:
         epoch, state, best, loss = carry
-        state, info = train(state, num_epochs=1)
-        on_validation = validation_score(recipe, state, [task], [mask])
-        best = keep_best(best, state, on_validation, higher_is_better=better)
+        state, info = learn_data(state, num_epochs=1)
+        best = keep_best(recipe, best, state, [task], [mask])
         return epoch + 1, state, best, loss + jnp.sum(info.loss).astype(loss.dtype)
 
     best: Any = init_best(recipe, state)
