@@ -22,6 +22,7 @@ from benchmarks.timing import device, quartiles, take_turns, time_call
 from lifelong_jax import empirical_fisher_diagonal, models
 from lifelong_jax._tables import markdown_table
 from lifelong_jax.losses import cross_entropy
+from lifelong_jax.models import images
 from lifelong_jax.types import Batch, Params
 
 MODEL = models.CNN(features=(32, 64), num_outputs=10)
@@ -111,7 +112,7 @@ def sgd_loop(step: Callable, params: Params, batches: Batch) -> Params:
 
 def compile_with(convolve: Callable, function: Callable, *arguments: object) -> Callable:
     """Compiles a function of the network, with one way to convolve."""
-    with mock.patch.object(models, "convolve", convolve):
+    with mock.patch.object(images, "convolve", convolve):
         return jax.jit(function).lower(*arguments).compile()
 
 
