@@ -6,6 +6,7 @@ of their layers for `local_mas_importance`. A transformer's layers are in a scan
 
 from lifelong_jax.models.alexnet import AlexNet, load_pretrained
 from lifelong_jax.models.functions import init_network, split_variables, train_functions
+from lifelong_jax.models.gpt2 import load_gpt2
 from lifelong_jax.models.images import CNN, MLP, Conv, convolve, convolve_by_patches, convolve_by_xla
 from lifelong_jax.models.transformer import Transformer, TransformerConfig, generate, transformer_functions
 
@@ -21,6 +22,7 @@ __all__ = [
     "convolve_by_xla",
     "generate",
     "init_network",
+    "load_gpt2",
     "load_pretrained",
     "split_variables",
     "train_functions",

@@ -8,7 +8,7 @@ import numpy as np
 
 from lifelong_jax._extras import needs_extra
 from lifelong_jax.importance.layers import layer_output
-from lifelong_jax.models._weights import read_weights
+from lifelong_jax.models._weights import check_fit, misfits, read_weights
 from lifelong_jax.models.images import Conv
 from lifelong_jax.types import Params
 
@@ -109,18 +109,11 @@ def load_pretrained(params: Params, path: str | pathlib.Path) -> Params:
     file, weights = read_weights(path)
     ours = flax.traverse_util.flatten_dict(params["params"])
     names = {(layer, leaf): f"{_TORCHVISION[layer]}.{_LEAVES[leaf]}" for layer, leaf in ours}
-    wrong = {}
-    for place, name in names.items():
-        shape = _torchvision_shape(ours[place])
-        if name not in weights:
-            wrong[place] = f"{name} {shape} is missing"
-        elif weights[name].shape != shape:
-            wrong[place] = f"{name} has shape {weights[name].shape}, not {shape}"
-    kept = {place for place in ours if place[0] == _HEAD} if any(place[0] == _HEAD for place in wrong) else set()
-    reasons = [reason for place, reason in wrong.items() if place not in kept]
-    reasons += [f"{name} is not a parameter of AlexNet" for name in sorted(weights.keys() - set(names.values()))]
-    if reasons:
-        raise ValueError(f"{file} does not fit the network: {'; '.join(reasons)}.")
+    shapes = {name: _torchvision_shape(ours[place]) for place, name in names.items()}
+    wrong = misfits(weights, shapes, "AlexNet")
+    head = {place: name for place, name in names.items() if place[0] == _HEAD}
+    kept = set(head) if wrong.keys() & set(head.values()) else set()
+    check_fit(file, {name: reason for name, reason in wrong.items() if not (kept and name in head.values())})
     channels = ours["conv5", "bias"].size
     loaded = {
         place: leaf
