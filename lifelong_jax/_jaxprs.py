@@ -84,6 +84,39 @@ def evaluate_call(
     return [*carry, *stacked], collected
 
 
+def inline_jits(jaxpr: Jaxpr, constants: Sequence[Any], *arguments: Any) -> list[Any]:
+    """Evaluates a jaxpr. Traced again, it has no `jit` of several outputs, which `only_output` could not take apart."""
+    values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*constants, *arguments], strict=True))
+
+    def read(v: Any) -> Any:
+        return v.val if isinstance(v, Literal) else values[v]
+
+    for equation in jaxpr.eqns:
+        inputs = [read(v) for v in equation.invars]
+        if equation.primitive.name in JIT and len(equation.outvars) > 1:
+            inner = equation.params["jaxpr"]
+            outputs = inline_jits(open_jaxpr(inner), constants_of(inner), *inputs)
+        else:
+            outputs = bind(equation, inputs)
+        values.update(zip(equation.outvars, outputs, strict=True))
+    return [read(v) for v in jaxpr.outvars]
+
+
+def only_output(jaxpr: Jaxpr, index: int) -> tuple[Jaxpr, list[int]]:
+    """Returns the part of a jaxpr that one output needs, and which of the constants and arguments it takes."""
+    output = jaxpr.outvars[index]
+    needed, equations = set() if isinstance(output, Literal) else {output}, []
+    for equation in reversed(jaxpr.eqns):
+        if not needed.isdisjoint(equation.outvars):
+            needed.update(v for v in equation.invars if not isinstance(v, Literal))
+            equations.append(equation)
+    inputs = [*jaxpr.constvars, *jaxpr.invars]
+    used = [position for position, v in enumerate(inputs) if v in needed]
+    debug_info = DebugInfo("only_output", "", ("",) * len(used), ("",))
+    effects = frozenset().union(*(equation.effects for equation in equations))
+    return Jaxpr((), [inputs[position] for position in used], [output], equations[::-1], effects, debug_info), used
+
+
 def activation_floats(jaxpr: Jaxpr, is_constant: Sequence[bool]) -> int:
     """Counts the numbers that are computed from an example: at most these are held for the backward pass.
 

@@ -19,17 +19,22 @@ functions), where equinox has None, too.
 
 An importance may have Kronecker factors (`kronecker_fisher`) in the place of leaves. The formulas below then hold with
 the product `A · change · G` for `importance · change`, except in `proximal_adam`, which needs a diagonal.
+
+Where the parameters are not the weights that the importance is of, as with LoRA, `add_reparametrized_penalty` takes the
+function that makes the weights of them.
 """
 
 from lifelong_jax.penalty._transforms import ScheduleState
 from lifelong_jax.penalty.holding import HoldConsolidationState, hold_consolidation, set_consolidation
 from lifelong_jax.penalty.proximal import proximal_adam, proximal_quadratic_penalty
 from lifelong_jax.penalty.quadratic import add_quadratic_penalty, quadratic_penalty
+from lifelong_jax.penalty.reparametrized import add_reparametrized_penalty
 
 __all__ = [
     "HoldConsolidationState",
     "ScheduleState",
     "add_quadratic_penalty",
+    "add_reparametrized_penalty",
     "hold_consolidation",
     "proximal_adam",
     "proximal_quadratic_penalty",

@@ -64,10 +64,10 @@ def map_protected(
 
     # The importance comes first: where it is None, the others may have any branch.
     anchor, importance = consolidation
-    return jax.tree.map(of_leaf, importance, anchor, tree, *others, is_leaf=_is_form_or_none)
+    return jax.tree.map(of_leaf, importance, anchor, tree, *others, is_leaf=is_form_or_none)
 
 
-def _is_form_or_none(node: object) -> bool:
+def is_form_or_none(node: object) -> bool:
     return node is None or forms.is_form(node)
 
 
@@ -138,7 +138,7 @@ def check_trees(name: str, tree: Params, consolidation: Consolidation) -> None:
     _checks.check_same_structure("anchor", anchor, "importance", importance)
     try:
         protected = jax.tree.map(
-            lambda omega, branch: None if omega is None else branch, importance, tree, is_leaf=_is_form_or_none
+            lambda omega, branch: None if omega is None else branch, importance, tree, is_leaf=is_form_or_none
         )
     except ValueError as error:  # branches without leaves differ
         raise ValueError(f"importance and {name} must be trees of one structure: {error}") from error

@@ -24,7 +24,7 @@ class HoldConsolidationState(NamedTuple):
 
 
 def hold_consolidation(
-    optimizer: optax.GradientTransformation, like: Params | None = None
+    optimizer: optax.GradientTransformation, like: Consolidation | Params | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps a penalty, or an optimiser that has one, and keeps the anchor and the importance in its state.
 
@@ -38,7 +38,8 @@ def hold_consolidation(
     Args:
       optimizer: one that takes an anchor and an importance: a penalty alone, or a whole pipeline that has penalties.
       like: an importance that has the forms of those to come, if these are not all diagonal, and None for what is not
-        to be protected. Its arrays may be `jax.ShapeDtypeStruct`s.
+        to be protected. Its arrays may be `jax.ShapeDtypeStruct`s. For `add_reparametrized_penalty`, whose trees are
+        not like the parameters, a whole consolidation like those to come.
 
     Returns:
       An optimiser that makes the same updates, and passes other extra arguments on.
@@ -120,9 +121,11 @@ def _is_holding(node: Any) -> bool:
     return isinstance(node, HoldConsolidationState)
 
 
-def _of_no_task(params: Params, like: Params | None) -> Consolidation:
+def _of_no_task(params: Params, like: Consolidation | Params | None) -> Consolidation:
     """Does what `init_consolidation` does, for parameters that may be masked, and with None in `like`."""
     _checks.check_params("params", params)
+    if isinstance(like, Consolidation):  # of weights that are a function of the parameters
+        return forms.tree_map(forms.zeros_like, like)
     if like is None:
         anchor = jax.tree.map(widen, params)
         importance = jax.tree.map(jnp.zeros_like, anchor)

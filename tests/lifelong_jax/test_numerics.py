@@ -126,6 +126,14 @@ def test_a_value_that_is_computed_once_is_the_value_and_has_its_derivative():
     np.testing.assert_array_equal(np.nan_to_num(by_update), np.zeros_like(values))
 
 
+def test_to_wait_for_results_changes_nothing():
+    tree = {"a": SPECIAL, "b": np.ones((2, 2), jnp.bfloat16)}
+    for results in ([np.array([first, 1.0], np.float32) for first in SPECIAL], [], [np.zeros((0, 3), np.float32)]):
+        waited, unchanged = jax.jit(_numerics.wait_for)(tree, results)
+        chex.assert_trees_all_equal(waited, tree)
+        chex.assert_trees_all_equal(unchanged, results)
+
+
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.int32])
 @pytest.mark.parametrize("index_dtype", [np.int32, np.uint8])
 def test_indices_per_example_are_the_indices(dtype, index_dtype):
