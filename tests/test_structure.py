@@ -47,7 +47,7 @@ MAY_IMPORT = {
     "metrics": set(),
     "scenarios": BASE | {"tasks"},
     "objectives": BASE | {"scenarios"},
-    "losses": BASE | {"objectives"},
+    "losses": BASE | {"objectives", "scenarios"},
     "recipes": BASE | {"objectives", "losses", "tasks"},
     "evaluation": BASE | {"tasks", "scenarios", "objectives", "losses"},
     "methods": BASE | {"importance", "consolidation", "training", "objectives"},
