@@ -21,7 +21,7 @@ import numpy as np
 from experiments.harness.experiment import Experiment, Settings, Strength, run_experiment
 from experiments.harness.settings import Seeds, check_settings, parse_settings, refuse
 from lifelong_jax import Batch, Task
-from lifelong_jax.datasets import Dataset
+from lifelong_jax.datasets import Dataset, next_token_example
 from lifelong_jax.importance import layer_output
 from lifelong_jax.models import init_network
 from lifelong_jax.objectives import classification
@@ -148,14 +148,8 @@ def make_batch(pieces: Sequence[bytes], length: int) -> Batch:
     The labels are the bytes, and the input at a position is the byte before it, 0 at the first. The padding of a short
     piece has the weight 0.
     """
-    labels = np.zeros((len(pieces), length), np.int32)
-    weights = np.zeros((len(pieces), length), np.float32)
-    for row, piece in enumerate(pieces):
-        labels[row, : len(piece)] = np.frombuffer(piece, np.uint8)
-        weights[row, : len(piece)] = 1
-    inputs = np.pad(labels, [(0, 0), (1, 0)])[:, :-1]
-    inputs, labels, weights = jax.device_put((inputs, labels, weights))
-    return Batch(inputs, labels, label_weights=weights)
+    examples = [next_token_example(list(b"\0" + piece), length) for piece in pieces]
+    return jax.device_put(jax.tree.map(lambda *leaves: np.stack(leaves), *examples))
 
 
 class Network(nn.Module):

@@ -1,4 +1,4 @@
-"""Image-classification data sets by name, and the sources of their examples."""
+"""Image-classification data sets by name, texts, and the sources of their examples."""
 
 from lifelong_jax.datasets.letters import render_letters
 from lifelong_jax.datasets.named import (
@@ -10,6 +10,7 @@ from lifelong_jax.datasets.named import (
     scale_bytes,
 )
 from lifelong_jax.datasets.sources import Source
+from lifelong_jax.datasets.texts import next_token_example, text_source
 
 __all__ = [
     "Dataset",
@@ -17,7 +18,9 @@ __all__ = [
     "hold_out_validation",
     "load_dataset",
     "make_batch",
+    "next_token_example",
     "open_dataset",
     "render_letters",
     "scale_bytes",
+    "text_source",
 ]

@@ -49,6 +49,12 @@ def files_below(folder: pathlib.Path) -> list[pathlib.Path]:
     return sorted(pathlib.Path(parent, file) for parent, _, files in walk for file in files)
 
 
+def name_some(names: Sequence[str], separator: str) -> str:
+    """Joins at most ten names, and counts the others."""
+    more = [f"and {len(names) - _MOST_NAMES} more"] if len(names) > _MOST_NAMES else []
+    return separator.join([*names[:_MOST_NAMES], *more])
+
+
 def list_folder(root: pathlib.Path) -> Listing:
     """Lists the images of a folder in the layout of TFDS's ImageFolder: `root/split/class/...`, at any depth.
 
@@ -98,7 +104,7 @@ def list_folder(root: pathlib.Path) -> Listing:
     )
     note = (
         f"{len(left_out)} of {len(left_out) + len(train.paths) + len(test.paths)} files are left out (hidden, in no "
-        f"class's folder, or of no format that Pillow reads): {_some(left_out, ', ')}."
+        f"class's folder, or of no format that Pillow reads): {name_some(left_out, ', ')}."
     )
     return Listing(train, test, names, [note] if left_out else [])
 
@@ -177,7 +183,7 @@ def without_unreadable(listing: Listing, unreadable: Mapping[str, str], *, skip:
     if not unreadable:
         return listing
     counted = f"{len(unreadable)} of {len(listing.train.paths) + len(listing.test.paths)} images"
-    some = _some([*unreadable.values()], "\n")
+    some = name_some([*unreadable.values()], "\n")
     if not skip:
         raise ValueError(
             f"{counted} cannot be read:\n{some}\nRepair or remove them, or leave them out with skip_unreadable."
@@ -188,7 +194,7 @@ def without_unreadable(listing: Listing, unreadable: Mapping[str, str], *, skip:
         kept.append(LabelledFiles([path for path, _ in pairs], [label for _, label in pairs]))
         without = [name for label, name in enumerate(listing.names) if label not in set(kept[-1].labels)]
         if without:
-            raise ValueError(f"no {split} image of the classes {_some(without, ', ')} can be read:\n{some}")
+            raise ValueError(f"no {split} image of the classes {name_some(without, ', ')} can be read:\n{some}")
     return listing._replace(train=kept[0], test=kept[1], notes=[*listing.notes, f"{counted} are left out:\n{some}"])
 
 
@@ -198,11 +204,6 @@ def _why_unreadable(file: pathlib.Path) -> str:
     except UnreadableImageError as error:
         return str(error)
     return ""
-
-
-def _some(names: Sequence[str], separator: str) -> str:
-    more = [f"and {len(names) - _MOST_NAMES} more"] if len(names) > _MOST_NAMES else []
-    return separator.join([*names[:_MOST_NAMES], *more])
 
 
 def _common_classes(train_name: str, train: dict | set, test_name: str, test: dict | set) -> list[str]:

@@ -1,0 +1,79 @@
+"""Tokenizers: that of a published model, from its file, or the bytes of a text."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Iterable, Sequence
+
+import tokenizers
+
+from lifelong_jax.datasets import Source, text_source
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    """How texts become tokens.
+
+    Attributes:
+      encode: `encode(text) -> tokens`.
+      decode: `decode(tokens) -> text`, of any tokens.
+      vocab_size: the number of tokens.
+    """
+
+    encode: Callable[[str], list[int]]
+    decode: Callable[[Sequence[int]], str]
+    vocab_size: int
+
+
+def _bytes_of(text: str) -> list[int]:
+    return list(text.encode())
+
+
+def _text_of(tokens: Sequence[int]) -> str:
+    return bytes(map(int, tokens)).decode(errors="replace")
+
+
+BYTES = Tokenizer(_bytes_of, _text_of, 256)
+"""The tokens are the bytes of the text in UTF-8."""
+
+
+def read_tokenizer(path: str | pathlib.Path) -> Tokenizer:
+    """Reads a tokenizer as Hugging Face stores it.
+
+    Args:
+      path: path of a file "tokenizer.json".
+
+    Returns:
+      The tokenizer. It adds no special tokens, and does not cut or pad.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: if it is not such a file.
+    """
+    file = pathlib.Path(path).expanduser()
+    if not file.is_file():
+        raise FileNotFoundError(f"no tokenizer {file.absolute()}.")
+    try:
+        read = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # it raises no other kind
+        raise ValueError(f"{file} is not a tokenizer.json of the package tokenizers: {error}.") from error
+    read.no_truncation()
+    read.no_padding()
+    return Tokenizer(
+        encode=lambda text: read.encode(text, add_special_tokens=False).ids,
+        decode=lambda tokens: read.decode([int(token) for token in tokens], skip_special_tokens=False),
+        vocab_size=read.get_vocab_size(),
+    )
+
+
+def open_texts(paths: Iterable[str | pathlib.Path], tokenizer: Tokenizer, length: int) -> Source:
+    """Opens texts as examples of tokens.
+
+    Args:
+      paths: as for `text_source`.
+      tokenizer: `BYTES`, which are read when they are needed, or one from `read_tokenizer`.
+      length: as for `text_source`.
+
+    Returns:
+      As `text_source`.
+    """
+    return text_source(paths, None if tokenizer is BYTES else tokenizer.encode, length)
