@@ -26,6 +26,8 @@ def init_network(model: nn.Module, key: jax.Array, x: Example) -> Params:
       The parameters.
 
     Example:
+      >>> import jax.numpy as jnp
+      >>> from lifelong_jax.models import MLP
       >>> jax.tree.map(jnp.shape, init_network(MLP((5,), 10), jax.random.key(0), jnp.zeros(64))["params"]["Dense_0"])
       {'bias': (5,), 'kernel': (64, 5)}
     """
@@ -53,6 +55,8 @@ def train_functions(model: nn.Module) -> tuple[Callable[[Params, ModelState, Exa
       `train_fn(params, model_state, x, key) -> (outputs, model_state)`, as it is trained.
 
     Example:
+      >>> import jax.numpy as jnp
+      >>> from lifelong_jax.models import MLP
       >>> model = MLP((5,), 10, dropout=0.5)
       >>> apply_fn, train_fn = train_functions(model)
       >>> params, model_state = split_variables(init_network(model, jax.random.key(0), jnp.ones(64)))
@@ -81,6 +85,8 @@ def split_variables(variables: Params) -> tuple[Params, ModelState]:
       The parameters, `{"params": ...}`, and the model state: the module's other collections, such as "batch_stats".
 
     Example:
+      >>> import jax.numpy as jnp
+      >>> from lifelong_jax.models import CNN
       >>> variables = init_network(CNN((2,), 10, batch_norm=True), jax.random.key(0), jnp.ones((8, 8, 1)))
       >>> [list(part) for part in split_variables(variables)]
       [['params'], ['batch_stats']]

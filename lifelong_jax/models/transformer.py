@@ -219,10 +219,8 @@ def rotate(x: jax.Array) -> jax.Array:
       An array of the same shape and dtype.
 
     Example:
-      >>> rotate(jnp.ones((2, 1, 2))).round(2)
-      Array([[[ 1.  ,  1.  ]],
-      <BLANKLINE>
-             [[-0.3 ,  1.38]]], dtype=float32)
+      >>> round(float(rotate(jnp.array([[[1.0, 0.0]], [[1.0, 0.0]]]))[1, 0, 1]), 3)  # sin(1)
+      0.841
 
     Su et al. 2021, arXiv 2104.09864, section 3.2; which features are paired is as in Llama.
     """
