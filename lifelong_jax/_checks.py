@@ -9,13 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lifelong_jax.forms import is_form
+from lifelong_jax.compression import CompressedDiagonal
+from lifelong_jax.forms import KroneckerFactors, is_form
 from lifelong_jax.types import Batch, Example, Examples, Params
 
 
 def check_params(name: str, params: Params) -> None:
     """Raises an error, naming the leaf, unless every leaf of `params` is a floating-point array that is trained."""
-    for path, leaf in jax.tree.leaves_with_path(params, is_leaf=_is_statistic):
+    is_node = lambda node: _is_statistic(node) or isinstance(node, CompressedDiagonal)  # noqa: E731
+    for path, leaf in jax.tree.leaves_with_path(params, is_leaf=is_node):
         if path[:1] == (jax.tree_util.DictKey("batch_stats"),) or _is_statistic(leaf):
             raise ValueError(
                 f"{name}{jax.tree_util.keystr(path)} is a running statistic of batch normalisation, which would be "
@@ -28,7 +30,7 @@ def check_params(name: str, params: Params) -> None:
                 f"arrays alone. Of an equinox module, take params, static = eqx.partition(model, eqx.is_inexact_array) "
                 f"and the function lambda params, x: eqx.combine(params, static)(x)."
             )
-        dtype = jnp.result_type(leaf)
+        dtype = leaf.dtype if isinstance(leaf, CompressedDiagonal) else jnp.result_type(leaf)
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(
                 f"{name}{jax.tree_util.keystr(path)} has dtype {dtype}, but only floating-point leaves have gradients: "
@@ -164,7 +166,7 @@ def check_positive(name: str, value: Any, at_most: float | None = None) -> None:
 def check_same_structure(name: str, tree: Any, reference_name: str, reference: Any, partial: bool = False) -> None:
     """Raises ValueError, naming the first path that differs, unless two trees agree in structure and shapes.
 
-    Kronecker factors have the shape of the leaf in whose place they are. If `partial`, None in `tree` stands for any
+    A form has the shape of the leaf in whose place it is. If `partial`, None in `tree` stands for any
     branch of `reference`.
     """
     with_none = jax.tree.leaves_with_path(tree, is_leaf=lambda node: node is None or is_form(node))
@@ -220,9 +222,13 @@ def check_same_forms(name: str, importance: Params, reference_name: str, referen
     check_same_structure(name, importance, reference_name, reference)
     theirs = jax.tree.leaves(reference, is_leaf=is_form)
     for (path, ours), other in zip(jax.tree.leaves_with_path(importance, is_leaf=is_form), theirs, strict=True):
-        if jax.tree.structure(ours) == jax.tree.structure(other):  # type: ignore[operator]
+        with_factors = [isinstance(form, KroneckerFactors) for form in (ours, other)]
+        if jax.tree.structure(ours) == jax.tree.structure(other) or not any(with_factors):  # type: ignore[operator]
             continue
-        kinds = [f"Kronecker factors ({form.layout})" if is_form(form) else "a diagonal" for form in (ours, other)]
+        kinds = [
+            f"Kronecker factors ({form.layout})" if factored else "a diagonal"
+            for form, factored in zip((ours, other), with_factors, strict=True)
+        ]
         raise ValueError(
             f"{name}{jax.tree_util.keystr(path)} has {kinds[0]}, but {reference_name} has {kinds[1]}: begin with "
             f"init_consolidation(params, like=importance)."
@@ -233,7 +239,7 @@ def check_importance(name: str, importance: Params) -> None:
     """Raises ValueError, naming the leaf, if a known value is NaN, infinite or negative."""
     # Eigenvalues are NaN if a factor is; eigenvectors may be negative.
     values = [
-        (path, [form.row_values, form.column_values] if is_form(form) else form)
+        (path, [form.row_values, form.column_values] if isinstance(form, KroneckerFactors) else form)
         for path, form in jax.tree.leaves_with_path(importance, is_leaf=is_form)
     ]
     path = _first_where(lambda lowest: lowest < 0, values)

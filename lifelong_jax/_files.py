@@ -89,20 +89,22 @@ def describe_leaves(leaves: Mapping[str, Any]) -> dict[str, list]:
     }
 
 
-def check_fits(source: str, saved: Mapping[str, list], wanted: Mapping[str, list], remedy: str = "") -> None:
+def check_fits(
+    source: str, saved: Mapping[str, list], wanted: Mapping[str, list], remedy: str = "", like: str = "like"
+) -> None:
     """Raises ValueError, naming the first leaves that differ, unless two descriptions of leaves agree.
 
     The remedy, a sentence, is for leaves that one of them lacks, or that have another shape.
     """
     missing, unexpected = ([name for name in a if name not in b] for a, b in ((wanted, saved), (saved, wanted)))
     lacking = [
-        f"{tree} has no leaf {listed(names)}" for tree, names in ((source, missing), ("like", unexpected)) if names
+        f"{tree} has no leaf {listed(names)}" for tree, names in ((source, missing), (like, unexpected)) if names
     ]
     if lacking:
-        message = f"{source} and like must have the same structure, but {', and '.join(lacking)}."
+        message = f"{source} and {like} must have the same structure, but {', and '.join(lacking)}."
         raise ValueError(f"{message} {remedy}".rstrip())
     for name, (shape, dtype) in wanted.items():
         if saved[name][0] != shape:
-            raise ValueError(f"{name} has shape {saved[name][0]} in {source}, but {shape} in like. {remedy}".rstrip())
+            raise ValueError(f"{name} has shape {saved[name][0]} in {source}, but {shape} in {like}. {remedy}".rstrip())
         if saved[name][1] != dtype:
-            raise ValueError(f"{name} has dtype {saved[name][1]} in {source}, but {dtype} in like.")
+            raise ValueError(f"{name} has dtype {saved[name][1]} in {source}, but {dtype} in {like}.")

@@ -4,10 +4,11 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr
 
@@ -15,23 +16,33 @@ from lifelong_jax import __version__, _checks, _files
 from lifelong_jax._extras import needs_extra
 from lifelong_jax._layouts import Layout
 from lifelong_jax._paths import join, leaves_by_path
+from lifelong_jax.compression import CompressedDiagonal
 from lifelong_jax.forms import KroneckerFactors, is_form
-from lifelong_jax.types import Consolidation
+from lifelong_jax.types import Consolidation, Params
 
 with needs_extra("checkpoint"):
     import safetensors
     import safetensors.numpy
 
 _FORMAT = "lifelong_jax consolidation 2"
+_COMPRESSED_FORMAT = "lifelong_jax consolidation 3"  # which has codes, or no anchor
 _FIRST_FORMAT = "lifelong_jax consolidation 1"  # with the names of `jax.tree_util.keystr`
 _PENALTY = "strength / 2 * sum(importance * (params - anchor) ** 2), beside a loss that is a mean over examples"
 _DTYPES = ("bfloat16", "float16", "float32", "float64")  # the floating-point dtypes of both safetensors and NumPy
+
+_CODES = "scale * 2 ** ((codes - 255) / 8), and 0 where codes is 0; scale * codes where codes is bfloat16"
 
 _FACTORS = ("row_basis", "row_values", "column_basis", "column_values")
 
 
 def save_consolidation(
-    file: str | os.PathLike, consolidation: Consolidation, *, estimator: str, num_examples: int, sync: bool = True
+    file: str | os.PathLike,
+    consolidation: Consolidation,
+    *,
+    estimator: str,
+    num_examples: int,
+    anchor: Literal["arrays", "digest"] = "arrays",
+    sync: bool = True,
 ) -> None:
     """Writes a consolidation to a safetensors file, so that another program can continue from it.
 
@@ -39,20 +50,25 @@ def save_consolidation(
     is the same whether its parameters are nested dicts, a flax State or an equinox module. The metadata (see
     `read_metadata`) hold the estimator of the importance, the number of examples, the formula of the penalty, the
     library's version, and a SHA-256 digest of the tensors and the other metadata. Of Kronecker factors, they also hold
-    how the entries of each leaf make matrices.
+    how the entries of each leaf make matrices; of compressed importances, what the codes stand for.
+
+    If the anchor is a checkpoint that is kept in any case, such as a pretrained model's, its digest is enough: with one
+    byte for each entry of the importance, the file of a model of 7 billion parameters then has 6.3 GiB, not 50.
 
     Args:
       file: path of the file. An old file there is replaced only when the new one is complete.
       consolidation: from `consolidate`, or one task's `Consolidation(params, importance)`.
       estimator: a description of how the importance was computed: "exact Fisher diagonal, 5 tasks".
       num_examples: the number of examples over which the importance is a mean, in total over all tasks.
+      anchor: "arrays", or "digest" for a SHA-256 digest of the anchor in their place. Then `load_consolidation` takes
+        the anchor as `params`, and verifies it.
       sync: whether to wait until the file would survive a power failure: about 10 milliseconds.
 
     Raises:
       TypeError: if a leaf is not floating-point, or `estimator` is not a string.
-      ValueError: if anchor and importance differ in structure or shapes; if an entry is NaN or infinite; if an entry of
-        the importance is negative; if a dtype is not bfloat16, float16, float32 or float64; if two leaves have the same
-        path; or if `num_examples` is not a positive integer.
+      ValueError: if `anchor` is none of the above; if anchor and importance differ in structure or shapes; if an entry
+        is NaN or infinite; if an entry of the importance is negative; if a dtype is not bfloat16, float16, float32 or
+        float64; if two leaves have the same path; or if `num_examples` is not a positive integer.
       OSError: if the file cannot be written; an old file there is kept.
 
     Example:
@@ -66,19 +82,19 @@ def save_consolidation(
     if not isinstance(estimator, str):
         raise TypeError(f"estimator must be a string, not {type(estimator).__name__}.")
     _checks.check_positive_integer("num_examples", num_examples)
-    anchor, importance = consolidation
-    _checks.check_params("anchor", anchor)
-    _checks.check_params("importance", importance)
-    _checks.check_same_structure("importance", importance, "anchor", anchor)
-    _checks.check_finite("anchor", anchor)
-    _checks.check_importance("importance", importance)
-    leaves, layouts = _named_arrays(consolidation)
-    tensors = {name: np.ascontiguousarray(leaf).reshape(np.shape(leaf)) for name, leaf in leaves.items()}
-    for name, tensor in tensors.items():
-        if tensor.dtype.name not in _DTYPES:
-            raise ValueError(f"{name} has dtype {tensor.dtype}, but only these can be saved: {', '.join(_DTYPES)}.")
+    _checks.check_choice("anchor", anchor, ("arrays", "digest"))
+    _checks.check_params("anchor", consolidation.anchor)
+    _checks.check_params("importance", consolidation.importance)
+    _checks.check_same_structure("importance", consolidation.importance, "anchor", consolidation.anchor)
+    _checks.check_finite("anchor", consolidation.anchor)
+    _checks.check_importance("importance", consolidation.importance)
+    arrays, layouts, compressed = _named_arrays(consolidation)
+    leaves = {name: np.asarray(array) for name, array in arrays.items()}
+    for name, leaf in leaves.items():
+        if leaf.dtype.name not in (*_DTYPES, "uint8"):
+            raise ValueError(f"{name} has dtype {leaf.dtype}, but only these can be saved: {', '.join(_DTYPES)}.")
     metadata = {
-        "format": _FORMAT,
+        "format": _COMPRESSED_FORMAT if compressed or anchor == "digest" else _FORMAT,
         "estimator": estimator,
         "num_examples": str(num_examples),
         "penalty": _PENALTY,
@@ -86,11 +102,19 @@ def save_consolidation(
     }
     if layouts:
         metadata["layouts"] = json.dumps(layouts)
+    if compressed:
+        metadata |= {"compressed": json.dumps(compressed), "codes": _CODES}
+    if anchor == "digest":
+        anchors = {name: leaves.pop(name) for name in list(leaves) if _is_of_anchor(name)}
+        metadata |= {"anchor": json.dumps(_files.describe_leaves(anchors)), "anchor_sha256": _digest(anchors, {})}
+    tensors = {name: np.ascontiguousarray(leaf).reshape(np.shape(leaf)) for name, leaf in leaves.items()}
     metadata["sha256"] = _digest(tensors, metadata)
     _files.write(pathlib.Path(file), _with_sorted_metadata(safetensors.numpy.save(tensors, metadata)), sync=sync)
 
 
-def load_consolidation(file: str | os.PathLike, like: Consolidation | None = None) -> Consolidation:
+def load_consolidation(
+    file: str | os.PathLike, like: Consolidation | None = None, params: Params | None = None
+) -> Consolidation:
     """Reads a consolidation that `save_consolidation` wrote.
 
     A network of which the file has a part, or more than there is, takes the whole file, without `like`. Then
@@ -99,17 +123,21 @@ def load_consolidation(file: str | os.PathLike, like: Consolidation | None = Non
     Args:
       file: path of the file.
       like: a consolidation with the expected structure, shapes and dtypes, such as `init_consolidation(params)`, or
-        `init_consolidation(params, like=importance)` if the importance has Kronecker factors. Its
+        `init_consolidation(params, like=importance)` if the importance has Kronecker factors or is compressed. Its
         leaves may be `jax.ShapeDtypeStruct`, since their values are not used. The loaded arrays get their sharding.
         Its trees may be of another kind than those that were saved. None for all that the file has.
+      params: the anchor, if the file has its digest alone: the checkpoint that was the anchor when the file was
+        written. It may have other dtypes, if it has the same values in those of the anchor. Arrays of the anchor's
+        dtypes are not copied, unless `like` places them elsewhere.
 
     Returns:
       A consolidation with the structure of `like`, or of nested dicts, in which indices are strings.
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: if the file is damaged, if `save_consolidation` did not write it, if it does not fit `like` (the
-        message names the first leaves that differ), or if an entry is NaN, infinite, or, of the importance, negative.
+      ValueError: if the file is damaged, if `save_consolidation` did not write it, if it does not fit `like` or
+        `params` (the message names the first leaves that differ), if `params` has another digest than the anchor had,
+        if `params` is missing or not needed, or if an entry is NaN, infinite, or, of the importance, negative.
 
     Example:
       >>> load_consolidation("/nowhere.safetensors", like=Consolidation(np.zeros(3), np.zeros(3)))
@@ -118,11 +146,13 @@ def load_consolidation(file: str | os.PathLike, like: Consolidation | None = Non
       FileNotFoundError: No such file or directory: /nowhere.safetensors
     """
     tensors, metadata = _read(file)
+    arrays = tensors | _anchor_of(str(file), metadata, params)
     layouts = json.loads(metadata.get("layouts", "{}"))
     if like is not None:
-        loaded = _fit(str(file), tensors, layouts, like, by_keystr=metadata["format"] == _FIRST_FORMAT)
-    elif metadata["format"] == _FORMAT:
-        loaded = _nest(str(file), {name: _place(name, tensor) for name, tensor in tensors.items()}, layouts)
+        loaded = _fit(str(file), arrays, layouts, like, by_keystr=metadata["format"] == _FIRST_FORMAT)
+    elif metadata["format"] != _FIRST_FORMAT:
+        placed = {name: _place(name, array) for name, array in arrays.items()}
+        loaded = _nest(str(file), placed, layouts, json.loads(metadata.get("compressed", "[]")))
     else:
         raise ValueError(f"{file} is of an earlier version: pass like, a tree of the kind that was saved.")
     _checks.check_finite("anchor", loaded.anchor, hint=f"So {file} was not written by save_consolidation.")
@@ -138,7 +168,8 @@ def read_metadata(file: str | os.PathLike) -> dict[str, str]:
 
     Returns:
       `estimator`, `num_examples`, `penalty` (the formula that λ scales), `library_version`, `format` and `sha256`, all
-      as strings.
+      as strings. A file without an anchor also has `anchor_sha256`, and the shapes and dtypes of the `anchor`. One of a
+      compressed importance has `codes`: what they stand for.
 
     Raises:
       FileNotFoundError: if there is no such file.
@@ -169,7 +200,7 @@ def _read(file: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, str
     try:
         with safetensors.safe_open(file, framework="np") as opened:
             metadata = opened.metadata() or {}
-            if metadata.get("format") not in (_FORMAT, _FIRST_FORMAT):
+            if metadata.get("format") not in (_COMPRESSED_FORMAT, _FORMAT, _FIRST_FORMAT):
                 raise ValueError(f"{file} was not written by save_consolidation, or is damaged.")
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except safetensors.SafetensorError as error:
@@ -179,7 +210,43 @@ def _read(file: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, str
     return tensors, metadata
 
 
-def _digest(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> str:
+def _anchor_of(file: str, metadata: Mapping[str, str], params: Params | None) -> dict[str, Any]:
+    """Returns the arrays of the anchor by their names, if a file has their digest alone; else none."""
+    if "anchor" not in metadata:
+        if params is not None:
+            raise ValueError(f"{file} has its anchor: leave out params.")
+        return {}
+    if params is None:
+        raise ValueError(
+            f"{file} has no anchor, but the SHA-256 digest of one, {metadata['anchor_sha256']}: pass params, the "
+            f"checkpoint that was the anchor."
+        )
+    _checks.check_params("params", params)
+    leaves = {join("anchor", path): leaf for path, leaf in leaves_by_path("params", params).items()}
+    saved = json.loads(metadata["anchor"])
+    dtypes = {name: dtype for name, (_, dtype) in saved.items()}
+    shapes = {name: [list(np.shape(leaf)), dtypes.get(name)] for name, leaf in leaves.items()}
+    _files.check_fits(file, saved, shapes, like="params")
+    arrays = {name: _in_dtype(leaf, dtypes[name]) for name, leaf in leaves.items()}
+    digest = _digest(arrays, {})
+    if digest != metadata["anchor_sha256"]:
+        raise ValueError(
+            f"params is not the anchor of {file}: its SHA-256 digest is {digest}, and that of the anchor "
+            f"{metadata['anchor_sha256']}. Pass the checkpoint that was the anchor when the file was written."
+        )
+    return arrays
+
+
+def _in_dtype(leaf: Any, dtype: str) -> Any:
+    """Returns an array of a dtype: the same array if it has the dtype."""
+    return leaf if str(jnp.result_type(leaf)) == dtype else np.asarray(leaf).astype(dtype)
+
+
+def _is_of_anchor(name: str) -> bool:
+    return name.split("/")[0] == "anchor"
+
+
+def _digest(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> str:
     others = {key: value for key, value in metadata.items() if key != "sha256"}
     digest = hashlib.sha256(json.dumps([others, _files.describe_leaves(tensors)], sort_keys=True).encode())
     for name in sorted(tensors):
@@ -189,30 +256,32 @@ def _digest(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> s
 
 def _named_arrays(
     consolidation: Consolidation, *, by_keystr: bool = False
-) -> tuple[dict[str, Any], dict[str, list[list[int]]]]:
-    """Returns the arrays by their names in a file, and the layouts of Kronecker factors, in a form that JSON keeps."""
+) -> tuple[dict[str, Any], dict[str, list[list[int]]], list[str]]:
+    """Returns the arrays by their names in a file, the layouts of Kronecker factors, and which forms are compressed."""
     arrays: dict[str, Any] = {}
-    layouts = {}
+    layouts, compressed = {}, []
     for side, tree in zip(Consolidation._fields, consolidation, strict=True):
         leaves = {join(side, path): leaf for path, leaf in leaves_by_path(side, tree).items()}
         if by_keystr:
             leaves = {side + keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(tree, is_leaf=is_form)}
         for name, leaf in leaves.items():
-            if is_form(leaf):
+            if isinstance(leaf, KroneckerFactors):
                 layouts[name] = [list(part) for part in leaf.layout]
+            if isinstance(leaf, CompressedDiagonal):
+                compressed.append(name)
             for path, array in jax.tree.leaves_with_path(leaf):
                 full_name = name + keystr(path) if by_keystr else join(name, keystr(path, simple=True))
                 if full_name in arrays:
                     raise ValueError(f"two arrays would have the name {full_name} in the file: rename a leaf.")
                 arrays[full_name] = array
-    return arrays, layouts
+    return arrays, layouts, compressed
 
 
 def _fit(
     file: str, tensors: Mapping[str, np.ndarray], layouts: Mapping[str, list], like: Consolidation, *, by_keystr: bool
 ) -> Consolidation:
     """Makes a consolidation with the structure of `like` of what a file has."""
-    wanted, expected = _named_arrays(like, by_keystr=by_keystr)
+    wanted, expected, _ = _named_arrays(like, by_keystr=by_keystr)
     remedy = "Load the file without like, and make it fit by restrict_consolidation and extend_consolidation."
     if by_keystr:
         remedy = "The file is of an earlier version: pass a like of the kind of tree that was saved."
@@ -224,11 +293,13 @@ def _fit(
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
-def _nest(file: str, arrays: dict[str, Any], layouts: Mapping[str, list]) -> Consolidation:
+def _nest(file: str, arrays: dict[str, Any], layouts: Mapping[str, list], compressed: Sequence[str]) -> Consolidation:
     """Makes a consolidation of nested dicts of what a file has."""
     for name, layout in layouts.items():
         factors = {field: arrays.pop(join(name, field), None) for field in _FACTORS}
         arrays[name] = KroneckerFactors(**factors, layout=Layout(*map(tuple, layout)))
+    for name in compressed:
+        arrays[name] = CompressedDiagonal(*(arrays.pop(join(name, field)) for field in ("codes", "scale")))
     root: dict[str, Any] = {"anchor": {}, "importance": {}}
     for name in sorted(arrays):  # a leaf comes before those whose names go on from its own
         *parents, last = name.split("/")
@@ -242,7 +313,7 @@ def _nest(file: str, arrays: dict[str, Any], layouts: Mapping[str, list]) -> Con
     return Consolidation(**root)
 
 
-def _place(name: str, tensor: np.ndarray, sharding: Any = None) -> jax.Array:
+def _place(name: str, tensor: Any, sharding: Any = None) -> jax.Array:
     placed = jax.device_put(tensor, sharding)
     if placed.dtype != tensor.dtype:
         raise ValueError(f"{name} has dtype {tensor.dtype}: set jax_enable_x64.")

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,8 @@ from jax.typing import ArrayLike
 
 from lifelong_jax import _checks, forms
 from lifelong_jax._numerics import widen
+from lifelong_jax.compression import CompressedDiagonal, Storage, compress, decompress, stored_like, widen_form
+from lifelong_jax.forms import Form
 from lifelong_jax.types import Consolidation, Params
 
 Rule: TypeAlias = Literal["separate", "latest"]
@@ -17,17 +19,18 @@ Rule: TypeAlias = Literal["separate", "latest"]
 _OVERFLOW = "It overflows: scale the importances down (by normalize_importance, say) and the strength up."
 
 
-def init_consolidation(params: Params, like: Params | None = None) -> Consolidation:
+def init_consolidation(params: Params, like: Params | Consolidation | None = None) -> Consolidation:
     """Makes the consolidation of no tasks: importance 0 everywhere, so that the first task is no special case.
 
     Args:
       params: a tree of floating-point arrays, with None for what is not to be protected.
       like: an importance that has the forms of those to come, if these are not all diagonal. Its arrays may be
-        `jax.ShapeDtypeStruct`s: `jax.eval_shape(importance_fn, params)` makes it without computing.
+        `jax.ShapeDtypeStruct`s: `jax.eval_shape(importance_fn, params)` makes it without computing. Or a consolidation,
+        whose anchor has the dtypes of the one to come.
 
     Returns:
-      A consolidation whose anchor is a copy of `params`, in their dtypes or float32, whichever is wider. So `params`
-      may be donated.
+      A consolidation whose anchor is a copy of `params`, in their dtypes or float32, whichever is wider, or in those of
+      `like`. So `params` may be donated.
 
     Raises:
       TypeError: if a leaf of `params` is not floating-point.
@@ -38,12 +41,17 @@ def init_consolidation(params: Params, like: Params | None = None) -> Consolidat
       {'w': Array([0., 0.], dtype=float32)}
     """
     _checks.check_params("params", params)
-    anchor = _widen(params)
+    kept, like = like if isinstance(like, Consolidation) else (None, like)
+    if kept is None:
+        anchor = _widen(params)
+    else:
+        _checks.check_same_structure("like.anchor", kept, "params", params)
+        anchor = jax.tree.map(lambda leaf, old: jnp.asarray(leaf, old.dtype), params, kept)
     if like is None:
         importance = jax.tree.map(jnp.zeros_like, anchor)
     else:
         _checks.check_same_structure("like", like, "params", params)
-        importance = _widen(forms.tree_map(forms.zeros_like, like))
+        importance = _widen_forms(forms.tree_map(forms.zeros_like, like))
     return Consolidation(jax.device_put(anchor, may_alias=False), importance)
 
 
@@ -69,6 +77,9 @@ def consolidate(
 
     Kronecker factors need "latest". Their sum is the nearest Kronecker product (`forms.add`), so that its memory does
     not grow with the number of tasks; `forms.sum_error` tells how near it is.
+
+    A compressed consolidation stays compressed: the importance is added to what the codes stand for, and the sum gets
+    codes again. The anchors of compressed leaves keep their dtypes. See `compress_consolidation` for the errors.
 
     Args:
       consolidation: that of the earlier tasks; `init_consolidation(params)` if there are none.
@@ -117,6 +128,83 @@ def consolidate(
     return total
 
 
+def compress_consolidation(
+    consolidation: Consolidation,
+    *,
+    importance: Storage | None = "uint8",
+    anchor: Literal["bfloat16"] | None = "bfloat16",
+) -> Consolidation:
+    """Compresses a consolidation: from 8 bytes for each parameter to 3, or to 1 beside an anchor that is kept anyway.
+
+    All penalties take it as it is, and compute what its codes stand for within the step. `consolidate` and
+    `set_consolidation` keep it compressed. Under `jax.jit`, with the consolidation donated, no second one is made.
+
+    One byte keeps an entry of the importance within 4.5 %, bfloat16 within 0.4 % (`compression.CompressedDiagonal`).
+    `consolidate` rounds again. What grows in all entries alike is kept in the scale, without a further error. Of 20
+    tasks whose importances differ at random, the sum in bytes is off by 7 % (root mean square), in bfloat16 by 0.5 %;
+    of 100 tasks, by up to 34 % and by 1.5 %. So "bfloat16" is for many tasks. Anchors in bfloat16 are off by up to
+    0.4 % of themselves, which nothing adds to if the parameters are bfloat16, too.
+
+    Args:
+      consolidation: from `consolidate`, `init_consolidation`, or one task's `Consolidation(params, importance)`.
+      importance: "uint8", "bfloat16", or None to keep the importance as it is. Kronecker factors are kept in any case.
+      anchor: "bfloat16", or None for the same arrays: a frozen checkpoint, say, which `save_consolidation` can name
+        instead of copying it.
+
+    Returns:
+      A consolidation with a `CompressedDiagonal` in the place of each array of the importance.
+
+    Raises:
+      TypeError: if a leaf is not floating-point.
+      ValueError: if `importance` or `anchor` is none of the above; if the trees differ in structure or shapes;
+        outside of jit, if an importance is NaN, infinite or negative.
+
+    Example:
+      >>> kept = Consolidation(jnp.array([1.0, 2.0]), jnp.array([0.0, 3.0]))
+      >>> compress_consolidation(kept).importance.codes
+      Array([  0, 255], dtype=uint8)
+
+      The memory for 7 billion parameters, in GiB, is known before it is needed:
+
+      >>> shapes = jax.ShapeDtypeStruct((6_738_415_616,), jnp.float32)
+      >>> compressed = jax.eval_shape(compress_consolidation, Consolidation(shapes, shapes))
+      >>> [round(forms.num_bytes(tree) / 2**30, 1) for tree in ((shapes, shapes), compressed, compressed.importance)]
+      [50.2, 18.8, 6.3]
+    """
+    if importance is not None:
+        _checks.check_choice("importance", importance, get_args(Storage))
+    if anchor is not None:
+        _checks.check_choice("anchor", anchor, ("bfloat16",))
+    _checks.check_params("consolidation", consolidation)
+    _checks.check_same_structure(
+        "consolidation.importance", consolidation.importance, "consolidation.anchor", consolidation.anchor
+    )
+    _checks.check_importance("consolidation.importance", consolidation.importance)
+    stored, kept = consolidation.importance, consolidation.anchor
+    return Consolidation(
+        kept if anchor is None else _cast(kept, anchor), stored if importance is None else _compress(stored, importance)
+    )
+
+
+def decompress_consolidation(consolidation: Consolidation) -> Consolidation:
+    """Makes arrays, of float32 or wider, of all that `compress_consolidation` compressed.
+
+    Args:
+      consolidation: a compressed one.
+
+    Returns:
+      A consolidation with arrays in the place of codes. The largest entry of each leaf and 0 are those of before, and
+      others within the error of their storage.
+
+    Example:
+      >>> compressed = compress_consolidation(Consolidation(jnp.array([1.0, 2.0]), jnp.array([0.0, 3.0])))
+      >>> decompress_consolidation(compressed)
+      Consolidation(anchor=Array([1., 2.], dtype=float32), importance=Array([0., 3.], dtype=float32))
+    """
+    anchor, importance = consolidation
+    return Consolidation(_widen(anchor), _widen_forms(forms.tree_map(decompress, importance)))
+
+
 def merge(consolidations: Sequence[Consolidation], strengths: Sequence[float | jax.Array]) -> Consolidation:
     """Merges several consolidations into one, exactly: that of EWC and that of MAS, say, with a strength for each.
 
@@ -125,6 +213,8 @@ def merge(consolidations: Sequence[Consolidation], strengths: Sequence[float | j
 
     The importance includes the strengths, so use the result with strength 1. The gradient of its penalty is then the
     sum of the gradients of the single penalties; the penalty itself is smaller than their sum by a constant.
+
+    Compressed consolidations make one of arrays, of float32 or wider.
 
     Kronecker factors can be merged around one anchor only. Their sum is the nearest Kronecker product (`forms.add`).
 
@@ -154,7 +244,8 @@ def merge(consolidations: Sequence[Consolidation], strengths: Sequence[float | j
         )
     for index, consolidation in enumerate(consolidations):
         _checks.check_params(f"consolidations[{index}]", consolidation)
-    merged = start = init_consolidation(*consolidations[0])
+    like = jax.eval_shape(lambda importance: forms.tree_map(decompress, importance), consolidations[0].importance)
+    merged = start = init_consolidation(consolidations[0].anchor, like)
     rule: Rule = "latest" if _has_factors(start.importance) else "separate"
     for index, (consolidation, strength) in enumerate(zip(consolidations, strengths, strict=True)):
         name, (anchor, importance) = f"consolidations[{index}]", consolidation
@@ -172,23 +263,50 @@ def merge(consolidations: Sequence[Consolidation], strengths: Sequence[float | j
     return merged
 
 
+@functools.partial(jax.jit, static_argnames=("dtype",))  # one program for the whole tree
+def _cast(tree: Params, dtype: str) -> Params:
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), tree)
+
+
+@functools.partial(jax.jit, static_argnames=("storage",))
+def _compress(importance: Params, storage: Storage) -> Params:
+    def of_leaf(form: Form) -> Form:
+        return form if isinstance(form, forms.KroneckerFactors) else compress(forms.diagonal(form), storage)
+
+    return forms.tree_map(of_leaf, importance)
+
+
 @functools.partial(jax.jit, static_argnames=("rule",))
 def _add(
     consolidation: Consolidation, params: Params, importance: Params, rule: Rule, decay: ArrayLike, weight: ArrayLike
 ) -> Consolidation:
-    consolidation = Consolidation(*map(_widen, consolidation))
-    earlier = forms.tree_map(lambda form: forms.scale(form, decay), consolidation.importance)
-    incoming = forms.tree_map(lambda form: forms.scale(form, weight), _widen(importance))
+    def scaled(importance: Params, factor: ArrayLike) -> Params:
+        wide = forms.tree_map(decompress, _widen_forms(importance))
+        return forms.tree_map(lambda form: forms.scale(form, factor), wide)
+
+    earlier, incoming = scaled(consolidation.importance, decay), scaled(importance, weight)
     total = forms.tree_map(forms.add, earlier, incoming)
     if rule == "latest":
-        return Consolidation(_widen(params), total)
+        return _stored_like(consolidation, Consolidation(_widen(params), total))
 
     def weighted_mean(anchor: jax.Array, theta: jax.Array, incoming: jax.Array, total: jax.Array) -> jax.Array:
         # Where nothing matters, the anchor is the latest parameters.
         share = jnp.where(total > 0, incoming / jnp.where(total > 0, total, 1), 1)
         return anchor + share * (theta - anchor)
 
-    return Consolidation(jax.tree.map(weighted_mean, consolidation.anchor, _widen(params), incoming, total), total)
+    anchor = jax.tree.map(weighted_mean, _widen(consolidation.anchor), _widen(params), incoming, total)
+    return _stored_like(consolidation, Consolidation(anchor, total))
+
+
+def _stored_like(like: Consolidation, consolidation: Consolidation) -> Consolidation:
+    """Compresses the leaves that are compressed in another consolidation, whose anchor's dtypes they get."""
+
+    def of_anchor(form: Form, old: jax.Array, new: jax.Array) -> jax.Array:
+        return new.astype(old.dtype) if isinstance(form, CompressedDiagonal) else new
+
+    anchor = forms.tree_map(of_anchor, like.importance, like.anchor, consolidation.anchor)
+    importance = forms.tree_map(stored_like, consolidation.importance, like.importance)
+    return Consolidation(anchor, importance)
 
 
 def _widen(tree: Params) -> Params:
@@ -196,8 +314,13 @@ def _widen(tree: Params) -> Params:
     return jax.tree.map(widen, tree)
 
 
+def _widen_forms(importance: Params) -> Params:
+    return forms.tree_map(widen_form, importance)
+
+
 def _has_factors(importance: Params) -> bool:
-    return any(map(forms.is_form, jax.tree.leaves(importance, is_leaf=forms.is_form)))
+    leaves = jax.tree.leaves(importance, is_leaf=forms.is_form)
+    return any(isinstance(form, forms.KroneckerFactors) for form in leaves)
 
 
 def _are_equal(anchor: Params, other: Params) -> bool:

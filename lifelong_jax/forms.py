@@ -1,8 +1,9 @@
-"""Importances as quadratic forms: a diagonal, which is an array like the leaf, or Kronecker factors.
+"""Importances as quadratic forms: a diagonal, which is an array like the leaf or its codes, or Kronecker factors.
 
 A form F says how much a change of one leaf matters: changeᵀ F change. Most importances are diagonal, and their forms
-are arrays. The functions of this module take a leaf's form of either kind. `KroneckerFactors` also knows how the
-leaf's entries correlate, at the price of one matrix for each of its two sides.
+are arrays; `compression.CompressedDiagonal` has one or two bytes for each entry. The functions of this module take a
+leaf's form of any kind. `KroneckerFactors` also knows how the leaf's entries correlate, at the price of one matrix for
+each of its two sides.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ from jax.typing import ArrayLike
 
 from lifelong_jax._layouts import Layout
 from lifelong_jax._nearest_product import inner_products, nearest_product, precise_einsum
+from lifelong_jax.compression import CompressedDiagonal, decompress
 from lifelong_jax.types import Params
 
 
@@ -66,28 +68,28 @@ class KroneckerFactors:
         return self.row_values.dtype
 
 
-Form: TypeAlias = jax.Array | KroneckerFactors
-"""The form of one leaf: an array like the leaf, which is the form's diagonal, or Kronecker factors."""
+Form: TypeAlias = jax.Array | CompressedDiagonal | KroneckerFactors
+"""The form of one leaf: an array like the leaf, which is the form's diagonal; its codes; or Kronecker factors."""
 
 
 def is_form(node: Any) -> bool:
-    """Returns whether a node of a tree has Kronecker factors: the `is_leaf` of functions that map over forms.
+    """Returns whether a node of a tree is a form, but no array: the `is_leaf` of functions that map over forms.
 
     Args:
       node: any node of a tree.
 
     Returns:
-      Whether it is a `KroneckerFactors`.
+      Whether it is a `KroneckerFactors` or a `CompressedDiagonal`.
 
     Example:
       >>> is_form(jnp.zeros(2))
       False
     """
-    return isinstance(node, KroneckerFactors)
+    return isinstance(node, KroneckerFactors | CompressedDiagonal)
 
 
 def tree_map(function: Callable[..., Any], importance: Params, *others: Params) -> Params:
-    """Maps a function over the forms of an importance: `jax.tree.map` with Kronecker factors as leaves.
+    """Maps a function over the forms of an importance: `jax.tree.map` with forms as leaves.
 
     Args:
       function: `function(form, *others)`, with one argument for each tree.
@@ -163,7 +165,7 @@ def times(form: Form, change: jax.Array) -> jax.Array:
       Array([3., 8.], dtype=float32)
     """
     if not isinstance(form, KroneckerFactors):
-        return form * change
+        return decompress(form) * change
     return _from_eigenbasis(form, _values(form) * _to_eigenbasis(form, change))
 
 
@@ -184,7 +186,7 @@ def quadratic_terms(form: Form, change: jax.Array) -> jax.Array:
       Array([ 9., 32.], dtype=float32)
     """
     if not isinstance(form, KroneckerFactors):
-        return form * change * change
+        return decompress(form) * change * change
     return _values(form) * jnp.square(_to_eigenbasis(form, change))
 
 
@@ -228,6 +230,8 @@ def scale(form: Form, factor: ArrayLike) -> Form:
       >>> scale(jnp.array([1.0, 2.0]), 3.0)
       Array([3., 6.], dtype=float32)
     """
+    if isinstance(form, CompressedDiagonal):
+        return dataclasses.replace(form, scale=jnp.asarray(factor, form.dtype) * form.scale)
     if not isinstance(form, KroneckerFactors):
         return jnp.asarray(factor, form.dtype) * form
     return dataclasses.replace(form, row_values=jnp.asarray(factor, form.dtype) * form.row_values)
@@ -242,10 +246,10 @@ def add(form: Form, other: Form) -> Form:
 
     Args:
       form: the leaf's form.
-      other: another one, of the same kind and layout.
+      other: another one: both are diagonal, or have one layout.
 
     Returns:
-      The form of the sum.
+      The form of the sum. It is an array if both are diagonal.
 
     Example:
       >>> add(jnp.array([1.0, 2.0]), jnp.array([3.0, 4.0]))
@@ -254,7 +258,7 @@ def add(form: Form, other: Form) -> Form:
     Van Loan and Pitsianis 1993, Approximation with Kronecker products.
     """
     if not (isinstance(form, KroneckerFactors) and isinstance(other, KroneckerFactors)):
-        return form + other  # type: ignore[operator]  # never one of each
+        return decompress(form) + decompress(other)
     rows, columns, sizes = _unit_factors(form, other)
     row_weights, column_weights, *_ = nearest_product(inner_products(rows), inner_products(columns), sizes)
 
@@ -271,7 +275,7 @@ def sum_error(form: Form, other: Form) -> jax.Array:
 
     Args:
       form: the leaf's form.
-      other: another one, of the same kind and layout.
+      other: another one: both are diagonal, or have one layout.
 
     Returns:
       A scalar: 0 for diagonal forms; at most 1/√2.
@@ -303,7 +307,7 @@ def diagonal(form: Form) -> jax.Array:
       Array([1., 2.], dtype=float32)
     """
     if not isinstance(form, KroneckerFactors):
-        return form
+        return decompress(form)
 
     def of_side(basis: jax.Array | None, values: jax.Array) -> jax.Array:
         return values if basis is None else precise_einsum("gij,gj->gi", jnp.square(basis), values)
@@ -326,7 +330,7 @@ def trace(form: Form) -> jax.Array:
       Array(3., dtype=float32)
     """
     if not isinstance(form, KroneckerFactors):
-        return jnp.sum(form)
+        return jnp.sum(decompress(form))
     return jnp.sum(jnp.sum(form.row_values, axis=1) * jnp.sum(form.column_values, axis=1))
 
 
@@ -343,6 +347,8 @@ def zeros_like(form: Form | jax.ShapeDtypeStruct) -> Form:
       >>> zeros_like(jnp.array([1.0, 2.0]))
       Array([0., 0.], dtype=float32)
     """
+    if isinstance(form, CompressedDiagonal):
+        return CompressedDiagonal(*(jnp.zeros(array.shape, array.dtype) for array in (form.codes, form.scale)))
     if not isinstance(form, KroneckerFactors):
         return jnp.zeros(jnp.shape(form), jnp.result_type(form))
 
@@ -362,7 +368,7 @@ def num_bytes(importance: Params) -> int:
     """Counts the bytes of an importance, or of any tree.
 
     Args:
-      importance: a tree of arrays and Kronecker factors; arrays may be `jax.ShapeDtypeStruct`s, so that the memory is
+      importance: a tree of forms; arrays may be `jax.ShapeDtypeStruct`s, so that the memory is
         known before it is needed: `num_bytes(jax.eval_shape(importance_fn, params))`.
 
     Returns:

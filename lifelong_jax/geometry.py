@@ -182,7 +182,7 @@ def importance_overlap(importance: Params, other: Params) -> float:
     _checks.check_same_structure("other", other, "importance", importance)
     _checks.check_importance("importance", importance)
     _checks.check_importance("other", other)
-    first, second = map(_flatten, (importance, other))
+    first, second = (_flatten(forms.tree_map(forms.diagonal, tree)) for tree in (importance, other))
     scale = first.sum() * second.sum()
     return float(np.sqrt(first * second).sum() / np.sqrt(scale)) if scale > 0 else float("nan")
 

@@ -4,6 +4,7 @@ Leaves are matched by their plain paths: keys, indices and attributes, joined by
 different kinds: a consolidation of nested dicts can be extended to a flax State or to an equinox module.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -14,8 +15,9 @@ from lifelong_jax import _checks, forms
 from lifelong_jax._blocks import cut_factors, pad_factors
 from lifelong_jax._numerics import is_sharded, wide_dtype
 from lifelong_jax._paths import join, leaves_by_path, listed
+from lifelong_jax.compression import CompressedDiagonal
 from lifelong_jax.consolidation import init_consolidation
-from lifelong_jax.forms import Form, is_form
+from lifelong_jax.forms import Form, KroneckerFactors, is_form
 from lifelong_jax.types import Consolidation, Params
 
 _SHRUNK = "drop what is gone first, by restrict_consolidation"
@@ -65,7 +67,8 @@ def extend_consolidation(consolidation: Consolidation, params: Params, *, like: 
         anchor, form = begun[path], forms.zeros_like(likes[path]) if is_form(likes.get(path)) else zeros[path]
         if path in old:
             form = _resize(path, old[path].form, form, _overwrite, pad_factors)
-            anchor = _overwrite(anchors[path], anchor)
+            wide = _overwrite(anchors[path], anchor)
+            anchor = wide.astype(anchors[path].dtype) if isinstance(form, CompressedDiagonal) else wide
         leaves[path] = _Leaf(anchor, form)
     return _as_tree([leaves[path] for path in new], params, like)
 
@@ -149,8 +152,8 @@ def _check_contains(name: str, whole: Mapping[str, Any], part_name: str, part: M
 def _changed(old: Mapping[str, _Leaf], new: Mapping[str, jax.Array], like: Params | None) -> list[str]:
     """Returns the paths of leaves that are new or of another shape."""
     changed = [path for path in new if path not in old or jnp.shape(new[path]) != jnp.shape(old[path].anchor)]
-    has_factors = any(is_form(leaf.form) for leaf in old.values())
-    unknown = [path for path in changed if (is_form(old[path].form) if path in old else has_factors)]
+    with_factors = {path for path, leaf in old.items() if isinstance(leaf.form, KroneckerFactors)}
+    unknown = [path for path in changed if (path in with_factors if path in old else with_factors)]
     if unknown and like is None:
         raise ValueError(
             f"the consolidation has Kronecker factors, and those of {listed(unknown)} are not known: pass "
@@ -160,18 +163,24 @@ def _changed(old: Mapping[str, _Leaf], new: Mapping[str, jax.Array], like: Param
 
 
 def _resize(
-    path: str, form: Form, target: Form, of_array: Callable[..., Form], of_factors: Callable[..., Form]
+    path: str, form: Form, target: Form, of_array: Callable[..., jax.Array], of_factors: Callable[..., Form]
 ) -> Form:
     """Extends or cuts a form, by the function of its kind, to what `target` is a form of."""
-    if is_form(form) != is_form(target):
-        kinds = ["Kronecker factors" if is_form(one) else "a diagonal" for one in (form, target)]
+    with_factors = [isinstance(one, KroneckerFactors) for one in (form, target)]
+    if with_factors[0] != with_factors[1]:
+        kinds = ["Kronecker factors" if factored else "a diagonal" for factored in with_factors]
         raise ValueError(f"{join('consolidation.importance', path)} has {kinds[0]}, but like has {kinds[1]}.")
-    return of_factors(join("consolidation.importance", path), form, target) if is_form(form) else of_array(form, target)
+    if isinstance(form, KroneckerFactors):
+        return of_factors(join("consolidation.importance", path), form, target)
+    target = target.codes if isinstance(target, CompressedDiagonal) else target
+    if isinstance(form, CompressedDiagonal):  # the scale is kept, so that the entries are, too
+        return dataclasses.replace(form, codes=of_array(form.codes, jnp.zeros_like(target, form.codes.dtype)))
+    return of_array(form, target)
 
 
 def _overwrite(part: jax.Array, whole: jax.Array) -> jax.Array:
     """Puts an array in the place of the first entries of a larger one."""
-    dtype = wide_dtype(part, whole)
+    dtype = part.dtype if part.dtype == whole.dtype else wide_dtype(part, whole)
 
     def overwrite(whole: jax.Array, part: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_slice(whole, part, [0] * whole.ndim)

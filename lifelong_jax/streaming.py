@@ -295,15 +295,19 @@ def _add_batch(
 
 
 def _with_factors(tree: Any) -> Any:
-    """Replaces forms by their factors: sums of eigenvectors would mean nothing."""
-    return forms.tree_map(lambda node: forms.factors_of(node) if forms.is_form(node) else node, tree)
+    """Replaces forms by their factors: sums of eigenvectors, or of codes, would mean nothing."""
+
+    def of_node(node: Any) -> Any:
+        return forms.factors_of(node) if isinstance(node, forms.KroneckerFactors) else forms.diagonal(node)
+
+    return forms.tree_map(of_node, tree)
 
 
 def _with_forms(tree: Any, shapes: Any) -> Any:
     """Makes forms of factors, where `shapes` has forms."""
 
     def of_node(shape: Any, node: Any) -> Any:
-        return forms.from_factors(node[0], node[1], shape.layout) if forms.is_form(shape) else node
+        return forms.from_factors(node[0], node[1], shape.layout) if isinstance(shape, forms.KroneckerFactors) else node
 
     return forms.tree_map(of_node, shapes, tree)
 

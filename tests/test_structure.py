@@ -11,7 +11,7 @@ WITH_EXTRAS = {"datasets", "streaming", "models", "checkpoint", "plotting", "geo
 FORBIDDEN = {"experiments", "rich", "tyro", "fcntl", "SystemExit"}
 
 # What each module, or package, of the library may import of the library; those that are not named may import all.
-BASE = {"types", "_layouts", "forms", "_jaxprs", "_checks", "_numerics"}
+BASE = {"types", "_layouts", "forms", "compression", "_jaxprs", "_checks", "_numerics"}
 LOOP = BASE | {
     "consolidation",
     "training",
@@ -32,10 +32,11 @@ MAY_IMPORT = {
     "_layouts": set(),
     "_jaxprs": set(),
     "_nearest_product": set(),
-    "forms": {"types", "_layouts", "_nearest_product"},
+    "compression": {"_numerics"},
+    "forms": {"types", "_layouts", "_nearest_product", "compression"},
     "_blocks": {"forms", "_layouts"},
     "_paths": {"forms"},
-    "_checks": {"types", "forms"},
+    "_checks": {"types", "forms", "compression"},
     "_numerics": {"types"},
     "importance": BASE | {"_tables"},
     "consolidation": BASE,

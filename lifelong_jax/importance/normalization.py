@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from lifelong_jax import _checks, forms
-from lifelong_jax._numerics import widen
+from lifelong_jax.compression import CompressedDiagonal, widen_form
 from lifelong_jax.types import Params
 
 
@@ -25,7 +25,8 @@ def normalize_importance(importance: Params, to: Literal["mean", "max"] = "mean"
     replace it. All tasks then count alike, and the strength is no longer that of the Laplace form of EWC.
 
     Args:
-      importance: a tree of arrays, not negative, and of Kronecker factors, which are scaled by their diagonals.
+      importance: a tree of forms: arrays, not negative; their codes; or Kronecker factors, which are scaled by their
+        diagonals.
       to: "mean" or "max".
 
     Returns:
@@ -43,7 +44,7 @@ def normalize_importance(importance: Params, to: Literal["mean", "max"] = "mean"
     _checks.check_choice("to", to, ("mean", "max"))
     _checks.check_params("importance", importance)
     _checks.check_importance("importance", importance)
-    importance = jax.tree.map(widen, importance)
+    importance = forms.tree_map(widen_form, importance)
     largest = optax.tree.max(forms.tree_map(forms.diagonal, importance))
     # Divided by the maximum first, because a sum of large entries could overflow; by its root twice, because XLA may
     # multiply by a reciprocal, which could underflow.
@@ -60,6 +61,8 @@ def _divide(importance: Params, number: jax.Array) -> Params:
     def of_leaf(form: forms.Form) -> forms.Form:
         if isinstance(form, forms.KroneckerFactors):
             return dataclasses.replace(form, row_values=form.row_values / number.astype(form.dtype))
+        if isinstance(form, CompressedDiagonal):
+            return dataclasses.replace(form, scale=form.scale / number.astype(form.dtype))
         return form / number.astype(form.dtype)
 
     return forms.tree_map(of_leaf, importance)

@@ -1,5 +1,6 @@
 """What the penalties' optax transforms share: arguments and their checks, protected leaves, schedules."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,6 +11,7 @@ import optax
 
 from lifelong_jax import _checks, forms
 from lifelong_jax._numerics import wide_dtype
+from lifelong_jax.compression import CompressedDiagonal, decompress
 from lifelong_jax.forms import Form
 from lifelong_jax.types import Consolidation, Params
 
@@ -58,13 +60,24 @@ def map_protected(
     def of_leaf(importance: Form | None, anchor: Params, leaf: Params, *others: Params) -> Params:
         if importance is None:
             return otherwise(leaf)
-        arguments = (leaf, anchor, importance, *others)
+        arguments = (leaf, anchor, _decompress_in_step(importance, leaf), *others)
         dtype = wide_dtype(*jax.tree.leaves(arguments[:3]))
         return function(*jax.tree.map(lambda array: jnp.asarray(array, dtype), arguments))
 
     # The importance comes first: where it is None, the others may have any branch.
     anchor, importance = consolidation
     return jax.tree.map(of_leaf, importance, anchor, tree, *others, is_leaf=is_form_or_none)
+
+
+def _decompress_in_step(form: Form, leaf: jax.Array) -> Form:
+    """Computes what codes stand for, with a barrier that keeps XLA from doing so once for all steps of a loop.
+
+    It would then hold all of it. The test of the memory of a step says when XLA no longer does.
+    """
+    if not isinstance(form, CompressedDiagonal):
+        return form
+    codes, _ = jax.lax.optimization_barrier((form.codes, jax.lax.stop_gradient(leaf)))
+    return decompress(dataclasses.replace(form, codes=codes))
 
 
 def is_form_or_none(node: object) -> bool:
@@ -93,7 +106,7 @@ def check_hyperparameter(name: str, value: optax.ScalarOrSchedule) -> None:
 
 
 def _unmasked(consolidation: Consolidation) -> Consolidation:
-    """Puts None where `optax.masked` masks the anchor: it masks no importance with Kronecker factors."""
+    """Puts None where `optax.masked` masks the anchor: it masks no importance whose forms are no arrays."""
 
     def is_masked(node: object) -> bool:
         return isinstance(node, optax.MaskedNode)

@@ -8,6 +8,7 @@ import optax
 
 from lifelong_jax import _checks, forms
 from lifelong_jax._numerics import widen, with_extra_args
+from lifelong_jax.compression import stored_like, widen_form
 from lifelong_jax.types import Consolidation, Params
 
 
@@ -24,7 +25,7 @@ class HoldConsolidationState(NamedTuple):
 
 
 def hold_consolidation(
-    optimizer: optax.GradientTransformation, like: Consolidation | Params | None = None
+    optimizer: optax.GradientTransformation, like: Params | Consolidation | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps a penalty, or an optimiser that has one, and keeps the anchor and the importance in its state.
 
@@ -37,9 +38,10 @@ def hold_consolidation(
 
     Args:
       optimizer: one that takes an anchor and an importance: a penalty alone, or a whole pipeline that has penalties.
-      like: an importance that has the forms of those to come, if these are not all diagonal, and None for what is not
-        to be protected. Its arrays may be `jax.ShapeDtypeStruct`s. For `add_reparametrized_penalty`, whose trees are
-        not like the parameters, a whole consolidation like those to come.
+      like: an importance that has the forms of those to come, if these are not all arrays, and None for what is not
+        to be protected. Or a whole consolidation like those to come, if its anchor has other dtypes than the
+        parameters, or its trees are not like the parameters, as for `add_reparametrized_penalty`. Its arrays may be
+        `jax.ShapeDtypeStruct`s.
 
     Returns:
       An optimiser that makes the same updates, and passes other extra arguments on.
@@ -90,7 +92,8 @@ def set_consolidation(opt_state: optax.OptState, consolidation: Consolidation) -
         the state gets what is not masked.
 
     Returns:
-      The state with a copy of the consolidation, which may be donated, in the dtypes and shardings of the one before.
+      The state with a copy of the consolidation, which may be donated, in the dtypes, the storage (see `compression`)
+      and the shardings of the one before.
 
     Raises:
       ValueError: if no consolidation is held, or if it differs from `consolidation` in structure, shapes or forms.
@@ -121,18 +124,18 @@ def _is_holding(node: Any) -> bool:
     return isinstance(node, HoldConsolidationState)
 
 
-def _of_no_task(params: Params, like: Consolidation | Params | None) -> Consolidation:
+def _of_no_task(params: Params, like: Params | Consolidation | None) -> Consolidation:
     """Does what `init_consolidation` does, for parameters that may be masked, and with None in `like`."""
     _checks.check_params("params", params)
-    if isinstance(like, Consolidation):  # of weights that are a function of the parameters
-        return forms.tree_map(forms.zeros_like, like)
+    if isinstance(like, Consolidation):  # the anchor may be any while the importance is 0
+        return forms.tree_map(forms.zeros_like, Consolidation(*(_masked_as(params, _pure(tree)) for tree in like)))
     if like is None:
         anchor = jax.tree.map(widen, params)
         importance = jax.tree.map(jnp.zeros_like, anchor)
     else:
         like = _masked_as(params, _pure(like))
         _checks.check_same_structure("like", like, "params", _pure(params), partial=True)
-        importance = jax.tree.map(widen, forms.tree_map(forms.zeros_like, like))
+        importance = forms.tree_map(lambda form: widen_form(forms.zeros_like(form)), like)
         anchor = jax.tree.map(
             lambda form, branch: None if form is None else jax.tree.map(widen, branch),
             like,
@@ -154,6 +157,8 @@ def _in_place_of(held: Consolidation, consolidation: Consolidation) -> Consolida
             f"{error} The state holds what fits the parameters of its init, and hold_consolidation(optimizer, "
             f"like=importance) for Kronecker factors and for None."
         ) from None
+
+    importance = forms.tree_map(stored_like, importance, held.importance)
 
     def place(new: jax.Array, old: jax.Array) -> jax.Array:
         sharding = old.sharding if _checks.is_concrete(old) and getattr(old, "committed", False) else None

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import optax
 
 from lifelong_jax import _checks, forms
-from lifelong_jax.forms import Form
 from lifelong_jax.penalty._transforms import (
     advance,
     check_hyperparameter,
@@ -93,7 +92,11 @@ def proximal_quadratic_penalty(
         strength_now = now(strength, state)
 
         def of_leaf(
-            update: jax.Array, anchor: jax.Array, importance: Form, theta: jax.Array, step_size: jax.Array
+            update: jax.Array,
+            anchor: jax.Array,
+            importance: jax.Array | forms.KroneckerFactors,
+            theta: jax.Array,
+            step_size: jax.Array,
         ) -> jax.Array:
             if isinstance(importance, forms.KroneckerFactors):
                 _check_scalar(step_size)

@@ -15,10 +15,13 @@ import pytest
 from lifelong_jax import (
     Consolidation,
     consolidate,
+    forms,
     init_consolidation,
     merge,
     quadratic_penalty,
 )
+from lifelong_jax._layouts import Layout
+from lifelong_jax.consolidation import compress_consolidation, decompress_consolidation
 
 
 def draw(seed):
@@ -325,3 +328,107 @@ def test_numbers_are_leaves_too():
     first = consolidate(init_consolidation({"w": 0.0}), {"w": 1.0}, {"w": 3.0})
     second = consolidate(first, {"w": np.float64(5.0)}, {"w": 1.0})
     assert (float(second.anchor["w"]), float(second.importance["w"])) == (2.0, 4.0)
+
+
+STORAGES = [("uint8", 0.1), ("bfloat16", 0.01)]
+
+
+@pytest.mark.parametrize("rule", ["separate", "latest"])
+@pytest.mark.parametrize(("storage", "error"), STORAGES)
+def test_a_compressed_consolidation_stays_compressed_and_does_not_drift_in_20_tasks(rule, storage, error):
+    random = np.random.default_rng(0)
+    start = {"w": jnp.zeros((50, 7)), "b": jnp.zeros(3)}
+    sizes = {name: 10 ** random.uniform(-6, 0, leaf.shape) for name, leaf in start.items()}
+    exact, coded = init_consolidation(start), compress_consolidation(init_consolidation(start), importance=storage)
+    structure = jax.tree.structure(coded)
+    for _ in range(20):
+        params = {name: jnp.array(random.normal(size=leaf.shape), jnp.float32) for name, leaf in start.items()}
+        importance = {
+            name: jnp.array(size * random.exponential(size=size.shape), jnp.float32) for name, size in sizes.items()
+        }
+        exact, coded = (consolidate(kept, params, importance, rule=rule, decay=0.97) for kept in (exact, coded))
+    assert jax.tree.structure(coded) == structure
+    assert {leaf.dtype for leaf in jax.tree.leaves(coded.anchor)} == {jnp.dtype(jnp.bfloat16)}
+    anchor, found = decompress_consolidation(coded)
+    for name, leaf in exact.importance.items():
+        ratios = np.log(np.asarray(found[name] / leaf))
+        assert np.sqrt(np.mean(ratios**2)) < error and abs(np.mean(ratios)) < error / 2
+        np.testing.assert_allclose(anchor[name], exact.anchor[name], atol=3 * error)
+
+
+def test_an_anchor_of_compressed_leaves_keeps_its_dtype_and_others_are_widened():
+    params = {"w": jnp.arange(4, dtype=jnp.bfloat16), "b": jnp.ones(3, jnp.bfloat16)}
+    importance = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), params)
+    kept = compress_consolidation(Consolidation(params, importance), anchor=None)
+    assert kept.anchor is params
+    mixed = Consolidation(params, kept.importance | {"b": importance["b"]})
+    for rule in ("separate", "latest"):
+        total = consolidate(mixed, params, kept.importance, rule=rule)
+        assert [total.anchor[name].dtype for name in ("w", "b")] == [jnp.bfloat16, jnp.float32]
+        assert [forms.is_form(total.importance[name]) for name in ("w", "b")] == [True, False]
+        chex.assert_trees_all_equal(total.anchor["w"], params["w"])
+        chex.assert_trees_all_equal(
+            decompress_consolidation(total).importance, jax.tree.map(lambda x: 2 * x, importance)
+        )
+
+
+def test_a_compressed_consolidation_of_no_tasks_is_made_by_its_shapes():
+    params = make_tree(0, jnp.bfloat16)
+    shapes = jax.eval_shape(lambda params: compress_consolidation(init_consolidation(params)), params)
+    begun = init_consolidation(params, like=shapes)
+    chex.assert_trees_all_equal_shapes_and_dtypes(begun, shapes)
+    chex.assert_trees_all_equal(begun, compress_consolidation(init_consolidation(params)))
+    assert begun.anchor["w"].unsafe_buffer_pointer() != params["w"].unsafe_buffer_pointer()
+    assert init_consolidation(params, like=shapes.importance).anchor["w"].dtype == jnp.float32
+    with pytest.raises(ValueError, match=r"like.anchor and params must be trees of one structure"):
+        init_consolidation(params, like=Consolidation({"w": params["w"]}, shapes.importance))
+
+
+def test_compressed_consolidations_are_merged_as_what_they_stand_for():
+    tasks = [compress_consolidation(Consolidation(*make_task(seed)), importance="bfloat16") for seed in range(2)]
+    exact = merge(list(map(decompress_consolidation, tasks)), strengths=[1.0, 2.0])
+    chex.assert_trees_all_equal(merge(tasks, strengths=[1.0, 2.0]), exact)
+    mixed = merge([tasks[0], decompress_consolidation(tasks[1])], strengths=[1.0, 2.0])
+    chex.assert_trees_all_equal(mixed, exact)
+
+
+def test_kronecker_factors_are_not_compressed():
+    layout = Layout((3, 4), (3, 4), (0, 1), (1, 3, 4))
+    importance = {"w": forms.from_factors(jnp.eye(3)[None], jnp.eye(4)[None], layout), "b": jnp.ones(2)}
+    params = {"w": jnp.ones((3, 4)), "b": jnp.ones(2)}
+    kept = compress_consolidation(Consolidation(params, importance))
+    chex.assert_trees_all_equal(kept.importance["w"], importance["w"])
+    total = consolidate(kept, params, importance, rule="latest")
+    np.testing.assert_allclose(forms.diagonal(total.importance["w"]), 2.0, rtol=1e-6)
+    assert total.anchor["w"].dtype == jnp.float32 and total.anchor["b"].dtype == jnp.bfloat16
+    with pytest.raises(ValueError, match="rule='separate' is for diagonal importances"):
+        consolidate(kept, params, importance)
+    bad = kept.importance | {"w": jnp.ones((3, 4))}
+    with pytest.raises(
+        ValueError, match=r"importance\['w'\] has a diagonal, but consolidation.importance has Kronecker"
+    ):
+        consolidate(kept, params, bad, rule="latest")
+
+
+def test_what_cannot_be_compressed_is_refused():
+    kept, bad = Consolidation({"w": jnp.ones(2)}, {"w": jnp.ones(2)}), {"w": jnp.array([1.0, -1.0])}
+    with pytest.raises(ValueError, match="importance must be one of uint8, bfloat16, not 'int8'"):
+        compress_consolidation(kept, importance="int8")
+    with pytest.raises(ValueError, match="anchor must be one of bfloat16, not 'float8'"):
+        compress_consolidation(kept, anchor="float8")
+    with pytest.raises(
+        ValueError, match=r"consolidation.importance\['w'\] has entries that are NaN, infinite or negative"
+    ):
+        compress_consolidation(kept._replace(importance=bad))
+    with pytest.raises(ValueError, match=r"importance\['w'\] has shape \(3,\)"):
+        compress_consolidation(kept._replace(importance={"w": jnp.ones(3)}))
+    coded = compress_consolidation(kept)
+    huge = {"w": forms.scale(coded.importance["w"], 3e38)}
+    with pytest.raises(ValueError, match="It overflows: scale the importances down"):
+        consolidate(coded._replace(importance=huge), kept.anchor, {"w": jnp.full(2, 3e38)})
+
+
+def test_compressing_makes_no_second_consolidation(optimized):
+    leaves = {f"w{index}": jax.ShapeDtypeStruct((64, 256), jnp.float32) for index in range(16)}
+    compiled = jax.jit(compress_consolidation).lower(Consolidation(leaves, leaves)).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.2 * forms.num_bytes(leaves)

@@ -21,6 +21,7 @@ from lifelong_jax import (
     quadratic_penalty,
 )
 from lifelong_jax._layouts import Layout
+from lifelong_jax.consolidation import compress_consolidation, decompress_consolidation
 from lifelong_jax.growth import extend_consolidation, restrict_consolidation
 from tests.problems import flat
 
@@ -404,3 +405,21 @@ def test_a_diagonal_becomes_a_matrix():
     kept = Consolidation({"w": jnp.ones((5, 2))}, {"w": form_of(*STRAIGHT[5], full_rows=False)})
     cut = restrict_consolidation(kept, {"w": jnp.ones((3, 2))}, like={"w": form_of(*STRAIGHT[3])})
     np.testing.assert_allclose(forms.factors_of(cut.importance["w"])[0], np.eye(3)[None], atol=1e-6)
+
+
+@pytest.mark.parametrize("storage", ["uint8", "bfloat16"])
+def test_what_is_compressed_grows_without_another_error(storage):
+    old = compress_consolidation(OLD, importance=storage)
+    extended = extend_consolidation(old, GROWN)
+    assert {name for name, form in extended.importance.items() if forms.is_form(form)} == {"bias", "head", "trunk"}
+    assert extended.anchor["head"].dtype == jnp.bfloat16 and extended.importance["head"].storage == storage
+    exact = extend_consolidation(decompress_consolidation(old), GROWN)
+    chex.assert_trees_all_equal(decompress_consolidation(extended).importance, exact.importance)
+    chex.assert_trees_all_close(extended.anchor["head"].astype(jnp.float32), exact.anchor["head"], rtol=0.01)
+    chex.assert_trees_all_equal(restrict_consolidation(extended, OLD.anchor), old)
+    like = jax.eval_shape(lambda tree: compress_consolidation(Consolidation(tree, tree)).importance, GROWN)
+    assert forms.is_form(extend_consolidation(old, GROWN, like=like).importance["other"])
+    cut = restrict_consolidation(old, {"head": jax.ShapeDtypeStruct((2, 3), jnp.float32)})
+    chex.assert_trees_all_equal(
+        decompress_consolidation(cut).importance["head"], forms.diagonal(old.importance["head"])[:2]
+    )

@@ -23,6 +23,7 @@ from lifelong_jax import (
     add_quadratic_penalty,
     consolidate,
     continue_walk,
+    forms,
     init_consolidation,
     init_training,
     kronecker_fisher,
@@ -35,6 +36,7 @@ from lifelong_jax import (
     rwalk_importance,
     si_importance,
 )
+from lifelong_jax.consolidation import compress_consolidation, decompress_consolidation
 from lifelong_jax.penalty import hold_consolidation, set_consolidation
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -401,6 +403,33 @@ def test_kronecker_factors_are_held_by_their_shapes(abstract, masked):
     consolidation = Consolidation(make_consolidation().anchor, importance)
     learned = descend_held(optimizer, consolidation)
     chex.assert_trees_all_close(learned["w"], descend_passed(PIPELINES["sgd"], consolidation)["w"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("held", ["codes", "arrays"])
+@pytest.mark.parametrize("given", ["codes", "arrays"])
+def test_it_is_stored_as_like_says_whatever_is_set(held, given):
+    coded = compress_consolidation(make_consolidation())
+    trees = {"codes": coded, "arrays": decompress_consolidation(coded)}
+    optimizer = hold_consolidation(PIPELINES["sgd"], like=jax.eval_shape(lambda: trees[held]))
+    start = optimizer.init(make_params())
+    chex.assert_trees_all_equal_shapes_and_dtypes(start.consolidation, trees[held])
+    assert not any(jnp.any(forms.diagonal(start.consolidation.importance[name])) for name in ("w", "b"))
+    state = set_consolidation(start, trees[given])
+    chex.assert_trees_all_equal(state.consolidation, trees[held])
+    updates, _ = optimizer.update(make_params(), state, make_params())
+    sgd = PIPELINES["sgd"]
+    expected, _ = sgd.update(make_params(), sgd.init(make_params()), make_params(), **coded._asdict())
+    chex.assert_trees_all_equal(updates, expected)
+
+
+def test_a_masked_state_holds_the_codes_of_what_is_not_masked():
+    coded = compress_consolidation(make_consolidation())
+    mask = {"w": True, "b": False}
+    optimizer = optax.masked(hold_consolidation(add_quadratic_penalty(2.0), like=coded), mask)
+    state = set_consolidation(optimizer.init(make_params()), coded)
+    kept = optax.tree.get(state, "consolidation")
+    chex.assert_trees_all_equal((kept.anchor["w"], kept.importance["w"]), (coded.anchor["w"], coded.importance["w"]))
+    assert not jax.tree.leaves((kept.anchor["b"], kept.importance["b"]))
 
 
 def test_none_in_like_leaves_a_leaf_or_a_branch_free():
