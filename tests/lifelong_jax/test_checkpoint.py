@@ -20,6 +20,7 @@ import lifelong_jax
 from lifelong_jax import Consolidation, forms, init_consolidation
 from lifelong_jax._layouts import Layout
 from lifelong_jax.checkpoint import load_consolidation, read_metadata, save_consolidation
+from lifelong_jax.consolidation import compress_consolidation
 from lifelong_jax.growth import extend_consolidation, restrict_consolidation
 from tests.obstacles import OBSTACLES
 
@@ -30,8 +31,8 @@ PARAMS = {
 KEPT = Consolidation(PARAMS, jax.tree.map(jnp.abs, PARAMS))
 
 
-def save(file, consolidation=KEPT):
-    save_consolidation(file, consolidation, estimator="exact Fisher diagonal", num_examples=60)
+def save(file, consolidation=KEPT, **options):
+    save_consolidation(file, consolidation, estimator="exact Fisher diagonal", num_examples=60, **options)
 
 
 def test_a_consolidation_comes_back_to_the_bit(tmp_path):
@@ -218,6 +219,69 @@ def test_a_file_of_the_first_format_is_read():
         load_consolidation(file, like=Consolidation({"w": kernel}, {"w": kernel}))
 
 
+@pytest.mark.parametrize("storage", ["uint8", "bfloat16"])
+def test_codes_come_back_to_the_bit(tmp_path, storage):
+    kept, file = compress_consolidation(KEPT, importance=storage), tmp_path / "kept.safetensors"
+    save(file, kept)
+    for like in (kept, jax.eval_shape(lambda: kept)):
+        loaded = load_consolidation(file, like=like)
+        chex.assert_trees_all_equal(loaded, kept)
+        chex.assert_trees_all_equal_dtypes(loaded, kept)
+        assert jax.tree.structure(loaded) == jax.tree.structure(kept)
+    whole = load_consolidation(file)
+    chex.assert_trees_all_equal(whole.importance["layers"]["0"]["w"], kept.importance["layers"][0]["w"])
+    assert read_metadata(file)["format"][-1] == "3" and "(codes - 255) / 8" in read_metadata(file)["codes"]
+    with pytest.raises(ValueError, match="has no leaf importance/layers/0/w, importance/layers/1/w, importance/narrow"):
+        load_consolidation(file, like=KEPT)
+    save(file)
+    assert read_metadata(file)["format"][-1] == "2"  # which earlier versions read, too
+    with pytest.raises(ValueError, match="has no leaf importance/layers/0/w/codes"):
+        load_consolidation(file, like=kept)
+
+
+def test_an_anchor_is_named_by_its_digest_and_not_copied(tmp_path):
+    kept, file = compress_consolidation(KEPT, anchor=None), tmp_path / "kept.safetensors"
+    save(file, kept, anchor="digest")
+    assert not [name for name in safetensors.numpy.load_file(file) if "anchor" in name]
+    for like in (kept, None):
+        loaded = load_consolidation(file, like, params=PARAMS)
+        chex.assert_trees_all_equal(jax.tree.leaves(loaded), jax.tree.leaves(kept))
+        pairs = zip(jax.tree.leaves(loaded.anchor), jax.tree.leaves(PARAMS), strict=True)
+        assert all(ours.unsafe_buffer_pointer() == theirs.unsafe_buffer_pointer() for ours, theirs in pairs)
+    save(file, KEPT, anchor="digest")
+    chex.assert_trees_all_equal(load_consolidation(file, KEPT, params=PARAMS), KEPT)
+
+
+def test_a_checkpoint_of_another_kind_or_dtype_is_the_anchor_if_its_values_are(tmp_path):
+    networks, file = one_network(), tmp_path / "kept.safetensors"
+    rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), networks["linen"])
+    importance = jax.tree.map(jnp.abs, networks["linen"])
+    save(file, compress_consolidation(Consolidation(networks["linen"], importance)), anchor="digest")
+    for params in (networks["equinox"], rounded):
+        chex.assert_trees_all_equal(load_consolidation(file, params=params).anchor, rounded)
+    save(file, Consolidation(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), rounded), importance), anchor="digest")
+    assert load_consolidation(file, params=rounded).anchor["head"]["bias"].dtype == jnp.float32
+
+
+def test_another_checkpoint_is_refused_with_both_digests(tmp_path):
+    file, other = tmp_path / "kept.safetensors", PARAMS | {"narrow": jnp.array([1.0, -2.4], jnp.bfloat16)}
+    save(file, compress_consolidation(KEPT), anchor="digest")
+    digest = read_metadata(file)["anchor_sha256"]
+    with pytest.raises(ValueError, match=rf"params is not the anchor of .*: its .* is [0-9a-f]{{64}}, .* {digest}"):
+        load_consolidation(file, params=other)
+    with pytest.raises(ValueError, match=rf"has no anchor, but the SHA-256 digest of one, {digest}: pass params"):
+        load_consolidation(file)
+    with pytest.raises(ValueError, match="params must have the same structure, but params has no leaf anchor/narrow"):
+        load_consolidation(file, params={"layers": PARAMS["layers"]})
+    with pytest.raises(ValueError, match=r"anchor/narrow has shape \[2\] in .*, but \[3\] in params"):
+        load_consolidation(file, params=PARAMS | {"narrow": jnp.ones(3)})
+    with pytest.raises(ValueError, match="anchor must be one of arrays, digest, not 'hash'"):
+        save(file, anchor="hash")
+    save(file)
+    with pytest.raises(ValueError, match="has its anchor: leave out params"):
+        load_consolidation(file, params=PARAMS)
+
+
 def test_double_precision_is_not_lost_in_silence(tmp_path):
     kept = Consolidation(np.ones(2), np.ones(2))
     save(tmp_path / "kept.safetensors", kept)
@@ -227,14 +291,20 @@ def test_double_precision_is_not_lost_in_silence(tmp_path):
         assert load_consolidation(tmp_path / "kept.safetensors", like=kept).anchor.dtype == np.float64
 
 
-def test_every_flipped_byte_of_a_consolidation_is_found(tmp_path):
+@pytest.mark.parametrize("compressed", [False, True])
+def test_every_flipped_byte_of_a_consolidation_is_found(tmp_path, compressed):
     file = tmp_path / "kept.safetensors"
-    save(file)
+    kept, arguments = KEPT, {"like": KEPT}
+    if compressed:
+        params = {"w": jnp.arange(5.0)}
+        kept = compress_consolidation(Consolidation(params, params), anchor=None)
+        arguments = {"like": kept, "params": params}
+    save(file, kept, anchor="digest" if compressed else "arrays")
     whole = file.read_bytes()
     for position in range(len(whole)):
         file.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
         try:  # padding in the header may say anything
-            chex.assert_trees_all_equal(load_consolidation(file, like=KEPT), KEPT)
+            chex.assert_trees_all_equal(load_consolidation(file, **arguments), kept)
         except ValueError as error:
             assert "damaged" in str(error)
         else:
@@ -242,7 +312,7 @@ def test_every_flipped_byte_of_a_consolidation_is_found(tmp_path):
     for length in range(0, len(whole), 7):
         file.write_bytes(whole[:length])
         with pytest.raises(ValueError, match="damaged"):
-            load_consolidation(file, like=KEPT)
+            load_consolidation(file, **arguments)
 
 
 def test_bad_consolidations_are_refused(tmp_path):
