@@ -42,8 +42,18 @@ def _is_statistic(node: Any) -> bool:
     return type(node).__name__ == "BatchStat"  # flax.nnx's variable
 
 
-def check_examples(name: str, examples: Examples, weights: jax.Array | None, weights_name: str = "weights") -> None:
-    """Raises ValueError unless all leaves of `examples`, and `weights`, have the same number of examples, 1 or more."""
+def check_examples(
+    name: str,
+    examples: Examples,
+    weights: jax.Array | None,
+    weights_name: str = "weights",
+    *,
+    may_be_padding: bool = False,
+) -> None:
+    """Raises ValueError unless all leaves of `examples`, and `weights`, have the same number of examples, 1 or more.
+
+    If `may_be_padding`, all weights may be 0.
+    """
     leaves = jax.tree.leaves_with_path(examples)
     if not leaves:
         raise ValueError(f"{name} has no arrays: pass a tree of arrays of shape [num_examples, ...].")
@@ -69,7 +79,7 @@ def check_examples(name: str, examples: Examples, weights: jax.Array | None, wei
         # XLA replaces subnormal numbers by 0: no weight, nor the reciprocal of their sum, may be one.
         values, least = np.asarray(weights, np.float64), float(np.finfo(np.float32).tiny)
         usable = np.isfinite(values) & ((values == 0) | (values >= least))
-        if not (usable.all() and 0 < values.sum() <= 1 / least):
+        if not (usable.all() and (may_be_padding or values.any()) and values.sum() <= 1 / least):
             raise ValueError(
                 f"{weights_name} must be finite, not negative and not all 0; a weight above 0 must be at least "
                 f"{least:.2g}, and their sum at most {1 / least:.2g}."

@@ -78,7 +78,12 @@ def scale_weights(weights: jax.Array) -> jax.Array:
     """
     counts = not jnp.issubdtype(weights.dtype, jnp.floating)
     weights = weights.astype(jnp.float32) if counts else widen(weights)
-    _, exponent = jnp.frexp(jnp.max(weights))
+    return scale_to(jnp.max(weights), weights)
+
+
+def scale_to(largest: jax.Array, weights: jax.Array) -> jax.Array:
+    """Scales weights by the power of 2 that makes the largest one at least 1 and less than 2, unless it is 0."""
+    _, exponent = jnp.frexp(largest)
     return jnp.ldexp(weights, 1 - exponent)
 
 
@@ -168,6 +173,12 @@ def with_extra_args(optimizer: optax.GradientTransformation) -> optax.GradientTr
         return optimizer.update(updates, state, params, **taken)
 
     return optax.GradientTransformationExtraArgs(optimizer.init, update_fn)
+
+
+def values_of_variables(tree: Any) -> Any:
+    """Takes the values of flax.nnx's variables, which `nnx.Optimizer` passes to `init`, and keeps in its state."""
+    is_variable = lambda node: hasattr(node, "get_value")  # noqa: E731
+    return jax.tree.map(lambda node: node.get_value() if is_variable(node) else node, tree, is_leaf=is_variable)
 
 
 def indices_per_example(indices: jax.Array, x: jax.Array) -> jax.Array:

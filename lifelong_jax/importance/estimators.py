@@ -16,10 +16,12 @@ from typing import Any, Literal, TypeAlias
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
+from jax.typing import ArrayLike
 
 from lifelong_jax import _checks
 from lifelong_jax._numerics import refuse_to_differentiate, scale_weights, vary_with
 from lifelong_jax.importance import cotangents, reference, structured
+from lifelong_jax.importance.accumulation import Accumulation, add_batch, divide
 from lifelong_jax.importance.cotangents import Cotangents
 from lifelong_jax.importance.layers import layer_outputs
 from lifelong_jax.importance.meshes import sum_over_mesh
@@ -39,7 +41,8 @@ def empirical_fisher_diagonal(
     weights: jax.Array | None = None,
     microbatch_size: int | None = None,
     method: Algorithm = "structured",
-) -> Params:
+    into: Accumulation | None = None,
+) -> Any:
     """Computes the diagonal of the empirical Fisher information: the mean squared gradient at the true labels.
 
         importance = mean_n (∂ loss_fn(params, examples[n]) / ∂params)²
@@ -56,9 +59,10 @@ def empirical_fisher_diagonal(
       weights: as for `fisher_diagonal`.
       microbatch_size: as for `fisher_diagonal`.
       method: as for `fisher_diagonal`.
+      into: as for `fisher_diagonal`.
 
     Returns:
-      A tree like `params`, in its dtypes or float32, whichever is wider.
+      As for `fisher_diagonal`.
 
     Raises:
       TypeError: if a leaf of `params` is not floating-point.
@@ -73,11 +77,11 @@ def empirical_fisher_diagonal(
 
     Kirkpatrick et al. 2017, doi 10.1073/pnas.1611835114; on the two Fishers, Kunstner et al. 2019, arXiv 1905.12558.
     """
-    check_arguments(params, "examples", examples, weights, microbatch_size)
+    check_arguments(params, "examples", examples, weights, microbatch_size, into)
     _checks.check_labels(loss_fn, "examples", params, examples)
     sum_fn = _sum_fn(method, "sum_of_squares")
     return mean_over_examples(
-        as_tree(loss_fn), cotangents.unit, params, examples, None, weights, sum_fn, microbatch_size
+        as_tree(loss_fn), cotangents.unit, params, examples, None, weights, sum_fn, microbatch_size, into
     )
 
 
@@ -92,7 +96,8 @@ def fisher_diagonal(
     weights: jax.Array | None = None,
     microbatch_size: int | None = None,
     method: Algorithm = "structured",
-) -> Params:
+    into: Accumulation | None = None,
+) -> Any:
     """Computes the diagonal of the Fisher information: the expected squared gradient at labels from the model itself.
 
         importance = mean_n E_y (∂ log p(y | logits_fn(params, inputs[n])) / ∂params)²
@@ -129,15 +134,19 @@ def fisher_diagonal(
       microbatch_size: the largest number of examples computed together; the result does not depend on it.
       method: "structured" costs about one ordinary gradient per backward pass; "reference" computes each example's
         gradient in full. Both are exact.
+      into: the `Accumulation` of earlier examples, to which these are added, or None. It is donated: use the result in
+        its place. See `accumulation`.
 
     Returns:
-      A tree like `params`, in its dtypes or float32, whichever is wider.
+      A tree like `params`, in its dtypes or float32, whichever is wider; with `into`, the `Accumulation` of all
+      examples so far.
 
     Raises:
       TypeError: if a leaf of `params` is not floating-point.
       ValueError: if there are no inputs, if leaves differ in their number, if weights are negative, all 0 or outside
         the range of float32, if `likelihood` or `method` is unknown, if only one of `num_samples` and `key` is given,
-        or if the exact expectation takes too many passes.
+        if the exact expectation takes too many passes, or if `into` was made for other parameters. With `into`, all
+        weights may be 0.
 
     Example:
       >>> logits_fn = lambda params, x: params * x
@@ -147,9 +156,11 @@ def fisher_diagonal(
     Kirkpatrick et al. 2017, doi 10.1073/pnas.1611835114; Martens 2020, arXiv 1412.1193, §5.
     """
     cotangents_fn = fisher_cotangents(likelihood, num_samples, key)
-    check_arguments(params, "inputs", inputs, weights, microbatch_size)
+    check_arguments(params, "inputs", inputs, weights, microbatch_size, into)
     sum_fn = _sum_fn(method, "sum_of_squares")
-    return mean_over_examples(as_tree(logits_fn), cotangents_fn, params, inputs, key, weights, sum_fn, microbatch_size)
+    return mean_over_examples(
+        as_tree(logits_fn), cotangents_fn, params, inputs, key, weights, sum_fn, microbatch_size, into
+    )
 
 
 def mas_importance(
@@ -161,7 +172,8 @@ def mas_importance(
     weights: jax.Array | None = None,
     microbatch_size: int | None = None,
     method: Algorithm = "structured",
-) -> Params:
+    into: Accumulation | None = None,
+) -> Any:
     """Computes the importance of memory-aware synapses: how sensitive the outputs are to each parameter.
 
         importance = mean_n |∂ ‖output_fn(params, inputs[n])‖² / ∂params|              "squared_l2"
@@ -180,9 +192,10 @@ def mas_importance(
       weights: as for `fisher_diagonal`.
       microbatch_size: as for `fisher_diagonal`.
       method: as for `fisher_diagonal`.
+      into: as for `fisher_diagonal`.
 
     Returns:
-      A tree like `params`, in its dtypes or float32, whichever is wider.
+      As for `fisher_diagonal`.
 
     Raises:
       TypeError: if a leaf of `params` is not floating-point.
@@ -196,10 +209,12 @@ def mas_importance(
     Aljundi et al. 2018, arXiv 1711.09601, eq. 2 ("jacobian") and §4.1 ("squared_l2").
     """
     _checks.check_choice("output_norm", output_norm, ("squared_l2", "jacobian"))
-    check_arguments(params, "inputs", inputs, weights, microbatch_size)
+    check_arguments(params, "inputs", inputs, weights, microbatch_size, into)
     cotangents_fn = cotangents.squared_l2 if output_norm == "squared_l2" else cotangents.jacobian
     sum_fn = _sum_fn(method, "norm")
-    return mean_over_examples(as_tree(output_fn), cotangents_fn, params, inputs, None, weights, sum_fn, microbatch_size)
+    return mean_over_examples(
+        as_tree(output_fn), cotangents_fn, params, inputs, None, weights, sum_fn, microbatch_size, into
+    )
 
 
 def local_mas_importance(
@@ -210,7 +225,8 @@ def local_mas_importance(
     weights: jax.Array | None = None,
     microbatch_size: int | None = None,
     method: Algorithm = "structured",
-) -> Params:
+    into: Accumulation | None = None,
+) -> Any:
     """Computes local memory-aware synapses: how sensitive each layer's output is to that layer's own parameters.
 
         importance = mean_n |∂ ‖output of the layer, for inputs[n]‖² / ∂params|,    the layer's input held fixed
@@ -228,9 +244,10 @@ def local_mas_importance(
       weights: as for `fisher_diagonal`.
       microbatch_size: as for `fisher_diagonal`.
       method: as for `fisher_diagonal`.
+      into: as for `fisher_diagonal`.
 
     Returns:
-      A tree like `params`, in its dtypes or float32, whichever is wider.
+      As for `fisher_diagonal`.
 
     Raises:
       TypeError: if a leaf of `params` is not floating-point.
@@ -250,7 +267,7 @@ def local_mas_importance(
     """
     layers_fn = Partial(layer_outputs, as_tree(output_fn))
     importance = mas_importance(
-        layers_fn, params, inputs, weights=weights, microbatch_size=microbatch_size, method=method
+        layers_fn, params, inputs, weights=weights, microbatch_size=microbatch_size, method=method, into=into
     )
     return refuse_to_differentiate(_NO_LOCAL_DERIVATIVE, importance)
 
@@ -261,7 +278,7 @@ _NO_LOCAL_DERIVATIVE = (
 )
 
 
-@functools.partial(jax.jit, static_argnums=(1, 6, 7))
+@functools.partial(jax.jit, static_argnums=(1, 6, 7), donate_argnames=("into",))
 def mean_over_examples(
     output_fn: Partial,
     cotangents_fn: Callable[[jax.Array, jax.Array | None], Cotangents],
@@ -271,24 +288,32 @@ def mean_over_examples(
     weights: jax.Array | None,
     sum_over_examples: Callable[..., Any],
     microbatch_size: int | None,
+    into: Accumulation | None = None,
 ) -> Any:
-    """Computes the weighted mean of what `sum_over_examples` sums."""
+    """Computes the weighted mean of what `sum_over_examples` sums, or adds to the one in `into`."""
 
-    def keyed_cotangents(key: jax.Array | None, outputs: jax.Array, index: jax.Array) -> Cotangents:
+    def keyed_cotangents(key: jax.Array | None, first: ArrayLike, outputs: jax.Array, index: jax.Array) -> Cotangents:
         if not isinstance(outputs, jax.Array) or not jnp.issubdtype(outputs.dtype, jnp.floating) or outputs.size == 0:
             returned = jax.tree.map(lambda leaf: f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}", outputs)
             raise ValueError(
                 f"the function must return one floating-point array, with entries, for one example, not {returned}."
             )
-        return vary_with(cotangents_fn(outputs, None if key is None else jax.random.fold_in(key, index)), like=outputs)
+        example_key = None if key is None else jax.random.fold_in(key, first + index)
+        return vary_with(cotangents_fn(outputs, example_key), like=outputs)
 
-    arguments = (Partial(_of_one_example, output_fn), params, examples, key, weights)
-    output_fn, params, examples, key, weights = vary_with(arguments, like=arguments)
-    weights = None if weights is None else scale_weights(weights)
+    arguments = (Partial(_of_one_example, output_fn), params, examples, key, weights, into)
+    output_fn, params, examples, key, weights, into = vary_with(arguments, like=arguments)
+    num_examples = jax.tree.leaves(examples)[0].shape[0]
     sum_fn = functools.partial(sum_over_examples, microbatch_size=microbatch_size)
-    total = sum_over_mesh(sum_fn, output_fn, Partial(keyed_cotangents, key), params, examples, weights)
-    count = jax.tree.leaves(examples)[0].shape[0] if weights is None else jnp.sum(weights)
-    return jax.tree.map(lambda leaf: leaf / jnp.asarray(count, leaf.dtype), total)
+
+    def sum_from(first: ArrayLike, weights: jax.Array | None, start: Any) -> Any:
+        cotangents_fn = Partial(keyed_cotangents, key, first)
+        return sum_over_mesh(sum_fn, output_fn, cotangents_fn, params, examples, weights, start)
+
+    if into is not None:
+        return add_batch(into, functools.partial(sum_from, into.num_examples), num_examples, weights)
+    weights = None if weights is None else scale_weights(weights)
+    return divide(sum_from(0, weights, None), num_examples if weights is None else jnp.sum(weights))
 
 
 def _of_one_example(output_fn: Callable, params: Params, example: Example) -> Any:
@@ -317,12 +342,19 @@ def fisher_cotangents(likelihood: str, num_samples: int | None, key: jax.Array |
 
 
 def check_arguments(
-    params: Params, name: str, examples: Examples, weights: jax.Array | None, microbatch_size: int | None
+    params: Params,
+    name: str,
+    examples: Examples,
+    weights: jax.Array | None,
+    microbatch_size: int | None,
+    into: Accumulation | None,
 ) -> None:
     """Checks the arguments that all estimators share."""
     _checks.check_params("params", params)
-    _checks.check_examples(name, examples, weights)
+    _checks.check_examples(name, examples, weights, may_be_padding=into is not None)
     _checks.check_positive_integer("microbatch_size", microbatch_size, optional=True)
+    if into is not None and not isinstance(into, Accumulation):
+        raise TypeError(f"into must be an Accumulation, from init_accumulation(params), not a {type(into).__name__}.")
 
 
 @functools.cache  # one function object per setting, so jit compiles once per setting

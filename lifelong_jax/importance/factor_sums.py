@@ -71,6 +71,7 @@ def sum_over_examples(
     max_side: int,
     weights: jax.Array | None = None,
     microbatch_size: int | None = None,
+    start: Params | None = None,
 ) -> Params:
     """Sums the factors of each leaf over examples; the other arguments are those of `reference.sum_over_examples`.
 
@@ -96,6 +97,7 @@ def sum_over_examples(
         examples,
         weights,
         microbatch_size,
+        start,
     )
 
 

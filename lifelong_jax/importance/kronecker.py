@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from lifelong_jax import _checks, forms
 from lifelong_jax._numerics import refuse_to_differentiate
 from lifelong_jax.importance import cotangents, factor_sums
+from lifelong_jax.importance.accumulation import Accumulation
 from lifelong_jax.importance.estimators import as_tree, check_arguments, fisher_cotangents, mean_over_examples
 from lifelong_jax.importance.factor_sums import FactorSums, WeightSharing
 from lifelong_jax.types import Examples, LogitsFn, LossFn, Params
@@ -32,7 +33,8 @@ def kronecker_fisher(
     microbatch_size: int | None = None,
     weight_sharing: WeightSharing = "expand",
     max_side: int = 8192,
-) -> Params:
+    into: Accumulation | None = None,
+) -> Any:
     """Computes the Fisher information of each layer as a Kronecker product of two matrices.
 
         F ≈ A ⊗ G,   A = mean_n Σ_position input inputᵀ,   G = mean_n Σ_position E_y gradient gradientᵀ
@@ -61,10 +63,12 @@ def kronecker_fisher(
         linear network with one loss of the mean over positions. With one position, they are the same.
       max_side: a side with more rows or columns keeps only its diagonal: its matrix would take more than max_side²
         numbers.
+      into: as for `fisher_diagonal`; from `init_accumulation(params, like=importance)`.
 
     Returns:
       A tree like `params`, with a `KroneckerFactors` in the place of each leaf but those that keep the diagonal, which
-      are arrays. `forms.num_bytes(jax.eval_shape(...))` tells beforehand how much memory it takes.
+      are arrays. `forms.num_bytes(jax.eval_shape(...))` tells beforehand how much memory it takes. With `into`, the
+      `Accumulation` of all examples so far: `make_forms(accumulation.mean)` is such a tree.
 
     Raises:
       TypeError: if a leaf of `params` is not floating-point.
@@ -83,7 +87,7 @@ def kronecker_fisher(
     al. 2023, arXiv 2311.00636, eq. 9 and 15.
     """
     cotangents_fn = fisher_cotangents(likelihood, num_samples, key)
-    check_arguments(params, "inputs", inputs, weights, microbatch_size)
+    check_arguments(params, "inputs", inputs, weights, microbatch_size, into)
     means = mean_over_examples(
         as_tree(logits_fn),
         cotangents_fn,
@@ -93,8 +97,9 @@ def kronecker_fisher(
         weights,
         sum_fn(weight_sharing, max_side),
         microbatch_size,
+        into,
     )
-    return make_forms(means)
+    return make_forms(means) if into is None else means
 
 
 def empirical_kronecker_fisher(
@@ -106,7 +111,8 @@ def empirical_kronecker_fisher(
     microbatch_size: int | None = None,
     weight_sharing: WeightSharing = "expand",
     max_side: int = 8192,
-) -> Params:
+    into: Accumulation | None = None,
+) -> Any:
     """Computes the empirical Fisher information of each layer, at the true labels, as a Kronecker product.
 
     It is to `kronecker_fisher` what `empirical_fisher_diagonal` is to `fisher_diagonal`.
@@ -119,6 +125,7 @@ def empirical_kronecker_fisher(
       microbatch_size: as for `fisher_diagonal`.
       weight_sharing: as for `kronecker_fisher`.
       max_side: as for `kronecker_fisher`.
+      into: as for `kronecker_fisher`.
 
     Returns:
       As for `kronecker_fisher`.
@@ -135,7 +142,7 @@ def empirical_kronecker_fisher(
 
     Martens and Grosse 2015, arXiv 1503.05671; on the two Fishers, Kunstner et al. 2019, arXiv 1905.12558.
     """
-    check_arguments(params, "examples", examples, weights, microbatch_size)
+    check_arguments(params, "examples", examples, weights, microbatch_size, into)
     _checks.check_labels(loss_fn, "examples", params, examples)
     means = mean_over_examples(
         as_tree(loss_fn),
@@ -146,8 +153,9 @@ def empirical_kronecker_fisher(
         weights,
         sum_fn(weight_sharing, max_side),
         microbatch_size,
+        into,
     )
-    return make_forms(means)
+    return make_forms(means) if into is None else means
 
 
 @functools.cache  # one function object per setting, so jit compiles once per setting
@@ -160,7 +168,24 @@ def sum_fn(weight_sharing: WeightSharing, max_side: int) -> Callable[..., Params
 
 @jax.jit
 def make_forms(means: Params) -> Params:
-    """Makes forms of the means of factors."""
+    """Makes the importance of the means of Kronecker factors: computes their eigenvectors.
+
+    Args:
+      means: the `mean` of an `Accumulation`.
+
+    Returns:
+      As for `kronecker_fisher`.
+
+    Example:
+      >>> from lifelong_jax.importance import init_accumulation
+      >>> logits_fn, params = lambda params, x: x @ params, jnp.zeros((1, 2))
+      >>> like = kronecker_fisher(logits_fn, params, jnp.ones((1, 1)))
+      >>> total = init_accumulation(params, like)
+      >>> for inputs in (jnp.array([[1.0]]), jnp.array([[3.0]])):
+      ...     total = kronecker_fisher(logits_fn, params, inputs, into=total)
+      >>> make_forms(total.mean).row_values
+      Array([[5.]], dtype=float32)
+    """
     means = refuse_to_differentiate(_NO_DERIVATIVE, means)
 
     def of_leaf(mean: FactorSums | jax.Array) -> forms.Form:

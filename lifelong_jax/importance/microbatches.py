@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from lifelong_jax import _checks
 from lifelong_jax._numerics import equal_size
 from lifelong_jax.importance.cotangents import Cotangents
 from lifelong_jax.types import Example, Examples, Params
@@ -36,6 +37,7 @@ def sum_microbatches(
     examples: Examples,
     weights: jax.Array | None,
     microbatch_size: int,
+    start: Any = None,
 ) -> Any:
     """Sums a function over microbatches of the examples, one after the other.
 
@@ -51,6 +53,7 @@ def sum_microbatches(
       examples: a tree of arrays `[num_examples, ...]`.
       weights: `[num_examples]`, or None for ones.
       microbatch_size: the largest number of examples per call.
+      start: what the sum starts from, a tree like that of `zeros_fn`; None for zeros.
 
     Returns:
       The sum, a tree like those of `sum_microbatch`.
@@ -67,10 +70,29 @@ def sum_microbatches(
             rows = jnp.where(row_weights > 0, rows, jnp.argmax(weights > 0).astype(rows.dtype))
         microbatch = jax.tree.map(lambda x: x[rows], examples)
         term = sum_microbatch(output_fn, cotangents_fn, params, microbatch, rows, row_weights)
+        if weights is not None:  # a shard, or a batch of a stream, may have no example of a weight above 0
+            term = jax.tree.map(lambda leaf: jnp.where(jnp.any(weights > 0), leaf, 0), term)
         return jax.tree.map(jnp.add, total, term), None
 
+    if start is None:
+        start = zeros_fn(params)
+    else:
+        _check_start(start, jax.eval_shape(zeros_fn, params))
     starts = jnp.arange(0, num_examples, size, dtype=jnp.int32)
-    total, _ = jax.lax.scan(add_microbatch, zeros_fn(params), starts)
-    if weights is None:
-        return total
-    return jax.tree.map(lambda leaf: jnp.where(jnp.any(weights > 0), leaf, 0), total)  # a shard may have none
+    total, _ = jax.lax.scan(add_microbatch, start, starts)
+    return total
+
+
+def _check_start(start: Any, zeros: Any) -> None:
+    """Raises ValueError, naming the leaf, unless a sum may start from `start`."""
+    hint = "Begin with init_accumulation(params), and with like=importance for Kronecker factors."
+    try:
+        _checks.check_same_structure("into.mean", start, "this importance", zeros)
+    except ValueError as error:
+        raise ValueError(f"{error} {hint}") from None
+    for (path, leaf), zero in zip(jax.tree.leaves_with_path(start), jax.tree.leaves(zeros), strict=True):
+        if leaf.dtype != zero.dtype:
+            raise ValueError(
+                f"into.mean{jax.tree_util.keystr(path)} has dtype {leaf.dtype}, but this importance has {zero.dtype}. "
+                f"{hint}"
+            )

@@ -24,6 +24,7 @@ def sum_over_examples(
     reduction: Reduction,
     weights: jax.Array | None = None,
     microbatch_size: int | None = None,
+    start: Params | None = None,
 ) -> Params:
     """Sums the squares, or the magnitudes, of each example's gradients over examples.
 
@@ -41,6 +42,7 @@ def sum_over_examples(
       weights: `[num_examples]`, or None for ones.
       microbatch_size: the largest number of examples that are differentiated together; None chooses one from the
         backend and the shapes. The result does not depend on it; peak memory is proportional to it.
+      start: what the sum starts from, a tree like the result; None for zeros.
 
     Returns:
       A tree like `params`, in its dtypes or float32, whichever is wider.
@@ -64,6 +66,7 @@ def sum_over_examples(
         examples,
         weights,
         microbatch_size,
+        start,
     )
 
 

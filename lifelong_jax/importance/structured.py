@@ -49,6 +49,7 @@ def sum_over_examples(
     reduction: Reduction,
     weights: jax.Array | None = None,
     microbatch_size: int | None = None,
+    start: Params | None = None,
 ) -> Params:
     """Sums the squares, or the magnitudes, of each example's gradients over examples.
 
@@ -71,6 +72,7 @@ def sum_over_examples(
             reduction=reduction,
             weights=weights,
             microbatch_size=microbatch_size,
+            start=start,
         )
     examples = jax.tree.map(jnp.asarray, examples)
     if microbatch_size is None:
@@ -84,6 +86,7 @@ def sum_over_examples(
         examples,
         weights,
         microbatch_size,
+        start,
     )
 
 
