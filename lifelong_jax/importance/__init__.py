@@ -1,6 +1,7 @@
 """Importances, how much each parameter matters: computed after a task, or gathered while it is learned."""
 
 from lifelong_jax.importance.accumulation import Accumulation, init_accumulation
+from lifelong_jax.importance.adam import importance_from_adam
 from lifelong_jax.importance.estimators import (
     empirical_fisher_diagonal,
     fisher_diagonal,
@@ -21,6 +22,7 @@ __all__ = [
     "empirical_kronecker_fisher",
     "explain",
     "fisher_diagonal",
+    "importance_from_adam",
     "init_accumulation",
     "kronecker_fisher",
     "layer_output",

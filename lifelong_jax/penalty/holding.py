@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from lifelong_jax import _checks, forms
-from lifelong_jax._numerics import widen, with_extra_args
+from lifelong_jax._numerics import values_of_variables, widen, with_extra_args
 from lifelong_jax.compression import stored_like, widen_form
 from lifelong_jax.types import Consolidation, Params
 
@@ -128,13 +128,13 @@ def _of_no_task(params: Params, like: Params | Consolidation | None) -> Consolid
     """Does what `init_consolidation` does, for parameters that may be masked, and with None in `like`."""
     _checks.check_params("params", params)
     if isinstance(like, Consolidation):  # the anchor may be any while the importance is 0
-        return forms.tree_map(forms.zeros_like, Consolidation(*(_masked_as(params, _pure(tree)) for tree in like)))
+        return forms.tree_map(forms.zeros_like, Consolidation(*(_masked_as(params, values_of_variables(tree)) for tree in like)))
     if like is None:
         anchor = jax.tree.map(widen, params)
         importance = jax.tree.map(jnp.zeros_like, anchor)
     else:
-        like = _masked_as(params, _pure(like))
-        _checks.check_same_structure("like", like, "params", _pure(params), partial=True)
+        like = _masked_as(params, values_of_variables(like))
+        _checks.check_same_structure("like", like, "params", values_of_variables(params), partial=True)
         importance = forms.tree_map(lambda form: widen_form(forms.zeros_like(form)), like)
         anchor = jax.tree.map(
             lambda form, branch: None if form is None else jax.tree.map(widen, branch),
@@ -148,7 +148,7 @@ def _of_no_task(params: Params, like: Params | Consolidation | None) -> Consolid
 
 def _in_place_of(held: Consolidation, consolidation: Consolidation) -> Consolidation:
     """Makes a copy of a consolidation that has the structure, the dtypes and the shardings of the one that is held."""
-    anchor, importance = (_masked_as(held.anchor, _pure(tree)) for tree in consolidation)
+    anchor, importance = (_masked_as(held.anchor, values_of_variables(tree)) for tree in consolidation)
     try:
         _checks.check_same_structure("consolidation.anchor", anchor, "the anchor in opt_state", held.anchor)
         _checks.check_same_forms("consolidation.importance", importance, "the importance in opt_state", held.importance)
@@ -165,12 +165,6 @@ def _in_place_of(held: Consolidation, consolidation: Consolidation) -> Consolida
         return jax.device_put(jnp.asarray(new, old.dtype), sharding, may_alias=False)
 
     return jax.tree.map(place, Consolidation(anchor, importance), held)
-
-
-def _pure(tree: Params) -> Params:
-    """Takes the values of flax.nnx's variables, which `nnx.Optimizer` passes to `init`, but not to `update`."""
-    is_variable = lambda node: hasattr(node, "get_value")  # noqa: E731
-    return jax.tree.map(lambda node: node.get_value() if is_variable(node) else node, tree, is_leaf=is_variable)
 
 
 def _masked_as(reference: Params, tree: Params) -> Params:
