@@ -40,6 +40,7 @@ MAY_IMPORT = {
     "_numerics": {"types"},
     "importance": BASE | {"_tables"},
     "consolidation": BASE,
+    "merging": BASE,
     "growth": BASE | {"_blocks", "_paths", "consolidation"},
     "penalty": BASE,
     "_batch_axis": {"_jaxprs"},

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from lifelong_jax import _checks
@@ -55,7 +56,7 @@ def importance_from_adam(
       >>> optimizer = optax.chain(optax.clip(1.0), optax.adam(0.1))
       >>> params = jnp.array([0.0, 0.0])
       >>> _, opt_state = optimizer.update(jnp.array([0.5, 0.25]), optimizer.init(params), params)
-      >>> importance_from_adam(opt_state, batch_size=4)  # 4 · 0.5² and 4 · 0.25²
+      >>> importance_from_adam(opt_state, batch_size=4).round(4)  # 4 · 0.5² and 4 · 0.25²
       Array([1.  , 0.25], dtype=float32)
 
     Li et al. 2025, arXiv 2507.18807.
@@ -71,7 +72,8 @@ def importance_from_adam(
     count, _, nu = values_of_variables(states[0])
     if _checks.is_concrete(count) and not jnp.all(count > 0):
         raise ValueError("opt_state has taken no step: Adam has seen no gradient.")
-    factor = jnp.asarray(batch_size, float) / -jnp.expm1(jnp.asarray(count, float) * jnp.log(jnp.asarray(b2, float)))
+    log_decay = jnp.asarray(np.log(b2) if _checks.is_concrete(b2) else jnp.log(b2), float)  # 1 − 0.999 loses digits
+    factor = jnp.asarray(batch_size, float) / -jnp.expm1(jnp.asarray(count, float) * log_decay)
 
     def of_leaf(moment: Any) -> jax.Array | None:
         if isinstance(moment, optax.MaskedNode):
