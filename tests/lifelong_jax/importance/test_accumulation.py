@@ -183,10 +183,11 @@ def test_no_second_tree_is_held(name):
 
     memory = run.lower(params, inputs, total).compile().memory_analysis()
     one_tree = num_layers * width * width * 4
-    # A microbatch's own sum may exist, leaf by leaf; the total may not exist twice.
+    # One more sum would take a whole tree. XLA's schedule for a CPU holds that of a microbatch in two cases.
+    bound = 1.2 if name in ("exact", "local mas") else 0.5
     not_in_place = memory.output_size_in_bytes - memory.alias_size_in_bytes
     assert memory.alias_size_in_bytes >= one_tree
-    assert memory.temp_size_in_bytes + not_in_place < 1.2 * one_tree
+    assert memory.temp_size_in_bytes + not_in_place < bound * one_tree
 
 
 @pytest.mark.parametrize("inside_jit", [pytest.param(False, marks=pytest.mark.slow), True])
