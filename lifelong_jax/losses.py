@@ -135,8 +135,9 @@ def kl_divergence(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> kl_divergence(jnp.zeros((1, 2)), jnp.log(jnp.array([[0.9, 0.1]]))).round(3)
-      Array(0.368, dtype=float32)
+      >>> divergence = kl_divergence(jnp.zeros((1, 2)), jnp.log(jnp.array([[0.9, 0.1]])))
+      >>> round(float(divergence), 3)
+      0.368
 
     Li and Hoiem 2016, arXiv 1606.09282; Hinton, Vinyals and Dean 2015, arXiv 1503.02531.
     """
