@@ -16,6 +16,7 @@ from jax.extend.core import ClosedJaxpr
 from lifelong_jax._jaxprs import activation_floats
 from lifelong_jax._tables import markdown_table
 from lifelong_jax.importance import tapping
+from lifelong_jax.importance.cotangents import squared_l2
 from lifelong_jax.importance.factors import Lookup, Product, find_factors
 from lifelong_jax.importance.microbatches import CotangentsFn
 from lifelong_jax.types import Example, Params
@@ -56,6 +57,21 @@ class Plan(NamedTuple):
     leaf_plans: tuple[LeafPlan, ...]
 
 
+def takes_gradient_of_one(tap: Tap) -> bool:
+    """Returns whether a leaf's own gradient is as good as its factors, where one example is computed at a time.
+
+    One example's gradient is made in full either way, if it sums positions. As XLA's backward pass makes it, neither
+    factor is held until the end, and `jax.checkpoint` saves what it is meant to save. If steps of a scan share the
+    leaf, each step adds a gradient to their sum: the factors are smaller if a step has few positions.
+    """
+    factors = tap.factors
+    if isinstance(factors, Lookup):
+        return False
+    if tap.positions == factors.positions:
+        return tap.positions > 1
+    return factors.positions * (factors.rows + factors.columns) > factors.rows * factors.columns
+
+
 class LeafRule(NamedTuple):
     """How one leaf's importance is computed, and what that costs.
 
@@ -82,18 +98,20 @@ class Explanation(tuple[LeafRule, ...]):
 
     Attributes:
       shapes: what one example and its outputs were taken for, a sentence.
+      advice: sentences on the large leaves that are differentiated per example; empty if there are none.
     """
 
     shapes: str
+    advice: str
 
     def __str__(self) -> str:
-        """Returns the shapes and the table, in Markdown."""
+        """Returns the shapes, the table and the advice, in Markdown."""
         rows = [
             (rule.leaf, str(rule.shape), rule.rule, rule.reason, _thousands(rule.multiply_adds), f"{rule.floats:,}")
             for rule in self
         ]
         header = ("leaf", "shape", "rule", "reason", "multiply-adds", "floats held")
-        return f"{self.shapes}\n\n{markdown_table(header, rows, num_text_columns=4).rstrip()}"
+        return f"{self.shapes}\n\n{markdown_table(header, rows, num_text_columns=4)}\n{self.advice}".rstrip()
 
     __repr__ = __str__
 
@@ -109,6 +127,7 @@ def explain(output_fn: Callable[[Params, Example], jax.Array], params: Params, e
     Returns:
       A tuple with a `LeafRule` for each leaf, in the order of `jax.tree.leaves(params)`, which prints as a table. Above
       the table stand the shapes of one example and its outputs: a batch that is given as one example has many labels.
+      Below it stands what to do about matrices that are differentiated per example, if they are large.
 
     Example:
       >>> dense = lambda params, x: x @ params["kernel"] + params["bias"]
@@ -128,7 +147,51 @@ def explain(output_fn: Callable[[Params, Example], jax.Array], params: Params, e
         for (path, leaf), leaf_plan in zip(leaves, plan.leaf_plans, strict=True)
     )
     explanation.shapes = _describe(jax.tree.map(jnp.shape, example), plan.jaxpr.out_avals[0].shape)
+    microbatch_size = default_microbatch_size(output_fn, squared_l2, params, example)
+    explanation.advice = _advise(explanation, microbatch_size)
     return explanation
+
+
+def _advise(rules: Explanation, microbatch_size: int) -> str:
+    """Says of large leaves that are differentiated per example why they are, and what to do."""
+    num_params = sum(math.prod(rule.shape) for rule in rules)
+    large = [
+        rule
+        for rule in rules
+        if rule.rule == "gradient" and len(rule.shape) > 1 and math.prod(rule.shape) >= num_params / 100
+    ]
+    if not large:
+        return ""
+    lines = [
+        f"- {rule.leaf}: {rule.reason}. Each example has a gradient of {rule.floats:,} floats. {_what_to_do(rule)}"
+        for rule in large
+    ]
+    if microbatch_size == 1:
+        last = "One example is computed at a time by default, so this costs no more than an ordinary gradient."
+    else:
+        last = (
+            f"Up to {microbatch_size:,} examples are computed at a time by default. If that is too slow or takes too "
+            f"much memory, pass microbatch_size=1: then this costs no more than an ordinary gradient."
+        )
+    return "\n".join(["Differentiated per example:", "", *lines, "", last])
+
+
+def _what_to_do(rule: LeafRule) -> str:
+    for start, advice in _ADVICE.items():
+        if rule.reason.startswith(start):
+            return advice
+    return "As an operand of a product, a convolution or a look-up, it would cost less."
+
+
+_ADVICE = {
+    "used by": "If it is added or multiplied elementwise, as biases, scales and learned positions are, nothing is to "
+    "be done.",
+    "used": "So is a table of embeddings that is the last layer's weight too: the sum of both uses has no factors. If "
+    "the uses need not share a leaf, give each one of its own.",
+    "a look-up in a stack": "Pass the tables as leaves of their own, or look up rows outside of the scan.",
+    "carried by a scan": "Pass it to the scan as a constant, by closing over it, or as one of `xs`.",
+    "returned by a scan": "Use it inside of the scan, or outside alone.",
+}
 
 
 def _describe(example: Any, outputs: tuple[int, ...]) -> str:
@@ -162,7 +225,7 @@ def default_microbatch_size(
     cotangent_floats = sum(leaf.size for leaf in jax.tree.leaves(cotangents))
     num_inputs = len(plan.jaxpr.jaxpr.invars) - len(leaves)
     floats = activation_floats(plan.jaxpr.jaxpr, [True] * len(leaves) + [False] * num_inputs)
-    other_floats = max(1, cotangent_floats, floats)
+    other_floats = max(1, cotangent_floats + floats)
     if jax.default_backend() != "cpu":
         return max(1, min(1024, 2**16 // positions, 2**28 // max(gradient_floats, other_floats)))
     # Matrices that are differentiated per example need batched products, which are slow on a CPU.

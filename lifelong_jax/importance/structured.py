@@ -8,7 +8,7 @@ products of matrices:
 
 No array of examples × weights is ever made. If an example has several positions (tokens, pixels), its gradient is a sum
 over positions, which must be computed before it is squared: one product of matrices per example, as in an ordinary
-gradient.
+gradient. Where one example is computed at a time, it is that of the ordinary gradient.
 
 `tapping.py` finds such layers in the jaxpr of the function of one example, and reads their inputs and cotangents.
 `factors.py` defines how the two multiply. Every other leaf (biases, scales, leaves used twice, leaves inside loops) is
@@ -36,7 +36,7 @@ from lifelong_jax.importance.linearization import (
     tokens_of,
 )
 from lifelong_jax.importance.microbatches import CotangentsFn, Reduction, sum_microbatches
-from lifelong_jax.importance.plan import Tap, default_microbatch_size, make_plan
+from lifelong_jax.importance.plan import Tap, default_microbatch_size, make_plan, takes_gradient_of_one
 from lifelong_jax.types import Example, Examples, Params
 
 
@@ -155,8 +155,13 @@ def _sum_microbatch(
     weights: jax.Array,
 ) -> Params:
     plan = make_plan(output_fn, params, first_example(examples))
-    taps = {number: leaf_plan for number, leaf_plan in enumerate(plan.leaf_plans) if isinstance(leaf_plan, Tap)}
-    over_examples = jax.vmap if indices.shape[0] > 1 else unbatched
+    is_one = indices.shape[0] == 1
+    taps = {
+        number: leaf_plan
+        for number, leaf_plan in enumerate(plan.leaf_plans)
+        if isinstance(leaf_plan, Tap) and not (is_one and takes_gradient_of_one(leaf_plan))
+    }
+    over_examples = unbatched if is_one else jax.vmap
     outputs, pull_back, operands = linearize(plan, taps, params, examples, over_examples)
     cotangents = over_examples(cotangents_fn)(outputs, indices)
     cotangent_at = cotangents_at(cotangents, over_examples)

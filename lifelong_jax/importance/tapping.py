@@ -94,8 +94,7 @@ def _follow(
     if count == 0:
         return Unused()
     if count > 1:
-        names = ", ".join([jaxpr.eqns[number].primitive.name for number, _ in operands] + ["output"] * len(outputs))
-        return Untapped(f"used {count} times ({names})")
+        return Untapped(f"used {count} times ({', '.join(_names_of_uses(jaxpr, variable))})")
     if outputs:
         return _Returned(outputs[0], move)
 
@@ -122,6 +121,25 @@ def _follow(
             move = _compose(move, nested_vmap(_as_function(equation), sum(stacked)))
         return _follow(jaxpr, equation.outvars[0], move, site, lengths, stacked)
     return Use(path, equation, position, lengths, stacked, move)
+
+
+_NAMES = {"gather": "look-up", "dot_general": "product", "conv_general_dilated": "convolution"}
+
+
+def _names_of_uses(jaxpr: Jaxpr, variable: Var) -> list[str]:
+    """Names what is done with a variable in the end, also inside of calls and after moves."""
+    names = ["output"] * sum(v is variable for v in jaxpr.outvars)
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        for position in (number for number, v in enumerate(equation.invars) if v is variable):
+            if name in JIT | REMAT | {"scan"}:
+                inner = open_jaxpr(equation.params["jaxpr"])
+                names += _names_of_uses(inner, inner.invars[position])
+            elif _only_moves(equation):
+                names += _names_of_uses(jaxpr, equation.outvars[0])
+            else:
+                names.append(_NAMES.get(name, name))
+    return names
 
 
 def evaluate(

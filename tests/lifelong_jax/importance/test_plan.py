@@ -8,7 +8,7 @@ import pytest
 from lifelong_jax import explain
 from lifelong_jax._jaxprs import activation_floats
 from lifelong_jax.importance.cotangents import Cotangents, stacked
-from lifelong_jax.importance.plan import default_microbatch_size
+from lifelong_jax.importance.plan import default_microbatch_size, make_plan, takes_gradient_of_one
 from tests.lifelong_jax.importance.models import MODELS, made, some_cotangents
 
 
@@ -42,6 +42,63 @@ def test_a_batch_that_is_given_as_one_example_is_seen_in_the_explanation() -> No
     )  # [num_batches, batch_size, num_features] in the place of [num_examples, ...]
     assert "they are 3 labels of 4 classes" in explain(output_fn, params, batches[0]).shapes
     assert explain(lambda *data: jnp.sum(output_fn(*data)), params, examples[0]).shapes.endswith("has the outputs ().")
+
+
+def explain_embeddings(tied: bool, num_classes: int):
+    def logits_fn(params, tokens):
+        return jnp.tanh(params["table"][tokens]) @ (params["table"].T if tied else params["head"])
+
+    shapes = {"table": (num_classes, 4)} | ({} if tied else {"head": (4, num_classes)})
+    params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    return explain(logits_fn, params, jax.ShapeDtypeStruct((3,), jnp.int32))
+
+
+def test_explain_says_why_a_large_leaf_is_differentiated_per_example_and_what_to_do() -> None:
+    text = str(explain_embeddings(tied=True, num_classes=50_000))
+    assert "- ['table']: used 2 times (look-up, product). Each example has a gradient of 200,000 floats." in text
+    assert "last layer's weight too" in text
+    assert text.endswith(
+        "One example is computed at a time by default, so this costs no more than an ordinary gradient."
+    )
+    assert "pass microbatch_size=1" in str(explain_embeddings(tied=True, num_classes=50))
+    untied = explain_embeddings(tied=False, num_classes=50_000)
+    assert [rule.rule for rule in untied] == ["product", "lookup"]
+    assert untied.advice == ""
+
+
+@pytest.mark.parametrize(
+    "output_fn, says",
+    [
+        (lambda p, x: jnp.sum(p @ x) * jnp.max(p), "used 2 times (product, reduce_max)"),
+        (lambda p, x: jax.jit(lambda p: p @ x)(p) + p[0], "used 2 times (product, "),
+        (lambda p, x: p + x, "used by add. Each example has a gradient of 9 floats. If it is added"),
+        (lambda p, x: jnp.sin(p) @ x, "used by sin. "),
+        (lambda p, x: jax.lax.scan(lambda p, x: (p * x, None), p, x)[0], "Pass it to the scan as a constant"),
+        (lambda p, x: p, "As an operand of a product, a convolution or a look-up, it would cost"),
+    ],
+)
+def test_explain_has_advice_for_each_reason(output_fn, says) -> None:
+    explanation = explain(output_fn, jnp.ones((3, 3)), jnp.ones(3))
+    assert says in explanation.advice
+
+
+def test_the_gradient_of_one_example_is_taken_where_factors_save_nothing() -> None:
+    def taken(output_fn, params, example):
+        (tap,) = make_plan(output_fn, params, example).leaf_plans
+        return takes_gradient_of_one(tap)
+
+    def recurrent(params, x):
+        return jax.lax.scan(lambda h, step: (jnp.tanh((step + h) @ params), None), jnp.zeros(x.shape[1:]), x)[0]
+
+    dense, stack = lambda params, x: x @ params, jnp.ones((2, 4, 4))
+    layers = lambda params, x: jax.lax.scan(lambda x, layer: (x @ layer, None), x, params)[0]  # noqa: E731
+    assert not taken(dense, jnp.ones((4, 5)), jnp.ones(4))  # an outer product
+    assert taken(dense, jnp.ones((4, 5)), jnp.ones((2, 4)))
+    assert taken(layers, stack, jnp.ones((2, 4)))
+    assert not taken(layers, stack, jnp.ones(4))
+    assert not taken(lambda params, x: params[x], jnp.ones((4, 5)), jnp.zeros(7, int))  # a look-up
+    assert not taken(recurrent, jnp.ones((4, 4)), jnp.ones((9, 2, 4)))  # each of 9 steps would add 4 × 4 numbers
+    assert taken(recurrent, jnp.ones((4, 4)), jnp.ones((9, 3, 4)))
 
 
 def test_default_microbatch_is_wide_for_vectors_and_narrow_for_tokens() -> None:

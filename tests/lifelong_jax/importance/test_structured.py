@@ -202,6 +202,32 @@ def test_memory_does_not_grow_with_examples_or_hold_examples_times_weights() -> 
     assert temporary_bytes(1024) <= 1.05 * bytes_of_few
 
 
+@pytest.mark.usefixtures("optimized")
+def test_one_example_at_a_time_holds_what_an_ordinary_gradient_holds() -> None:
+    num_layers, width, num_tokens = 6, 16, 256
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def layer(x: jax.Array, weights: Any) -> jax.Array:
+        return x + jnp.tanh(x @ weights["up"]) @ weights["down"]
+
+    def loss_fn(params: Any, x: jax.Array) -> jax.Array:
+        return jnp.sum(jax.lax.scan(lambda x, weights: (layer(x, weights), None), x, params)[0] ** 2)
+
+    shapes = {"up": (num_layers, width, 4 * width), "down": (num_layers, 4 * width, width)}
+    params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    example = jax.ShapeDtypeStruct((num_tokens, width), jnp.float32)
+    examples = jax.ShapeDtypeStruct((3, num_tokens, width), jnp.float32)
+    fisher = functools.partial(empirical_fisher_diagonal, loss_fn, microbatch_size=1)
+
+    def held(run: Callable, *arguments: Any) -> int:
+        return jax.jit(run).lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+
+    of_params = sum(4 * leaf.size for leaf in jax.tree.leaves(params))
+    operands = num_layers * num_tokens * 4 * width * 4  # of one of the two products
+    bound = 1.1 * held(jax.grad(loss_fn), params, example) + of_params + 4 * example.size
+    assert held(fisher, params, examples) < bound < operands + bound - of_params
+
+
 @pytest.mark.parametrize("reduction", ["sum_of_squares", "norm"])
 def test_squares_for_a_bias_are_those_for_its_kernel(reduction: str) -> None:
     # One sum for each layer's outputs goes through the loop over cotangents, not two.
