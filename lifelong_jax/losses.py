@@ -73,7 +73,7 @@ def cross_entropy(apply_fn: OutputFn) -> LossFn:
         −log softmax(mask_logits(apply_fn(params, example.inputs), example.class_mask))[example.labels]
 
     For labels `[positions]`, it is the mean over the positions, weighted by `example.label_weights`; for a Fisher
-    information, whose loss is the sum, take `methods.ewc("empirical")`.
+    information, which squares the gradient of each position, take `methods.ewc("empirical")`.
 
     Args:
       apply_fn: `apply_fn(params, x) -> [num_classes]`, one example's outputs, without batch axis.

@@ -97,8 +97,9 @@ def ewc(
     """Makes elastic weight consolidation (EWC): the diagonal of the Fisher information.
 
     Args:
-      fisher: "exact" for the expectation over all classes, "sampled" for one label per example drawn from the model, or
-        "empirical" for the true labels.
+      fisher: "exact" for the expectation over all classes, "sampled" for one draw of each example's labels from the
+        model, or "empirical" for the true labels. All three square the gradient of each label by itself. "empirical"
+        takes one pass too: if an example has several labels, as a sequence has tokens, they get random signs.
       rule: "separate" (Kirkpatrick et al. 2017) or "latest" (online EWC, Schwarz et al. 2018).
       decay: γ of online EWC.
 
@@ -284,7 +285,8 @@ def _empirical_fisher(
     *,
     estimator: Callable[..., Params],
 ) -> Params:
-    return _mean_over_labels(estimator, objective.loss_fn, apply_fn, objective, state, batch)
+    estimate = functools.partial(estimator, num_samples=1, key=key)  # signs of labels: one pass, however many there are
+    return _mean_over_labels(estimate, objective.losses_fn, apply_fn, objective, state, batch)
 
 
 def _output_sensitivity(

@@ -30,6 +30,8 @@ class Objective(NamedTuple):
     Attributes:
       loss_fn: `loss_fn(outputs, example) -> scalar`: −log p(example.labels given outputs), up to a constant, summed
         over the example's labels with their weights, `example.label_weights`.
+      losses_fn: `losses_fn(outputs, example) -> array like example.labels`: the terms of this sum, for an empirical
+        Fisher information.
       score_fn: `score_fn(outputs, example) -> scalar`: the sum of the scores of the example's labels, weighted too.
       count_fn: `count_fn(example) -> scalar`: the number of the example's labels, weighted too; None if an example has
         one label. Losses, importances and scores are means over labels.
@@ -43,6 +45,7 @@ class Objective(NamedTuple):
     """
 
     loss_fn: Callable[[jax.Array, Batch], jax.Array]
+    losses_fn: Callable[[jax.Array, Batch], jax.Array]
     score_fn: Callable[[jax.Array, Batch], jax.Array]
     count_fn: Callable[[Batch], jax.Array] | None
     logits_fn: Callable[[jax.Array, Batch], jax.Array]
@@ -78,6 +81,7 @@ def classification(score: Literal["accuracy", "loss"] = "accuracy") -> Objective
     _checks.check_choice("score", score, ("accuracy", "loss"))
     return Objective(
         loss_fn=_cross_entropy,
+        losses_fn=_cross_entropies,
         score_fn=_num_correct if score == "accuracy" else _cross_entropy,
         count_fn=_num_labels,
         logits_fn=_class_logits,
@@ -114,6 +118,7 @@ def regression(variance: float = 1.0) -> Objective:
     _checks.check_positive("variance", variance)
     return Objective(
         loss_fn=functools.partial(_squared_error, scale=1 / (2 * variance)),
+        losses_fn=functools.partial(_squared_errors, scale=1 / (2 * variance)),
         score_fn=_mean_squared_error,
         count_fn=None,
         logits_fn=functools.partial(_weighted_outputs, scale=variance**-0.5),
@@ -144,6 +149,7 @@ def binary() -> Objective:
     """
     return Objective(
         loss_fn=_binary_cross_entropy,
+        losses_fn=_binary_cross_entropies,
         score_fn=_mean_of_correct_sides,
         count_fn=None,
         logits_fn=_weighted_outputs,
@@ -197,11 +203,15 @@ def active_outputs(outputs: jax.Array, example: Batch) -> jax.Array:
 
 
 def _cross_entropy(outputs: jax.Array, example: Batch) -> jax.Array:
+    return jnp.sum(_cross_entropies(outputs, example))
+
+
+def _cross_entropies(outputs: jax.Array, example: Batch) -> jax.Array:
     _check_class_shapes("labels", jnp.shape(example.labels), outputs)
     valid = (example.labels >= 0) & (example.labels < outputs.shape[-1])
     logits = mask_logits(outputs, example.class_mask)
     losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, jnp.where(valid, example.labels, 0))
-    return _weighted_sum(jnp.where(valid, losses, jnp.nan), example)  # a label out of range would count as another one
+    return _weighted(jnp.where(valid, losses, jnp.nan), example)  # a label out of range would count as another one
 
 
 def _num_correct(outputs: jax.Array, example: Batch) -> jax.Array:
@@ -246,8 +256,12 @@ def _check_class_shapes(name: str, shape: tuple[int, ...], outputs: Any) -> None
 
 
 def _squared_error(outputs: jax.Array, example: Batch, *, scale: float) -> jax.Array:
+    return jnp.sum(_squared_errors(outputs, example, scale=scale))
+
+
+def _squared_errors(outputs: jax.Array, example: Batch, *, scale: float) -> jax.Array:
     _check_same_shape("labels", jnp.shape(example.labels), outputs)
-    return _weighted_sum(scale * _squares(outputs, example), example)
+    return _weighted(scale * _squares(outputs, example), example)
 
 
 def _mean_squared_error(outputs: jax.Array, example: Batch) -> jax.Array:
@@ -260,9 +274,13 @@ def _squares(outputs: jax.Array, example: Batch) -> jax.Array:
 
 
 def _binary_cross_entropy(outputs: jax.Array, example: Batch) -> jax.Array:
+    return jnp.sum(_binary_cross_entropies(outputs, example))
+
+
+def _binary_cross_entropies(outputs: jax.Array, example: Batch) -> jax.Array:
     _check_same_shape("labels", jnp.shape(example.labels), outputs)
     outputs = widen(outputs)
-    return _weighted_sum(optax.losses.sigmoid_binary_cross_entropy(outputs, _known_labels(outputs, example)), example)
+    return _weighted(optax.losses.sigmoid_binary_cross_entropy(outputs, _known_labels(outputs, example)), example)
 
 
 def _mean_of_correct_sides(outputs: jax.Array, example: Batch) -> jax.Array:
@@ -298,11 +316,15 @@ def _check_same_shape(name: str, shape: tuple[int, ...], outputs: Any) -> None:
 
 
 def _weighted_sum(values: jax.Array, example: Batch) -> jax.Array:
-    """Sums the values of an example's labels; what is masked by a weight of 0 may be NaN."""
+    return jnp.sum(_weighted(values, example))
+
+
+def _weighted(values: jax.Array, example: Batch) -> jax.Array:
+    """Weighs the values of an example's labels; what is masked by a weight of 0 may be NaN."""
     if example.label_weights is None:
-        return jnp.sum(values)
+        return values
     weights = _label_weights_like(values, example)
-    return jnp.sum(jnp.where(weights == 0, 0, weights * values))
+    return jnp.where(weights == 0, 0, weights * values)
 
 
 def _weighted_mean(values: jax.Array, example: Batch) -> jax.Array:

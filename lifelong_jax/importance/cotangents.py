@@ -51,14 +51,29 @@ def stacked(array: jax.Array) -> Cotangents:
     return Cotangents(array, lambda array, index: array[index], array.shape[0], array.dtype)
 
 
-def unit(outputs: jax.Array, key: None) -> Cotangents:
-    """Returns the cotangent of a loss: 1."""
-    if outputs.shape != ():
-        raise ValueError(f"loss_fn must return a scalar for one example, not an array of shape {outputs.shape}.")
-    return stacked(jnp.ones((1, *outputs.shape), outputs.dtype))
+@functools.cache  # one function object per setting, so jit compiles once per setting
+def of_losses(num_samples: int | None) -> Callable[[jax.Array, jax.Array | None], Cotangents]:
+    """Makes the cotangents of the losses of an example's labels: of each by itself, or of all, with random signs."""
+    # E (Σ_label ε_label g_label)² = Σ_label g_label², because the signs ε are independent, with mean 0 and square 1.
+    scale = 1 if num_samples is None else 1 / math.sqrt(num_samples)
+
+    def signed(values: tuple[jax.Array, jax.Array], index: jax.Array | int) -> jax.Array:
+        ones, key = values
+        key = key if num_samples == 1 else jax.random.fold_in(key, index)
+        return scale * jax.random.rademacher(key, ones.shape, ones.dtype) * ones
+
+    def cotangents_fn(losses: jax.Array, key: jax.Array | None) -> Cotangents:
+        if losses.size == 1:  # its square does not depend on a sign
+            return stacked(jnp.ones((1, *losses.shape), losses.dtype))
+        if num_samples is None:
+            _check_passes(losses, losses.size, "the empirical Fisher information of each label", _BY_SIGNS)
+            return _each_output(losses)
+        return Cotangents((jnp.ones_like(losses), key), signed, num_samples, losses.dtype)
+
+    return cotangents_fn
 
 
-def squared_l2(outputs: jax.Array, key: None) -> Cotangents:
+def squared_l2(outputs: jax.Array, key: jax.Array | None) -> Cotangents:
     """Returns the cotangent of ‖outputs‖²."""
     return stacked(2 * outputs[None])
 
@@ -145,9 +160,35 @@ def sampled(likelihood: str, num_samples: int) -> Callable[[jax.Array, jax.Array
 
 
 def _categorical_score(logits: jax.Array, key: jax.Array) -> jax.Array:
-    is_label = jax.nn.one_hot(jax.random.categorical(key, logits), logits.shape[-1], dtype=logits.dtype)
-    others = (1 - is_label) * jax.nn.softmax(logits)
-    return is_label * jnp.sum(others, axis=-1, keepdims=True) - others  # 1 − p(label) would round to 0
+    # XLA holds no array of labels × classes but the logits and the result, because no exponential is used twice.
+    label = _sample_class(jax.lax.stop_gradient(logits), key)[..., None]
+    is_label = jnp.arange(logits.shape[-1], dtype=jnp.int32) == label
+    relative = logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    others = jnp.sum(jnp.where(is_label, 0, jnp.exp(relative)), axis=-1, keepdims=True)
+    total = others + jnp.exp(jnp.take_along_axis(relative, label, axis=-1))
+    return jnp.where(is_label, others / total, -jnp.exp(relative - jnp.log(total)))  # 1 − p(label) would round to 0
+
+
+_MAX_DRAWN = 4096  # a random number for each class of a label takes longer than the logits, for a large vocabulary
+
+
+def _sample_class(logits: jax.Array, key: jax.Array) -> jax.Array:
+    """Samples a class of each label, `logits.shape[:-1]`; of many classes, first a block of them, then one of it."""
+    num_classes = logits.shape[-1]
+    if num_classes <= _MAX_DRAWN:
+        return jax.random.categorical(key, logits).astype(jnp.int32)
+    of_block, in_block = jax.random.split(key)
+    size = math.isqrt(num_classes)
+    largest = jnp.max(logits, axis=-1, keepdims=True)
+    whole = num_classes // size * size
+    blocks = logits[..., :whole].reshape(*logits.shape[:-1], -1, size)
+    blocks = jnp.sum(jnp.exp(blocks - largest[..., None]), axis=-1)
+    rest = jnp.sum(jnp.exp(logits[..., whole:] - largest), axis=-1, keepdims=True)  # 0 if there is none
+    block = jax.random.categorical(of_block, jnp.log(jnp.concatenate([blocks, rest], axis=-1))).astype(jnp.int32)
+    classes = block[..., None] * size + jnp.arange(size, dtype=jnp.int32)
+    within = jnp.take_along_axis(logits, classes, axis=-1, mode="fill", fill_value=-jnp.inf)
+    drawn = jax.random.categorical(in_block, within).astype(jnp.int32)
+    return block * size + drawn
 
 
 def _gaussian_score(outputs: jax.Array, key: jax.Array) -> jax.Array:
@@ -174,6 +215,11 @@ def _check_has_classes(logits: jax.Array) -> None:
 _BY_SAMPLING = (
     "Pass num_samples=1 and a key (in methods, fisher='sampled'), which takes one; or return only the logits of the "
     "classes that are active, if others are masked."
+)
+
+_BY_SIGNS = (
+    "Pass num_samples=1 and a key, which gives all labels random signs and takes one; or return the sum of the losses, "
+    "whose gradient is squared as a whole."
 )
 
 

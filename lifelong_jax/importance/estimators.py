@@ -38,6 +38,8 @@ def empirical_fisher_diagonal(
     params: Params,
     examples: Examples,
     *,
+    num_samples: int | None = None,
+    key: jax.Array | None = None,
     weights: jax.Array | None = None,
     microbatch_size: int | None = None,
     method: Algorithm = "structured",
@@ -45,17 +47,33 @@ def empirical_fisher_diagonal(
 ) -> Any:
     """Computes the diagonal of the empirical Fisher information: the mean squared gradient at the true labels.
 
-        importance = mean_n (∂ loss_fn(params, examples[n]) / ∂params)²
+        importance = mean_n Σ_label (∂ loss_fn(params, examples[n])[label] / ∂params)²
 
     Each example's own gradient is squared, not a batch's mean gradient, so the result depends on no batch size. For
     examples that the model predicts well, it is much smaller than `fisher_diagonal`: if the true class has probability
     p, it falls like (1 − p)², and the other like 1 − p.
 
+    An example with several labels, such as a sequence of tokens, has a choice:
+
+    - An array of losses, one for each label: each label's gradient is squared by itself. So does the model's Fisher,
+      `fisher_diagonal`: for labels drawn from the model, the gradients of different labels are uncorrelated.
+    - Their sum, a scalar: its gradient is squared as a whole, with the products of the gradients of different labels.
+      For true labels these do not cancel: if the labels of an example pull in one direction, the importance is larger
+      by up to the number of labels.
+
+    The array takes a backward pass for each label, at most 4,096. With `num_samples`, each pass takes the sum of all
+    losses with random signs: the products then have mean 0, so the estimate is unbiased, with a relative standard error
+    of at most sqrt(2 / num_samples) for one example, and less by a root of the number of examples for their mean.
+
     Args:
-      loss_fn: `loss_fn(params, example) -> scalar`, the negative log-likelihood of one example, without batch axis.
-        Pass the same function object in every call: another one is compiled again.
+      loss_fn: `loss_fn(params, example) -> scalar`, the negative log-likelihood of one example, without batch axis, or
+        `[num_labels]`, that of each of its labels: 0 for padding. Pass the same function object in every call: another
+        one is compiled again.
       params: a tree of floating-point arrays.
       examples: a tree of arrays `[num_examples, ...]`, with the labels.
+      num_samples: how many draws of random signs per example, or None for a pass for each label. A scalar loss needs no
+        signs, and takes one pass.
+      key: the random key of the signs, which do not depend on the microbatch size.
       weights: as for `fisher_diagonal`.
       microbatch_size: as for `fisher_diagonal`.
       method: as for `fisher_diagonal`.
@@ -67,21 +85,27 @@ def empirical_fisher_diagonal(
     Raises:
       TypeError: if a leaf of `params` is not floating-point.
       ValueError: if there are no examples, if leaves differ in their number, if weights are negative, all 0 or outside
-        the range of float32, if the loss is not a scalar, or if `method` is unknown.
+        the range of float32, if only one of `num_samples` and `key` is given, if there are too many labels for a pass
+        each, or if `method` is unknown.
 
     Example:
-      >>> loss_fn = lambda params, example: 0.5 * (params * example["x"] - example["y"]) ** 2
-      >>> examples = {"x": jnp.array([1.0, 2.0]), "y": jnp.array([0.0, 2.0])}
-      >>> empirical_fisher_diagonal(loss_fn, jnp.array(2.0), examples)
-      Array(10., dtype=float32)
+      >>> losses_fn = lambda params, example: 0.5 * (params * example["x"] - example["y"]) ** 2
+      >>> examples = {"x": jnp.array([[1.0, 2.0]]), "y": jnp.array([[0.0, 2.0]])}  # one example of two labels
+      >>> empirical_fisher_diagonal(losses_fn, jnp.array(2.0), examples)  # 2² + 4²
+      Array(20., dtype=float32)
+      >>> loss_fn = lambda params, example: jnp.sum(losses_fn(params, example))
+      >>> empirical_fisher_diagonal(loss_fn, jnp.array(2.0), examples)  # (2 + 4)²
+      Array(36., dtype=float32)
 
-    Kirkpatrick et al. 2017, doi 10.1073/pnas.1611835114; on the two Fishers, Kunstner et al. 2019, arXiv 1905.12558.
+    Kirkpatrick et al. 2017, doi 10.1073/pnas.1611835114; on the two Fishers, Kunstner et al. 2019, arXiv 1905.12558; on
+    signs, Hutchinson 1989, doi 10.1080/03610918908812806.
     """
+    cotangents_fn = loss_cotangents(num_samples, key)
     check_arguments(params, "examples", examples, weights, microbatch_size, into)
     _checks.check_labels(loss_fn, "examples", params, examples)
     sum_fn = _sum_fn(method, "sum_of_squares")
     return mean_over_examples(
-        as_tree(loss_fn), cotangents.unit, params, examples, None, weights, sum_fn, microbatch_size, into
+        as_tree(loss_fn), cotangents_fn, params, examples, key, weights, sum_fn, microbatch_size, into
     )
 
 
@@ -332,13 +356,23 @@ def as_tree(function: Callable) -> Partial:
 def fisher_cotangents(likelihood: str, num_samples: int | None, key: jax.Array | None) -> Callable[..., Cotangents]:
     """Returns the cotangents of a likelihood, after checking the arguments that name them."""
     _checks.check_choice("likelihood", likelihood, tuple(cotangents.EXACT))
+    _check_sampling(num_samples, key, "sample labels, or neither for the exact expectation")
+    return cotangents.EXACT[likelihood] if num_samples is None else cotangents.sampled(likelihood, num_samples)
+
+
+def loss_cotangents(num_samples: int | None, key: jax.Array | None) -> Callable[..., Cotangents]:
+    """Returns the cotangents of losses, after checking the arguments that name them."""
+    _check_sampling(num_samples, key, "draw signs of labels, or neither for a pass for each label")
+    return cotangents.of_losses(num_samples)
+
+
+def _check_sampling(num_samples: int | None, key: jax.Array | None, purpose: str) -> None:
     _checks.check_positive_integer("num_samples", num_samples, optional=True)
     if (num_samples is None) != (key is None):
         raise ValueError(
-            "num_samples and key go together: give both to sample labels, or neither for the exact expectation; "
-            f"num_samples is {num_samples} and key is {'not ' if key is not None else ''}None."
+            f"num_samples and key go together: give both to {purpose}; num_samples is {num_samples} and key is "
+            f"{'not ' if key is not None else ''}None."
         )
-    return cotangents.EXACT[likelihood] if num_samples is None else cotangents.sampled(likelihood, num_samples)
 
 
 def check_arguments(

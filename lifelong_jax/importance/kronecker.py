@@ -9,9 +9,15 @@ import jax.numpy as jnp
 
 from lifelong_jax import _checks, forms
 from lifelong_jax._numerics import refuse_to_differentiate
-from lifelong_jax.importance import cotangents, factor_sums
+from lifelong_jax.importance import factor_sums
 from lifelong_jax.importance.accumulation import Accumulation
-from lifelong_jax.importance.estimators import as_tree, check_arguments, fisher_cotangents, mean_over_examples
+from lifelong_jax.importance.estimators import (
+    as_tree,
+    check_arguments,
+    fisher_cotangents,
+    loss_cotangents,
+    mean_over_examples,
+)
 from lifelong_jax.importance.factor_sums import FactorSums, WeightSharing
 from lifelong_jax.types import Examples, LogitsFn, LossFn, Params
 
@@ -107,6 +113,8 @@ def empirical_kronecker_fisher(
     params: Params,
     examples: Examples,
     *,
+    num_samples: int | None = None,
+    key: jax.Array | None = None,
     weights: jax.Array | None = None,
     microbatch_size: int | None = None,
     weight_sharing: WeightSharing = "expand",
@@ -118,9 +126,11 @@ def empirical_kronecker_fisher(
     It is to `kronecker_fisher` what `empirical_fisher_diagonal` is to `fisher_diagonal`.
 
     Args:
-      loss_fn: `loss_fn(params, example) -> scalar`, as for `empirical_fisher_diagonal`.
+      loss_fn: `loss_fn(params, example)`, a scalar or the losses of labels, as for `empirical_fisher_diagonal`.
       params: a tree of floating-point arrays.
       examples: a tree of arrays `[num_examples, ...]`, with the labels.
+      num_samples: as for `empirical_fisher_diagonal`.
+      key: as for `empirical_fisher_diagonal`.
       weights: as for `fisher_diagonal`.
       microbatch_size: as for `fisher_diagonal`.
       weight_sharing: as for `kronecker_fisher`.
@@ -142,14 +152,15 @@ def empirical_kronecker_fisher(
 
     Martens and Grosse 2015, arXiv 1503.05671; on the two Fishers, Kunstner et al. 2019, arXiv 1905.12558.
     """
+    cotangents_fn = loss_cotangents(num_samples, key)
     check_arguments(params, "examples", examples, weights, microbatch_size, into)
     _checks.check_labels(loss_fn, "examples", params, examples)
     means = mean_over_examples(
         as_tree(loss_fn),
-        cotangents.unit,
+        cotangents_fn,
         params,
         examples,
-        None,
+        key,
         weights,
         sum_fn(weight_sharing, max_side),
         microbatch_size,

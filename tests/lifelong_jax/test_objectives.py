@@ -134,8 +134,42 @@ def test_label_weights_leave_out_targets():
 
 
 @pytest.mark.parametrize(
-    "method", [methods.ewc(), methods.ewc("empirical"), methods.mas()], ids=["exact", "empirical", "mas"]
+    "objective", [CLASSIFICATION, regression(0.25), binary()], ids=["classes", "numbers", "binary"]
 )
+def test_losses_of_labels_are_the_terms_of_the_loss(objective):
+    outputs = jnp.asarray(np.random.default_rng(3).normal(size=(4, NUM_TOKENS)), jnp.float32)
+    example = jax.tree.map(lambda leaf: leaf[0], TOKENS)
+    if objective is not CLASSIFICATION:
+        labels = jnp.where(example.label_weights[:, None] > 0, jnp.ones((4, NUM_TOKENS)), jnp.nan)
+        example = example._replace(labels=labels)
+    losses = objective.losses_fn(outputs, example)
+    assert losses.shape == example.labels.shape
+    assert not losses[2:].any()  # padding
+    one = example._replace(label_weights=jnp.zeros(4).at[1].set(1))
+    np.testing.assert_allclose(losses[1].sum(), objective.loss_fn(outputs, one), rtol=1e-6)
+    np.testing.assert_allclose(losses.sum(), objective.loss_fn(outputs, example), rtol=1e-6)
+
+
+def test_the_empirical_importance_squares_the_gradient_of_each_label_by_itself():
+    importance_fn = methods.ewc("empirical").importance_fn
+
+    def importance(key):
+        return importance_fn(token_logits, CLASSIFICATION, state_of(TOKEN_PARAMS), TOKENS, key)
+
+    def losses_fn(params, example):
+        return CLASSIFICATION.losses_fn(token_logits(params, example.inputs), example)
+
+    @jax.jit
+    def run(keys):
+        mean = jax.tree.map(lambda leaf: leaf.mean(axis=0), jax.lax.map(importance, keys, batch_size=500))
+        return mean, empirical_fisher_diagonal(losses_fn, TOKEN_PARAMS, TOKENS)
+
+    mean, expected = run(jax.random.split(KEY, 2000))
+    expected = jax.tree.map(lambda leaf: leaf * len(LENGTHS) / sum(LENGTHS), expected)  # a mean over labels
+    chex.assert_trees_all_close(mean, expected, rtol=0.1, atol=0.02 * float(jnp.max(expected["head"])))
+
+
+@pytest.mark.parametrize("method", [methods.ewc(), methods.mas()], ids=["exact", "mas"])
 def test_padding_is_in_no_importance(method):
     def importance(batch):
         return method.importance_fn(token_logits, CLASSIFICATION, state_of(TOKEN_PARAMS), batch, KEY)
@@ -160,8 +194,9 @@ def test_kronecker_factors_of_padded_tokens_are_refused():
     chex.assert_trees_all_close(diagonals[0], jax.tree.map(lambda x: x / 4, diagonals[1]), rtol=1e-5)  # of four labels
 
 
-def test_padding_is_in_no_sampled_importance():
-    sampled = methods.ewc("sampled").importance_fn
+@pytest.mark.parametrize("fisher", ["sampled", "empirical"])
+def test_padding_is_in_no_sampled_importance(fisher):
+    sampled = methods.ewc(fisher).importance_fn
     found = [
         sampled(token_logits, CLASSIFICATION, state_of(TOKEN_PARAMS), TOKENS._replace(inputs=inputs), KEY)
         for inputs in (TOKENS.inputs, jnp.where(TOKENS.label_weights > 0, TOKENS.inputs, 3))

@@ -360,8 +360,8 @@ def test_bad_input_to_fisher_diagonal(changes, error, message):
 
 def test_bad_input_to_the_others():
     inputs, labels = make_data()
-    with pytest.raises(ValueError, match="loss_fn must return a scalar"):
-        empirical_fisher_diagonal(linear, make_linear(), inputs)
+    with pytest.raises(ValueError, match="num_samples and key go together"):
+        empirical_fisher_diagonal(linear, make_linear(), inputs, key=jax.random.key(0))
     with pytest.raises(ValueError, match=r"examples\[1\]: 3"):
         empirical_fisher_diagonal(loss_of(linear), make_linear(), (inputs, labels[:3]))
     with pytest.raises(ValueError, match="output_norm must be one of squared_l2, jacobian"):

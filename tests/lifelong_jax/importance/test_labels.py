@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 from jax.tree_util import Partial
 
-from lifelong_jax import empirical_fisher_diagonal, fisher_diagonal
+from lifelong_jax import empirical_fisher_diagonal, empirical_kronecker_fisher, fisher_diagonal
+from lifelong_jax.importance import cotangents
+from lifelong_jax.importance.cotangents import MAX_PASSES
+from tests.lifelong_jax.importance.models import in_float64
 from tests.lifelong_jax.importance.problems import (
     NUM_CLASSES,
     NUM_FEATURES,
@@ -162,6 +165,145 @@ def test_exact_fisher_of_tokens_is_that_of_the_sum_of_their_log_likelihoods():
     expected = jax.tree.map(lambda leaf: leaf.mean(axis=0), each)
     chex.assert_trees_all_close(computed, expected, rtol=1e-5, atol=1e-6)
     assert relative_distance(sampled, expected) < 0.02
+
+
+# The empirical Fisher information of labels: of each by itself, by random signs, and of their sum.
+
+
+def losses_of_tokens(params, example):
+    inputs, labels, counts = example
+    each = -jax.nn.log_softmax(linear(params, inputs))
+    return counts * jnp.take_along_axis(each, labels[:, None], axis=-1)[:, 0]
+
+
+def loss_of_sequence(params, example):
+    return jnp.sum(losses_of_tokens(params, example))
+
+
+def make_sequences(num_labels=3):
+    inputs, labels = (np.asarray(leaf) for leaf in make_data(num_examples=4 * num_labels))
+    counts = np.ones((4, num_labels))
+    counts[1, 1:] = 0  # padding
+    return inputs.reshape(4, num_labels, -1), labels.reshape(4, num_labels), counts
+
+
+@functools.cache
+def empirical_fishers():
+    """Of each label by both methods, from a loop, of the sums, and by signs; in float64, in one program."""
+
+    def by_loop(params, example):
+        jacobian = jax.jacrev(losses_of_tokens)(params, example)
+        return jax.tree.map(lambda leaf: jnp.sum(leaf**2, axis=0), jacobian)
+
+    @jax.jit
+    def run(params, sequences):
+        each = functools.partial(empirical_fisher_diagonal, losses_of_tokens, params, sequences)
+        signed = functools.partial(each, key=jax.random.key(5))
+        whole = functools.partial(empirical_fisher_diagonal, loss_of_sequence, params, sequences)
+        return {
+            "loop": jax.tree.map(lambda leaf: leaf.mean(axis=0), one_by_one(by_loop, params, sequences)),
+            "each": each(microbatch_size=3),
+            "each, reference": each(method="reference"),
+            "signs": signed(num_samples=20_000),
+            "one sign": signed(num_samples=1, microbatch_size=1),
+            "one sign, other microbatches": signed(num_samples=1, microbatch_size=3),
+            "whole": whole(),
+            "whole, with a key": whole(num_samples=2, key=jax.random.key(0)),
+        }
+
+    with jax.enable_x64(True):
+        return jax.device_get(run(*in_float64((make_linear(), make_sequences()))))
+
+
+@pytest.mark.parametrize("name", ["each", "each, reference"])
+def test_empirical_fisher_of_losses_squares_the_gradient_of_each_label(name):
+    found = empirical_fishers()
+    chex.assert_trees_all_close(found[name], found["loop"], rtol=1e-10)
+    assert relative_distance(found["whole"], found["loop"]) > 0.1
+
+
+def test_random_signs_estimate_the_empirical_fisher_of_each_label():
+    found = empirical_fishers()
+    assert relative_distance(found["signs"], found["loop"]) < 0.02
+    assert relative_distance(found["one sign"], found["loop"]) > 0.02
+    chex.assert_trees_all_close(found["one sign"], found["one sign, other microbatches"], rtol=1e-10)
+
+
+def test_a_single_loss_has_no_sign():
+    found = empirical_fishers()
+    chex.assert_trees_all_close(found["whole"], found["whole, with a key"], rtol=1e-12)
+
+
+def test_empirical_fishers_of_labels_from_the_model_are_its_fisher():
+    # All labellings of one sequence of two tokens, each weighted by its probability.
+    sequence = np.asarray(make_data(num_examples=2)[0])
+    labellings = np.indices((NUM_CLASSES, NUM_CLASSES)).reshape(2, -1)
+    p = np.asarray(jax.nn.softmax(linear(make_linear(), sequence)))
+    joint = p[0, labellings[0]] * p[1, labellings[1]]
+    examples = (np.broadcast_to(sequence, (len(joint), *sequence.shape)), labellings.T, np.ones((len(joint), 2)))
+    examples = jax.tree.map(lambda leaf: leaf.astype(np.int32 if leaf.dtype.kind == "i" else np.float32), examples)
+
+    @jax.jit
+    def run(params):
+        fishers = [
+            empirical_fisher_diagonal(loss_fn, params, examples, weights=jnp.asarray(joint))
+            for loss_fn in (losses_of_tokens, loss_of_sequence)
+        ]
+        return fisher_diagonal(linear, params, sequence[None]), fishers
+
+    expected, fishers = run(make_linear())
+    for fisher in fishers:
+        chex.assert_trees_all_close(fisher, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_more_labels_than_passes_are_refused_with_what_to_pass_instead():
+    losses_fn, examples = lambda params, x: params * x, np.ones((2, MAX_PASSES + 1), np.float32)
+    for estimator in (empirical_fisher_diagonal, empirical_kronecker_fisher):
+        with pytest.raises(ValueError, match=r"each label would take 4,097 .*num_samples=1 and a key.*signs"):
+            estimator(losses_fn, jnp.ones(()), examples)
+        with pytest.raises(ValueError, match="give both to draw signs"):
+            estimator(losses_fn, jnp.ones(()), examples, num_samples=1)
+    signs = functools.partial(empirical_fisher_diagonal, losses_fn, num_samples=1, key=jax.random.key(0))
+    jax.eval_shape(signs, jnp.ones(()), examples)
+
+
+# A class of many is drawn in two steps: a block of classes, then one of the block.
+
+
+@pytest.mark.parametrize("num_classes", [9, 11])
+def test_a_class_of_many_is_drawn_by_its_probability(monkeypatch, num_classes):
+    logits = np.random.default_rng(0).normal(size=num_classes).astype(np.float32) * 2
+    logits[3:7] = np.finfo(np.float32).min  # masked: more than one block
+    draw = functools.partial(cotangents._sample_class, np.broadcast_to(logits, (200_000, num_classes)))
+    monkeypatch.setattr(cotangents, "_MAX_DRAWN", num_classes - 1)
+    frequencies = np.bincount(jax.jit(draw)(jax.random.key(1)), minlength=num_classes) / 200_000
+    expected = np.asarray(jax.nn.softmax(logits))
+    assert (frequencies[3:7] == 0).all()
+    np.testing.assert_allclose(frequencies, expected, atol=5 * 0.5 / np.sqrt(200_000))
+
+
+def test_the_score_of_a_sampled_class_is_the_gradient_of_its_log_probability(monkeypatch):
+    monkeypatch.setattr(cotangents, "_MAX_DRAWN", 10)
+    logits = np.random.default_rng(0).normal(size=(50, 11)).astype(np.float32) * 3
+    key = jax.random.key(2)
+    labels = cotangents._sample_class(logits, key)
+    log_p = lambda logits: jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], -1).sum()  # noqa: E731
+    np.testing.assert_allclose(cotangents._categorical_score(logits, key), jax.grad(log_p)(logits), atol=1e-6)
+
+
+@pytest.mark.usefixtures("optimized")
+def test_a_sampled_pass_holds_two_arrays_of_labels_times_classes():
+    num_labels, num_classes = 16, 50_257
+
+    def logits_fn(params, x):
+        return jnp.tanh(x @ params["w"]) @ params["head"]
+
+    params = {"w": jnp.ones((4, 4)), "head": jax.ShapeDtypeStruct((4, num_classes), jnp.float32)}
+    run = jax.jit(lambda p, x: fisher_diagonal(logits_fn, p, x, num_samples=1, key=jax.random.key(0)))
+    sequences = jax.ShapeDtypeStruct((1, num_labels, 4), jnp.float32)
+    held = run.lower(params, sequences).compile().memory_analysis().temp_size_in_bytes
+    of_head = 2 * 4 * num_classes * 4  # its gradient, and the sum
+    assert held - of_head < 2.2 * 4 * num_labels * num_classes
 
 
 def test_masked_classes_do_not_matter():
