@@ -128,7 +128,9 @@ def _of_no_task(params: Params, like: Params | Consolidation | None) -> Consolid
     """Does what `init_consolidation` does, for parameters that may be masked, and with None in `like`."""
     _checks.check_params("params", params)
     if isinstance(like, Consolidation):  # the anchor may be any while the importance is 0
-        return forms.tree_map(forms.zeros_like, Consolidation(*(_masked_as(params, values_of_variables(tree)) for tree in like)))
+        return forms.tree_map(
+            forms.zeros_like, Consolidation(*(_masked_as(params, values_of_variables(tree)) for tree in like))
+        )
     if like is None:
         anchor = jax.tree.map(widen, params)
         importance = jax.tree.map(jnp.zeros_like, anchor)
