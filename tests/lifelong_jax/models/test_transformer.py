@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from flax import nnx
 
 from lifelong_jax import explain, models
+from lifelong_jax._jaxprs import equations_within
 from lifelong_jax.models.transformer import rotate
 
 GPT2 = models.TransformerConfig(vocab_size=13, max_length=9, num_layers=3, num_heads=4, width=8)
@@ -90,8 +92,11 @@ def test_logits_are_those_of_a_written_out_loop_and_depend_on_no_later_token(nam
     np.testing.assert_allclose(changed[:4], logits[:4], rtol=1e-5, atol=1e-5)
     assert (np.abs(changed - logits).max(axis=1)[4:] > 1e-2).all()
 
+
+def test_a_text_may_be_one_token_in_a_batch():
+    apply_fn, params = drawn(GPT2)
     singles = jax.jit(jax.vmap(apply_fn, (None, 0)))(params, TOKENS[:2, None])
-    np.testing.assert_allclose(singles[0], logits[:1], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(singles[0], apply_fn(params, TOKENS)[:1], rtol=1e-4, atol=1e-5)
 
 
 def test_shared_heads_of_keys_and_values_are_repeated_ones():
@@ -119,22 +124,28 @@ def test_scores_of_rotated_queries_and_keys_depend_on_the_distance_of_their_posi
     np.testing.assert_allclose(half.astype(jnp.float32), rotate(query), atol=0.03)
 
 
-def test_remat_changes_no_gradient_and_holds_only_the_inputs_of_layers():
-    def of(config):
-        apply_fn, params = drawn(config, 0.2)
-        held = []
+def loss_of(config):
+    apply_fn, params = drawn(config, 0.2)
+    return lambda params: jnp.sum(jax.nn.log_softmax(apply_fn(params, TOKENS))[:, 0]), params
 
-        @jax.jit
-        def gradient(params):
-            loss, pull = jax.vjp(lambda params: jnp.sum(jax.nn.log_softmax(apply_fn(params, TOKENS))[:, 0]), params)
-            held.append(sum(leaf.size for leaf in jax.tree.leaves(pull)))
-            return pull(jnp.ones_like(loss))[0]
 
-        return gradient(params), held[0]
+def test_remat_holds_only_the_inputs_of_layers():
+    def held(config):
+        loss, params = loss_of(config)
+        return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(lambda p: jax.vjp(loss, p)[1], params)))
 
-    (gradient, held), (again, held_with_remat) = of(GPT2), of(dataclasses.replace(GPT2, remat=True))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), again, gradient)
-    assert held_with_remat < 0.7 * held
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(drawn(GPT2)[1]))
+    inputs = GPT2.num_layers * len(TOKENS) * GPT2.width
+    few = held(dataclasses.replace(GPT2, remat=True)) - num_params
+    assert inputs <= few < 2 * inputs + 1000 < held(GPT2) - num_params
+
+
+@pytest.mark.slow
+def test_remat_changes_no_gradient():
+    (loss, params), (with_remat, _) = loss_of(GPT2), loss_of(dataclasses.replace(GPT2, remat=True))
+    expected, gradient = jax.jit(jax.grad(loss))(params), jax.jit(jax.grad(with_remat))(params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), gradient, expected)
+    assert np.abs(expected["layers"]["up"]["kernel"]).max() > 0.1
 
 
 def test_a_tied_output_layer_is_the_transposed_embedding():
@@ -149,7 +160,10 @@ def test_bfloat16_computes_about_the_same():
     coarse, _ = drawn(dataclasses.replace(MODERN, dtype="bfloat16"))
     logits, expected = coarse(params, TOKENS), apply_fn(params, TOKENS)
     assert logits.dtype == jnp.float32
-    assert 1e-3 < np.abs(logits - expected).max() < 0.1 * expected.std()
+    assert np.abs(logits - expected).max() < 0.1 * expected.std()
+    equations = jax.make_jaxpr(coarse)(params, TOKENS).eqns
+    products = [e for outer in equations for e in equations_within(outer) if e.primitive.name == "dot_general"]
+    assert {v.aval.dtype for product in products for v in product.invars} == {jnp.dtype(jnp.bfloat16)}
 
 
 @pytest.mark.parametrize(("dtype", "remat"), [("float32", False), ("bfloat16", True)])
@@ -162,24 +176,17 @@ def test_importances_tap_all_kernels_within_the_scan(dtype, remat):
     assert [rule for leaf, rule in rules.items() if "embedding" in leaf] == ["lookup"] * 2
 
 
-def test_the_functions_are_those_of_the_module_which_draws_parameters_as_gpt2_does():
-    config = dataclasses.replace(GPT2, width=32, vocab_size=100)
-    init_fn, apply_fn = models.transformer_functions(config)
-    assert models.transformer_functions(dataclasses.replace(config)) == (init_fn, apply_fn)
-
-    @jax.jit
-    def of_both(key):
-        model, params = models.Transformer(config, rngs=nnx.Rngs(key)), init_fn(key)
-        return params, apply_fn(params, TOKENS), model(TOKENS)
-
-    params, logits, expected = of_both(jax.random.key(0))
-    np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-6)
-
+def test_parameters_are_those_of_the_module_which_draws_them_as_gpt2_does():
+    init_fn, apply_fn = models.transformer_functions(GPT2)
+    assert models.transformer_functions(dataclasses.replace(GPT2)) == (init_fn, apply_fn)
+    params = jax.jit(init_fn)(jax.random.key(1))
+    of_module = jax.eval_shape(lambda: nnx.to_pure_dict(nnx.state(models.Transformer(GPT2, rngs=nnx.Rngs(1)))))
+    chex.assert_trees_all_equal_shapes_and_dtypes(params, of_module)
     layers = params["layers"]
     deviations = [np.std(leaf) for leaf in (params["tokens"]["embedding"], layers["up"]["kernel"])]
-    np.testing.assert_allclose(deviations, 0.02, rtol=0.05)
+    np.testing.assert_allclose(deviations, 0.02, rtol=0.1)
     added = [np.std(layers[name]["kernel"]) for name in ("attended", "down")]
-    np.testing.assert_allclose(added, 0.02 / math.sqrt(6), rtol=0.05)
+    np.testing.assert_allclose(added, 0.02 / math.sqrt(6), rtol=0.1)
     assert np.abs(layers["up"]["kernel"][0] - layers["up"]["kernel"][1]).max() > 0.02
     np.testing.assert_array_equal(layers["up"]["bias"], 0)
     np.testing.assert_array_equal(params["norm"]["scale"], 1)
