@@ -4,7 +4,8 @@
     python -m benchmarks.penalty --methods
 
 The first command compares steps with the penalty, at each place in the pipeline, with a step without it. Its second
-table has steps after K tasks: with one consolidation of all tasks, and with K stored penalties in the loss. The second
+table has steps after K tasks: with one consolidation of all tasks, and with K stored penalties in the loss. Its third
+has steps with a compressed consolidation: its anchor in bfloat16, its importance in bytes or in bfloat16. The second
 command compares steps of the methods that gather their importance during training with a step with the penalty alone.
 It also prints the size of their state, in copies of the parameters.
 
@@ -37,6 +38,7 @@ from lifelong_jax import (
     riemannian_walk,
 )
 from lifelong_jax._tables import markdown_table
+from lifelong_jax.consolidation import compress_consolidation
 from lifelong_jax.losses import cross_entropy
 from lifelong_jax.models import MLP
 from lifelong_jax.types import Params
@@ -108,14 +110,20 @@ def time_penalties(turns: int, numbers_of_tasks: list[int]) -> None:
         f"stored {count}": Steps(optax.adam(LEARNING_RATE), params, batch, tasks[:count]) for count in numbers_of_tasks
     }
 
+    compressed = {
+        storage: Steps(pipelines["coupled"], params, batch, (), compress_consolidation(last, importance=storage))
+        for storage in ("uint8", "bfloat16")
+    }
     none = {"none": Steps(optax.adam(LEARNING_RATE), params, batch, ())}
-    ratios, milliseconds = compare(without, none | places | one | stored, turns)
+    ratios, milliseconds = compare(without, none | places | one | stored | compressed, turns)
     print(f"The step without the penalty: {milliseconds:.1f} ms\n")
     rows = [[name, ratios[name]] for name in none | places]
     print(markdown_table(["place of the penalty", "times the step without"], rows))
     header = ["tasks", "one consolidation", "stored penalties"]
     rows = [[str(count), ratios[f"one {count}"], ratios[f"stored {count}"]] for count in numbers_of_tasks]
     print(markdown_table(header, rows))
+    rows = [[name, ratios[name]] for name in ("coupled", *compressed)]
+    print(markdown_table(["storage of the importance", "times the step without"], rows))
 
 
 class Steps:
