@@ -1,6 +1,6 @@
 """Small problems that several test files learn: a network, labelled examples, tasks, optimisers and a recipe.
 
-The data are drawn by NumPy, which compiles nothing.
+The data are drawn by NumPy, and put on the device as they are: nothing is compiled.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ def make_params(num_classes=NUM_CLASSES, *, seed=0, dtype=None):
     """The parameters of `apply_fn`, with 8 hidden units."""
     random = np.random.default_rng(seed)
     w1, w2 = random.normal(size=(NUM_FEATURES, 8)), random.normal(size=(8, num_classes))
-    return {"w1": jnp.asarray(w1, dtype), "w2": jnp.asarray(w2, dtype)}
+    return jax.device_put({"w1": np.asarray(w1, dtype), "w2": np.asarray(w2, dtype)})
 
 
 def make_arrays(num_examples, num_classes=NUM_CLASSES, *, seed=0):
@@ -44,14 +44,14 @@ def make_batch(num_examples, num_classes=NUM_CLASSES, *, seed=0):
 
 def as_batch(inputs, labels, weights):
     """A batch of NumPy arrays, in the default dtypes."""
-    return Batch(*map(jnp.asarray, (inputs, labels, weights)))
+    return jax.device_put(Batch(inputs, labels, weights))
 
 
 def make_tasks(num_tasks=3, num_train=20, num_test=9, num_classes=NUM_CLASSES, *, seed=0):
     """Permuted tasks, which share their examples."""
     train, test = make_batch(num_train, num_classes, seed=1), make_batch(num_test, num_classes, seed=2)
     random = np.random.default_rng(seed)
-    return [Task(train, test, jnp.asarray(random.permutation(NUM_FEATURES))) for _ in range(num_tasks)]
+    return [Task(train, test, jax.device_put(random.permutation(NUM_FEATURES))) for _ in range(num_tasks)]
 
 
 def make_split_tasks(groups: Sequence[Sequence[int]], num_train=31, num_test=17, num_classes=5):
@@ -64,7 +64,7 @@ def make_split_tasks(groups: Sequence[Sequence[int]], num_train=31, num_test=17,
         weights = [(np.arange(size) < len(indices)).astype(np.float64) for indices in chosen]
         batches = zip(padded, weights, strict=True)
         parts.append([as_batch(arrays[0][indices], arrays[1][indices], weight) for indices, weight in batches])
-    masks = [jnp.asarray(np.isin(np.arange(num_classes), group)) for group in groups]
+    masks = [jax.device_put(np.isin(np.arange(num_classes), group)) for group in groups]
     return [Task(train, test, class_mask=mask) for train, test, mask in zip(*parts, masks, strict=True)]
 
 

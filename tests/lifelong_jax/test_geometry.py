@@ -16,11 +16,13 @@ from lifelong_jax.geometry import (
 )
 from tests.problems import flat
 
-POINTS = [
-    {"w": jnp.array([[1.0, 2.0], [3.0, 4.0]]), "b": jnp.array(0.5)},
-    {"w": jnp.array([[1.0, 2.0], [3.0, 7.0]]), "b": jnp.array(4.5)},
-    {"w": jnp.array([[0.0, 2.0], [5.0, 4.0]]), "b": jnp.array(-0.5)},
-]
+POINTS = jax.device_put(
+    [
+        {"w": np.array([[1.0, 2.0], [3.0, 4.0]]), "b": np.array(0.5)},
+        {"w": np.array([[1.0, 2.0], [3.0, 7.0]]), "b": np.array(4.5)},
+        {"w": np.array([[0.0, 2.0], [5.0, 4.0]]), "b": np.array(-0.5)},
+    ]
+)
 
 
 def test_a_plane_holds_its_points():

@@ -28,7 +28,7 @@ from tests.problems import flat
 
 def draw(seed, **shapes):
     random = np.random.default_rng(seed)
-    return {name: jnp.asarray(random.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+    return jax.device_put({name: random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()})
 
 
 OLD_SHAPES = {"bias": (3,), "head": (4, 3), "trunk": (5, 4)}

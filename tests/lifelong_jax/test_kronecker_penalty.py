@@ -43,14 +43,13 @@ def apply_fn(params, x):
 
 
 def draw(seed, scale=0.5):
-    keys = jax.random.split(jax.random.key(seed), 3)
+    random = np.random.default_rng(seed)
     shapes = {"w": (4, 5), "b": (5,), "v": (5, 3)}
-    return {
-        name: scale * jax.random.normal(key, shape) for key, (name, shape) in zip(keys, shapes.items(), strict=True)
-    }
+    drawn = {name: scale * random.normal(size=shape) for name, shape in shapes.items()}
+    return jax.device_put(tree_map(np.float32, drawn))
 
 
-INPUTS = jax.random.normal(jax.random.key(9), (7, 4))
+INPUTS = jax.device_put(np.random.default_rng(9).normal(size=(7, 4)).astype(np.float32))
 PARAMS, ANCHOR = draw(0), draw(1)
 
 

@@ -39,7 +39,7 @@ NUM_TOKENS = 5
 
 
 def normal(*shape):
-    return jnp.asarray(RNG.normal(size=shape), jnp.float32)
+    return jax.device_put(RNG.normal(size=shape).astype(np.float32))
 
 
 def tokens(lengths=LENGTHS, padded_to=4):

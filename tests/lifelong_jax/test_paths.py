@@ -50,7 +50,7 @@ class NnxNet(nnx.Module):
         self.layers = nnx.List([nnx.Linear(2, 3, use_bias=False, rngs=nnx.Rngs(0)) for _ in range(2)])
 
 
-ONES = jnp.ones((2, 3))
+ONES = np.ones((2, 3), np.float32)
 BOXED = nn.Partitioned(ONES, (None, "model"))
 FORM = forms.from_factors(jnp.eye(2)[None], jnp.eye(3)[None], Layout((2, 3), (2, 3), (0, 1), (1, 2, 3)))
 ONE_NETWORK = {

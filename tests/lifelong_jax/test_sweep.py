@@ -38,7 +38,7 @@ def make_tasks(scenario, seed):
     if scenario == "domain":  # the tasks share their examples
         parts = [make_arrays(num_examples, NUM_CLASSES, seed=num_examples) for num_examples in (31, 300)]
         batches = [as_batch(*arrays, np.ones(len(arrays[1]))) for arrays in parts]
-        return [Task(*batches, jnp.asarray(random.permutation(NUM_FEATURES))) for _ in range(NUM_TASKS)]
+        return [Task(*batches, jax.device_put(random.permutation(NUM_FEATURES))) for _ in range(NUM_TASKS)]
     return make_split_tasks([GROUPS[index] for index in random.permutation(3)], num_test=300)
 
 

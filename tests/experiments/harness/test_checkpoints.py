@@ -15,9 +15,10 @@ from experiments.harness.checkpoints import restore_checkpoint, save_checkpoint
 from tests.obstacles import OBSTACLES
 
 PARAMS = {
-    "layers": [{"w": jnp.arange(6.0).reshape(2, 3), "frozen": None}, {"w": jnp.ones(())}],
-    "narrow": jnp.array([1.0, -2.5], jnp.bfloat16),
+    "layers": [{"w": np.arange(6, dtype=np.float32).reshape(2, 3), "frozen": None}, {"w": np.float32(1)}],
+    "narrow": np.array([1.0, -2.5], jnp.bfloat16),
 }
+PARAMS = jax.device_put(PARAMS)
 STATE = {
     "params": PARAMS,
     "opt_state": optax.sgd(0.1, momentum=0.9).init(PARAMS),

@@ -44,10 +44,10 @@ from lifelong_jax.continual import go_on_after
 from lifelong_jax.models import CNN, MLP
 
 NUM_TASKS, NUM_EPOCHS = 3, 2
-INPUTS = jax.random.normal(jax.random.key(0), (20, 6))
-BATCH = Batch(INPUTS, jnp.argmax(INPUTS[:, :3], axis=-1), jnp.ones(20))
+INPUTS = np.random.default_rng(0).normal(size=(20, 6))
+BATCH = jax.device_put(Batch(INPUTS, np.argmax(INPUTS[:, :3], axis=-1), np.ones(20)))
 TASKS = permuted_tasks(BATCH, BATCH, NUM_TASKS, jax.random.key(1))
-PARAMS = {"w": jax.random.normal(jax.random.key(2), (6, 3)), "b": jnp.zeros(3)}
+PARAMS = jax.device_put({"w": np.random.default_rng(2).normal(size=(6, 3)), "b": np.zeros(3)})
 SMALL = ["--num-tasks", "2", "--hidden-sizes", "8", "--num-epochs", "2", "--methods", "ewc", "--seeds", "0"]
 CONSOLE = rich.console.Console()
 

@@ -8,7 +8,6 @@ import time
 import unittest.mock
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import rich.console
@@ -23,8 +22,8 @@ from lifelong_jax.objectives import regression
 from lifelong_jax.sweep import SweepAccuracies
 
 STRENGTHS, SEEDS = (1.0, 10.0, 100.0), (0, 3)
-INPUTS = jnp.eye(4)
-BATCH = Batch(INPUTS, jnp.arange(4) % 2, jnp.ones(4))
+BATCH = jax.device_put(Batch(np.eye(4), np.arange(4) % 2, np.ones(4)))
+INPUTS = BATCH.inputs
 
 
 def make_tasks(key):

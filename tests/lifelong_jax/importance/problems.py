@@ -28,22 +28,22 @@ def loss_of(logits_fn):
 
 
 def make_data(dtype=jnp.float32, num_examples=NUM_EXAMPLES):
-    """Inputs and labels, drawn by NumPy, which compiles nothing."""
+    """Inputs and labels, drawn by NumPy; nothing is compiled."""
     random = np.random.default_rng(0)
     inputs = random.normal(size=(num_examples, NUM_FEATURES))
-    return jnp.asarray(inputs, dtype), jnp.asarray(random.integers(0, NUM_CLASSES, num_examples), jnp.int32)
+    return jax.device_put((inputs.astype(dtype), random.integers(0, NUM_CLASSES, num_examples).astype(np.int32)))
 
 
 def make_mlp(dtype=jnp.float32):
     random = np.random.default_rng(1)
     shapes = {"w1": (NUM_FEATURES, 5), "b1": (5,), "w2": (5, NUM_CLASSES)}
-    return {name: jnp.asarray(random.normal(size=shape), dtype) for name, shape in shapes.items()}
+    return jax.device_put({name: random.normal(size=shape).astype(dtype) for name, shape in shapes.items()})
 
 
 def make_linear(dtype=jnp.float32):
     random = np.random.default_rng(2)
     shapes = {"w": (NUM_FEATURES, NUM_CLASSES), "b": (NUM_CLASSES,)}
-    return {name: jnp.asarray(random.normal(size=shape), dtype) for name, shape in shapes.items()}
+    return jax.device_put({name: random.normal(size=shape).astype(dtype) for name, shape in shapes.items()})
 
 
 def one_by_one(quantity, params, examples):
