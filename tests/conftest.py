@@ -24,6 +24,12 @@ import pytest
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
+def pytest_collection_finish():
+    """What is imported stays, so that the garbage collector need not look at it again and again."""
+    gc.collect()
+    gc.freeze()
+
+
 def free_compiled_programs():
     """Frees what has been compiled, and gives its memory back: a worker would grow to several GiB."""
     jax.clear_caches()

@@ -1,5 +1,7 @@
 """The library under JAX's debug modes: NaN as an error, no promotion of ranks, and a search for leaked tracers."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,12 +11,14 @@ import pytest
 import lifelong_jax as ll
 from lifelong_jax import methods
 
-MODES = {
-    "jax_debug_nans": lambda: jax.debug_nans(True),
-    "jax_numpy_rank_promotion": lambda: jax.numpy_rank_promotion("raise"),
-    "jax_check_tracer_leaks": jax.checking_leaks,
-}
 CLASSES = [[0, 1], [2, 3]]
+
+
+@contextlib.contextmanager
+def debug_modes():
+    """All at once: an error of one is none of another."""
+    with jax.debug_nans(True), jax.numpy_rank_promotion("raise"), jax.checking_leaks():
+        yield
 
 
 def network(params, x):
@@ -38,15 +42,14 @@ def with_proximal_penalty(strength):
     return optax.chain(optax.sgd(0.1), ll.proximal_quadratic_penalty(0.1, strength, every=2))
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_importances(mode):
+def test_importances():
     params, batch = make_problem()
     key = jax.random.key(0)
 
     def loss(params, example):
         return -jax.nn.log_softmax(network(params, example.inputs))[example.labels]
 
-    with MODES[mode]():
+    with debug_modes():
         for method in ("structured", "reference"):
             for likelihood in ("categorical", "gaussian", "bernoulli"):
                 options = {"likelihood": likelihood, "method": method, "microbatch_size": 5}
@@ -61,15 +64,14 @@ def test_importances(mode):
         jax.grad(ll.quadratic_penalty)(params, consolidation, 1.0)
 
 
-@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", ["ewc", "kfac", "si", "rwalk"])
-def test_sequences_and_sweeps(mode, name):
+def test_sequences_and_sweeps(name):
     params, batch = make_problem()
     optimizer_fn = with_proximal_penalty if name == "kfac" else with_coupled_penalty
     recipe = ll.Recipe(network, optimizer_fn, num_epochs=1, batch_size=4, scenario="class")
     tasks = ll.split_tasks(batch, batch, CLASSES, 4)
     method = getattr(methods, name)()
-    with MODES[mode]():
+    with debug_modes():
         learned = ll.learn_tasks(method, recipe, params, tasks, jax.random.key(1), strength=1.0)
         swept = ll.learn_sweep(method, recipe, [ll.SweepRun(params, tasks, jax.random.key(1), 1.0)])
     np.testing.assert_array_equal(np.isnan(swept.accuracy_matrix[0]), np.isnan(learned.accuracy_matrix))
