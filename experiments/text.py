@@ -7,8 +7,6 @@ number of bytes. Shorter ones are padded; the padding has the weight 0 in losses
 
 import dataclasses
 import functools
-import importlib
-import inspect
 import itertools
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -20,6 +18,7 @@ import numpy as np
 
 from experiments.harness.experiment import Experiment, Settings, Strength, run_experiment
 from experiments.harness.settings import Seeds, check_settings, parse_settings, refuse
+from experiments.harness.texts import code, prose
 from lifelong_jax import Batch, Task
 from lifelong_jax.datasets import Dataset, next_token_example
 from lifelong_jax.importance import layer_output
@@ -29,8 +28,6 @@ from lifelong_jax.objectives import classification
 STRENGTH = Strength(l2=0.316, ewc=31.6, mas=0.01, kfac=0.0, local_mas=0.01, si=100.0, rwalk=10.0)  # on validation data
 OBJECTIVE = classification(score="loss")._replace(score="loss per byte")
 NUM_BYTES, NUM_HEADS = 256, 4
-MODULES = ("argparse", "ast", "difflib", "doctest", "inspect", "pdb", "pickle", "statistics", "tarfile", "typing")
-"""Of the standard library; the source code."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,18 +114,6 @@ def load_text(name: str, length: int, num_examples: int) -> Dataset:
     if len(taken) < num_test + num_examples:
         raise ValueError(f"num_examples must be at most {len(taken) * 4 // 5} for {name}, not {num_examples}")
     return Dataset(make_batch(taken[num_test:], length), make_batch(taken[:num_test], length), NUM_BYTES)
-
-
-def prose() -> list[str]:
-    """Returns the paragraphs of Python's documentation of the language."""
-    topics = importlib.import_module("pydoc_data.topics").topics
-    return [paragraph for name in sorted(topics) for paragraph in topics[name].split("\n\n")]
-
-
-def code() -> list[str]:
-    """Returns the source code of some of the standard library, cut at empty lines."""
-    sources = [inspect.getsource(importlib.import_module(name)) for name in MODULES]
-    return [block for source in sources for block in source.split("\n\n")]
 
 
 def names() -> list[str]:

@@ -1,12 +1,45 @@
-"""Tokenizers: that of a published model, from its file, or the bytes of a text."""
+"""Texts that come with Python, and tokenizers: that of a published model, or the bytes of a text."""
 
 import dataclasses
+import importlib
+import inspect
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
 
 import tokenizers
 
 from lifelong_jax.datasets import Source, text_source
+
+MODULES = ("argparse", "ast", "difflib", "doctest", "inspect", "pdb", "pickle", "statistics", "tarfile", "typing")
+"""Of the standard library: their source code is a text."""
+
+
+def prose() -> list[str]:
+    """Reads Python's documentation of the language.
+
+    Returns:
+      Its paragraphs. Some stand in several chapters.
+
+    Example:
+      >>> len(prose()) > 1000
+      True
+    """
+    topics = importlib.import_module("pydoc_data.topics").topics
+    return [paragraph for name in sorted(topics) for paragraph in topics[name].split("\n\n")]
+
+
+def code() -> list[str]:
+    """Reads the source code of some of the standard library.
+
+    Returns:
+      Its pieces between empty lines.
+
+    Example:
+      >>> len(code()) > 1000
+      True
+    """
+    sources = [inspect.getsource(importlib.import_module(name)) for name in MODULES]
+    return [block for source in sources for block in source.split("\n\n")]
 
 
 @dataclasses.dataclass(frozen=True)
