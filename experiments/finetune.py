@@ -47,13 +47,13 @@ MethodName = Literal["l2", "ewc", "ewc_bytes", "adam", "mas", "kfac", "kl", "joi
 class Strengths:
     """The strengths λ of each method; each one is a run."""
 
-    l2: Numbers = (0.01, 0.1, 1.0, 10.0)
-    ewc: Numbers = (1.0, 10.0, 100.0, 1000.0)
-    ewc_bytes: Numbers = (10.0,)
-    adam: Numbers = (1.0, 10.0, 100.0, 1000.0)
-    mas: Numbers = (1e-4, 1e-3, 1e-2, 1e-1)
-    kfac: Numbers = (1e2, 1e3, 1e4, 1e5)
-    kl: Numbers = (0.1, 0.3, 1.0, 3.0)
+    l2: Numbers = (0.1, 1.0, 10.0)
+    ewc: Numbers = (10.0, 100.0, 1000.0)
+    ewc_bytes: Numbers = (100.0,)
+    adam: Numbers = (10.0, 100.0, 1000.0)
+    mas: Numbers = (1e-4, 1e-3, 1e-2)
+    kfac: Numbers = (1e3, 1e4, 1e5)
+    kl: Numbers = (0.1, 0.3, 1.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
