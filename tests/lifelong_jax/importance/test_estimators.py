@@ -274,7 +274,9 @@ def test_tokens_of_narrow_dtypes(dtype, num_rows):
     def logits_fn(params, x):
         return jnp.take(params, x, axis=0).sum(axis=0) ** 2
 
-    structured, reference = jax.device_get(by_both_methods(logits_fn)(table, tokens))
+    # The simple emitters of `conftest` compare indices and the number of rows in uint8, in JAX's own gradient too.
+    compute = jax.jit(by_both_methods(logits_fn), compiler_options={"xla_cpu_use_fusion_emitters": True})
+    structured, reference = jax.device_get(compute(table, tokens))
     chex.assert_trees_all_close(structured, reference, rtol=1e-5)
     assert structured[7].any()
 
