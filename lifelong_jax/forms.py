@@ -385,8 +385,14 @@ def _eigen(factor: jax.Array) -> tuple[jax.Array | None, jax.Array]:
     """Returns a factor's eigenvectors, or None if it is diagonal, and its eigenvalues."""
     if factor.ndim == 2:
         return None, factor
-    values, basis = jnp.linalg.eigh(factor)
+    values, basis = jax.vmap(_eigen_of_one)(factor)
     return basis, jnp.maximum(values, 0)
+
+
+@jax.custom_batching.sequential_vmap
+def _eigen_of_one(factor: jax.Array) -> tuple[jax.Array, jax.Array]:
+    # One matrix after the other: on a CPU, batches wait for each other's threads, and a program of several may hang.
+    return tuple(jnp.linalg.eigh(factor))
 
 
 def _unit_factors(form: KroneckerFactors, other: KroneckerFactors) -> tuple[jax.Array, jax.Array, jax.Array]:
