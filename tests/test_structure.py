@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-MAX_LINES_OF_A_FUNCTION, MAX_LINES_OF_A_FILE, MAX_LINES_OF_THE_LIBRARY = 60, 450, 10_500
+MAX_LINES_OF_A_FUNCTION, MAX_LINES_OF_A_FILE, MAX_LINES_OF_THE_LIBRARY = 60, 450, 10_600
 WITH_EXTRAS = {"datasets", "streaming", "models", "checkpoint", "plotting", "geometry", "_extras"}
 FORBIDDEN = {"experiments", "rich", "tyro", "fcntl", "SystemExit"}
 
