@@ -168,7 +168,7 @@ def check_not_negative(name: str, value: Any, *, or_array: bool = False) -> None
 
 def check_positive(name: str, value: Any, at_most: float | None = None) -> None:
     """Raises ValueError unless a scalar, where its value is known, is finite, above 0 and not above `at_most`."""
-    if is_concrete(value) and not (np.isfinite(value) and 0 < value <= (np.inf if at_most is None else at_most)):
+    if is_concrete(value) and not (np.isfinite(value) and 0 < np.asarray(value) <= (at_most or np.inf)):
         bound = "" if at_most is None else f" and at most {at_most}"
         raise ValueError(f"{name} must be finite, above 0{bound}, not {value}.")
 
@@ -274,7 +274,8 @@ def is_finite(tree: Any) -> bool:
 
 def is_zero(tree: Any) -> bool:
     """Returns whether all values of a tree are 0."""
-    return not jax.device_get(_any_nonzero(tree))
+    with jax.ensure_compile_time_eval():
+        return not jax.device_get(_any_nonzero(tree))
 
 
 @jax.jit
@@ -285,7 +286,8 @@ def _any_nonzero(tree: Any) -> jax.Array:
 def _first_where(fails: Callable[[float], bool], leaves: list[tuple[Any, Any]]) -> str | None:
     """Returns the path of the first leaf whose values are known and whose lowest entry fails, or None."""
     known = [(path, leaf) for path, tree in leaves for leaf in jax.tree.leaves(tree) if is_concrete(leaf)]
-    lowest = jax.device_get(_lowest_entries([leaf for _, leaf in known])) if known else []
+    with jax.ensure_compile_time_eval():  # else, within a function that is being traced, the entries would not be known
+        lowest = jax.device_get(_lowest_entries([leaf for _, leaf in known])) if known else []
     failing = (jax.tree_util.keystr(path) for (path, _), low in zip(known, lowest, strict=True) if fails(low))
     return next(failing, None)
 

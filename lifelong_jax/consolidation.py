@@ -325,7 +325,8 @@ def _has_factors(importance: Params) -> bool:
 
 def _are_equal(anchor: Params, other: Params) -> bool:
     """Returns whether two anchors are known to be equal: the same arrays, or arrays of equal values."""
-    return all(
-        ours is theirs or (_checks.is_concrete(ours) and _checks.is_concrete(theirs) and bool(jnp.all(ours == theirs)))
-        for ours, theirs in zip(jax.tree.leaves(anchor), jax.tree.leaves(other), strict=True)
-    )
+    with jax.ensure_compile_time_eval():
+        return all(
+            ours is theirs or (all(map(_checks.is_concrete, (ours, theirs))) and bool(jnp.all(ours == theirs)))
+            for ours, theirs in zip(jax.tree.leaves(anchor), jax.tree.leaves(other), strict=True)
+        )

@@ -5,9 +5,11 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lifelong_jax import _checks, forms
 from lifelong_jax._numerics import wide_dtype, widen
+from lifelong_jax.compression import decompress
 from lifelong_jax.types import Params
 
 
@@ -44,7 +46,7 @@ def merge_models(
       params_list: the networks' parameters, one or more trees of one structure. They should come from one pretrained
         network: parameters of networks that began apart do not correspond.
       importances: for each network, a tree like its parameters: `fisher_diagonal` on the data that it learned last,
-        say. Where all trees have None, nothing is merged, and None is returned.
+        say; diagonal, in codes or not. Where all trees have None, nothing is merged, and None is returned.
       floor: how much is added to each importance, in means of all of them.
       weights: for each network, how much it counts; not negative, and not all 0. None for ones.
 
@@ -78,14 +80,15 @@ def merge_models(
         _checks.check_params(its_importance, importance)
         _checks.check_same_structure(name, params, "params_list[0]", params_list[0])
         _checks.check_same_structure(its_importance, importance, name, params)
-        if any(map(forms.is_form, jax.tree.leaves(importance, is_leaf=forms.is_form))):
+        its_forms = jax.tree.leaves(importance, is_leaf=forms.is_form)
+        if any(isinstance(form, forms.KroneckerFactors) for form in its_forms):
             raise ValueError(
                 f"{its_importance} has Kronecker factors, by which a mean of parameters has no closed form: take "
                 f"forms.tree_map(forms.diagonal, importance)."
             )
         _checks.check_importance(its_importance, importance)
         _checks.check_finite(name, params)
-    if all(map(_checks.is_concrete, counts)) and not sum(counts) > 0:
+    if all(map(_checks.is_concrete, counts)) and not np.any([np.asarray(count) > 0 for count in counts]):
         raise ValueError("weights are all 0: at least one network must count.")
     return _merge(list(params_list), list(importances), jnp.asarray(floor, float), jnp.asarray(counts, float))
 
@@ -93,6 +96,7 @@ def merge_models(
 @jax.jit
 def _merge(params_list: list[Params], importances: list[Params], floor: jax.Array, weights: jax.Array) -> Params:
     num_models = len(params_list)
+    importances = [forms.tree_map(decompress, importance) for importance in importances]
     weights = weights / jnp.max(weights)
     leaves = [widen(leaf).astype(weights.dtype) for leaf in jax.tree.leaves(importances)]
     largest = functools.reduce(jnp.maximum, [jnp.max(leaf, initial=0) for leaf in leaves], jnp.zeros((), weights.dtype))

@@ -70,7 +70,7 @@ def importance_from_adam(
             + ("Pass the part of it that belongs to one." if states else "Only optimisers that use Adam have one.")
         )
     count, _, nu = values_of_variables(states[0])
-    if _checks.is_concrete(count) and not jnp.all(count > 0):
+    if _checks.is_concrete(count) and not np.all(np.asarray(count) > 0):
         raise ValueError("opt_state has taken no step: Adam has seen no gradient.")
     log_decay = jnp.asarray(np.log(b2) if _checks.is_concrete(b2) else jnp.log(b2), float)  # 1 − 0.999 loses digits
     factor = jnp.asarray(batch_size, float) / -jnp.expm1(jnp.asarray(count, float) * log_decay)

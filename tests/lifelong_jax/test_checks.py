@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -11,11 +12,13 @@ import pytest
 from flax import nnx
 
 from lifelong_jax import (
+    Consolidation,
     SweepRun,
     Task,
     consolidate,
     evaluate,
     fisher_diagonal,
+    forms,
     init_consolidation,
     init_sequence,
     init_training,
@@ -24,10 +27,16 @@ from lifelong_jax import (
     learn_sweep,
     learn_task,
     learn_tasks,
+    merge,
     methods,
+    normalize_importance,
     pad_tasks,
 )
+from lifelong_jax._layouts import Layout
+from lifelong_jax.consolidation import compress_consolidation
+from lifelong_jax.importance import importance_from_adam
 from lifelong_jax.losses import cross_entropy
+from lifelong_jax.merging import merge_models
 from tests.problems import RECIPE, apply_fn, make_batch, make_params, proximal_sgd
 
 BATCH = make_batch(9)
@@ -267,3 +276,35 @@ def test_inputs_may_be_a_tree_of_arrays():
     permuted = [Task(parts, parts, permutation=jnp.arange(6))]
     with pytest.raises(TypeError, match=r"tasks\[0\]\.permutation is for inputs that are one array, not a dict"):
         start(permuted, network=network)
+
+
+# Arrays that a compiled function closes over are known, though all that is computed of them there is traced.
+
+
+def all_that_check_values(importance):
+    params, equal, one = jnp.ones(3), jnp.ones(3), jnp.ones(())
+    kept, factored = (Consolidation(params, form) for form in (importance, factors(importance)))
+    adam = optax.ScaleByAdamState(jnp.int32(1), params, importance)
+    return {
+        "consolidate": lambda: consolidate(kept, params, importance, decay=one, weight=one),
+        "merge": lambda: merge([kept, kept], [one, one]),
+        "merge around one anchor": lambda: merge([factored, factored._replace(anchor=equal)], [1, 1]),
+        "merge_models": lambda: merge_models([params, params], [importance] * 2, floor=one, weights=[one, one]),
+        "normalize_importance": lambda: normalize_importance(importance),
+        "compress_consolidation": lambda: compress_consolidation(kept),
+        "importance_from_adam": lambda: importance_from_adam(adam, batch_size=jnp.int32(4), b2=jnp.float32(0.9)),
+    }
+
+
+def factors(vector):
+    return forms.from_factors(jnp.ones((1, 1)), jnp.diag(vector)[None], Layout((3,), (1, 3), (0, 1), (1, 1, 3)))
+
+
+def test_what_a_compiled_function_closes_over_is_checked_as_it_is_outside():
+    functions = all_that_check_values(jnp.array([0.0, 1.0, 2.0]))
+    found = jax.jit(lambda: {name: function() for name, function in functions.items()})()
+    chex.assert_trees_all_close(found, {name: function() for name, function in functions.items()}, rtol=1e-5)
+    functions = all_that_check_values(jnp.array([0.0, -1.0, 2.0]))
+    for name in ("consolidate", "merge", "merge_models", "normalize_importance", "compress_consolidation"):
+        with pytest.raises(ValueError, match="NaN, infinite or negative"):
+            jax.eval_shape(functions[name])

@@ -7,6 +7,7 @@ import pytest
 
 from lifelong_jax import Consolidation, forms, merge
 from lifelong_jax._layouts import Layout
+from lifelong_jax.compression import compress, decompress
 from lifelong_jax.merging import merge_models
 from tests.problems import flat
 
@@ -91,6 +92,15 @@ def test_under_jit_and_vmap():
     run = lambda floor, weight, *trees: merge_models(*trees, floor=floor, weights=[1.0, weight])  # noqa: E731
     floors = jax.jit(jax.vmap(run, (0, None, None, None)))(jnp.array([0.3, 1.0]), 2.0, models, importances)
     np.testing.assert_allclose(flat(jax.tree.map(lambda leaf: leaf[0], floors)), flat(plain), rtol=1e-5)
+
+
+def test_codes_count_for_what_they_stand_for():
+    models, importances = make_trees(2, np.float32)
+    codes = jax.jit(lambda trees: [forms.tree_map(compress, tree) for tree in trees])(importances)
+    decoded = jax.jit(lambda trees: [forms.tree_map(decompress, tree) for tree in trees])(codes)
+    found, expected = merge_models(models, codes), merge_models(models, decoded)
+    np.testing.assert_allclose(flat(found), flat(expected), rtol=1e-6)
+    assert not np.allclose(flat(found), flat(merge_models(models, importances)), rtol=1e-6)
 
 
 def test_errors():
