@@ -142,8 +142,8 @@ def kl_divergence(
     Li and Hoiem 2016, arXiv 1606.09282; Hinton, Vinyals and Dean 2015, arXiv 1503.02531.
     """
     _check_logits(logits, frozen_logits, label_weights)
-    weights = None if label_weights is None else _with_axes_of(widen(label_weights), logits)
     logits, frozen_logits = map(widen, (logits, jax.lax.stop_gradient(frozen_logits)))
+    weights = None if label_weights is None else _with_axes_of(jnp.asarray(label_weights, logits.dtype), logits)
     if weights is not None:  # a NaN of padding would have the gradient NaN, at the weight 0 too
         logits, frozen_logits = (jnp.where(weights == 0, 0, array) for array in (logits, frozen_logits))
     log_p, log_frozen = (jax.nn.log_softmax(mask_logits(array, class_mask)) for array in (logits, frozen_logits))

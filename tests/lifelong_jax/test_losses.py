@@ -49,6 +49,14 @@ def test_labels_of_weight_0_count_nothing_and_may_be_nan(shape):
         assert divergence(logits, frozen, label_weights=np.zeros(shape)) == 0
 
 
+@pytest.mark.parametrize("dtype", [np.int32, np.int64, bool, jnp.bfloat16])
+def test_the_weights_of_labels_may_be_a_mask_of_any_dtype(dtype):
+    logits, frozen = (draw(seed).astype(np.float32) for seed in (0, 1))
+    mask = np.array([0, 1])
+    expected = divergence(logits, frozen, label_weights=mask.astype(np.float32))
+    assert divergence(logits, frozen, label_weights=mask.astype(dtype)) == expected
+
+
 def test_a_class_mask_divides_the_probabilities_between_its_classes():
     with jax.enable_x64(True):
         logits, frozen, mask = draw(0), draw(1), np.array([True, False, True, True])
