@@ -29,7 +29,8 @@ ImportanceFn: TypeAlias = Callable[[OutputFn, Objective, TrainingState, Batch, j
 
 `apply_fn(params, x) -> outputs` is the network as it predicts, on one example, with inactive outputs too; `objective`
 says what the outputs mean; `state` is the training state after the task's last step; `batch` has the task's training
-examples, with their class masks. The importance is a mean over labels.
+examples, with their class masks; `key` is a random key, which may be None if nothing is sampled. The importance is a
+mean over labels.
 """
 
 WrapOptimizer: TypeAlias = Callable[[optax.GradientTransformation], optax.GradientTransformation]
@@ -99,7 +100,8 @@ def ewc(
     Args:
       fisher: "exact" for the expectation over all classes, "sampled" for one draw of each example's labels from the
         model, or "empirical" for the true labels. All three square the gradient of each label by itself. "empirical"
-        takes one pass too: if an example has several labels, as a sequence has tokens, they get random signs.
+        takes one pass too: if an example has several labels, as a sequence has tokens, they get random signs. Where its
+        importance function gets no key, it takes a pass for each label.
       rule: "separate" (Kirkpatrick et al. 2017) or "latest" (online EWC, Schwarz et al. 2018).
       decay: γ of online EWC.
 
@@ -285,7 +287,8 @@ def _empirical_fisher(
     *,
     estimator: Callable[..., Params],
 ) -> Params:
-    estimate = functools.partial(estimator, num_samples=1, key=key)  # signs of labels: one pass, however many there are
+    signs = {} if key is None else {"num_samples": 1, "key": key}  # one pass, however many labels there are
+    estimate = functools.partial(estimator, **signs)
     return _mean_over_labels(estimate, objective.losses_fn, apply_fn, objective, state, batch)
 
 

@@ -51,6 +51,18 @@ def test_importances():
         chex.assert_trees_all_close(importance, of_estimator, rtol=1e-6)
 
 
+@pytest.mark.parametrize("method", [methods.ewc("empirical"), methods.kfac("empirical")], ids=["ewc", "kfac"])
+def test_true_labels_need_no_key(method):
+    # Of one label there is no sign; several then take a pass each.
+    state = init_training(optax.identity(), jnp.ones((3, 2)), jax.random.key(3))
+
+    @jax.jit
+    def importances(key):
+        return [method.importance_fn(logits_fn, CLASSIFICATION, state, BATCH, key) for key in (None, key)]
+
+    chex.assert_trees_all_close(*importances(jax.random.key(2)), rtol=1e-6)
+
+
 def test_names_and_rules():
     names = ["finetune", "l2", "ewc", "mas", "local_mas", "si", "rwalk"]
     assert [getattr(methods, name)().name for name in names] == names
