@@ -128,9 +128,9 @@ def _of_no_task(params: Params, like: Params | Consolidation | None) -> Consolid
     """Does what `init_consolidation` does, for parameters that may be masked, and with None in `like`."""
     _checks.check_params("params", params)
     if isinstance(like, Consolidation):  # the anchor may be any while the importance is 0
-        return forms.tree_map(
-            forms.zeros_like, Consolidation(*(_masked_as(params, values_of_variables(tree)) for tree in like))
-        )
+        whole = Consolidation(*map(values_of_variables, like))
+        masked = Consolidation(*(_masked_as(params, tree) for tree in whole))
+        return forms.tree_map(forms.zeros_like, masked if _is_of(params, masked.importance) else whole)
     if like is None:
         anchor = jax.tree.map(widen, params)
         importance = jax.tree.map(jnp.zeros_like, anchor)
@@ -146,6 +146,15 @@ def _of_no_task(params: Params, like: Params | Consolidation | None) -> Consolid
         )
     # A copy: a training step that donates parameters and state must not donate one buffer twice.
     return Consolidation(jax.device_put(anchor, may_alias=False), importance)
+
+
+def _is_of(params: Params, importance: Params) -> bool:
+    """Returns whether an importance is one of the parameters, rather than of weights that are a function of them."""
+    try:
+        _checks.check_same_structure("like", importance, "params", values_of_variables(params), partial=True)
+    except ValueError:
+        return False
+    return True
 
 
 def _in_place_of(held: Consolidation, consolidation: Consolidation) -> Consolidation:

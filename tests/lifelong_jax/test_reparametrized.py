@@ -19,6 +19,8 @@ from lifelong_jax import (
     quadratic_penalty,
 )
 from lifelong_jax._layouts import Layout
+from lifelong_jax.compression import decompress
+from lifelong_jax.consolidation import compress_consolidation
 from lifelong_jax.penalty import add_reparametrized_penalty, hold_consolidation, set_consolidation
 
 STRENGTH = 3.0
@@ -227,6 +229,21 @@ def test_held_in_the_optimisers_state(anchored):
     expected = pull(weights_fn, adapters, consolidation)
     chex.assert_trees_all_close(updates, jax.tree.map(lambda leaf: leaf + 1, expected), rtol=1e-5, atol=1e-5)
     assert update._cache_size() == 1
+
+
+def test_a_mask_of_the_parameters_masks_no_weight_of_the_same_name():
+    # The frozen weight and the adapters are in one tree, as in a module with adapters.
+    params = {"w": {"kernel": jnp.ones((3, 4)), "a": jnp.ones((3, 1)), "b": jnp.ones((1, 4))}}
+    mask = {"w": {"kernel": False, "a": True, "b": True}}
+    penalty = add_reparametrized_penalty(lambda params: {"w": {"kernel": params["w"]["a"] @ params["w"]["b"]}}, 1.0)
+    importance = {"w": {"kernel": jnp.asarray(draw(0)["w"]) ** 2}}
+    consolidation = compress_consolidation(Consolidation(jax.tree.map(jnp.zeros_like, importance), importance))
+    optimizer = optax.masked(hold_consolidation(penalty, like=consolidation), mask)
+    state = set_consolidation(optimizer.init(params), consolidation)
+    updates, _ = jax.jit(optimizer.update)(jax.tree.map(jnp.zeros_like, params), state, params)
+    expected = decompress(consolidation.importance["w"]["kernel"])
+    np.testing.assert_allclose(updates["w"]["a"][:, 0], expected.sum(axis=1), rtol=1e-6)
+    np.testing.assert_allclose(updates["w"]["b"][0], expected.sum(axis=0), rtol=1e-6)
 
 
 @pytest.mark.slow
