@@ -16,7 +16,8 @@ Examples: TypeAlias = Any
 """A pytree of arrays `[num_examples, ...]`: several examples."""
 
 LossFn: TypeAlias = Callable[[Params, Example], jax.Array]
-"""`loss_fn(params, example) -> scalar`: one example's loss; for a Fisher information, its negative log-likelihood."""
+"""`loss_fn(params, example) -> scalar`: one example's loss; for a Fisher information, its negative log-likelihood, or
+those of its labels."""
 
 LogitsFn: TypeAlias = Callable[[Params, Example], jax.Array]
 """`logits_fn(params, x) -> [..., num_classes]`: one example's logits; leading axes are independent labels."""

@@ -61,6 +61,9 @@ def empirical_fisher_diagonal(
       For true labels these do not cancel: if the labels of an example pull in one direction, the importance is larger
       by up to the number of labels.
 
+    Any array is taken for losses, so do not return logits by mistake. It is noticed only where an example has inputs,
+    one label, which is an integer, and no array of as many entries.
+
     The array takes a backward pass for each label, at most 4,096. With `num_samples`, each pass takes the sum of all
     losses with random signs: the products then have mean 0, so the estimate is unbiased, with a relative standard error
     of at most sqrt(2 / num_samples) for one example, and less by a root of the number of examples for their mean.
@@ -86,7 +89,7 @@ def empirical_fisher_diagonal(
       TypeError: if a leaf of `params` is not floating-point.
       ValueError: if there are no examples, if leaves differ in their number, if weights are negative, all 0 or outside
         the range of float32, if only one of `num_samples` and `key` is given, if there are too many labels for a pass
-        each, or if `method` is unknown.
+        each, if there are several losses for one label, or if `method` is unknown.
 
     Example:
       >>> losses_fn = lambda params, example: 0.5 * (params * example["x"] - example["y"]) ** 2
@@ -104,9 +107,8 @@ def empirical_fisher_diagonal(
     check_arguments(params, "examples", examples, weights, microbatch_size, into)
     _checks.check_labels(loss_fn, "examples", params, examples)
     sum_fn = _sum_fn(method, "sum_of_squares")
-    return mean_over_examples(
-        as_tree(loss_fn), cotangents_fn, params, examples, key, weights, sum_fn, microbatch_size, into
-    )
+    losses_fn = Partial(losses_of_labels, as_tree(loss_fn))
+    return mean_over_examples(losses_fn, cotangents_fn, params, examples, key, weights, sum_fn, microbatch_size, into)
 
 
 def fisher_diagonal(
@@ -343,6 +345,20 @@ def mean_over_examples(
 def _of_one_example(output_fn: Callable, params: Params, example: Example) -> Any:
     with _checks.for_one_example("the function", example):
         return output_fn(params, example)
+
+
+def losses_of_labels(loss_fn: Callable, params: Params, example: Example) -> Any:
+    """Computes the losses of an example's labels, and refuses what are logits, as far as shapes can tell."""
+    losses, leaves = loss_fn(params, example), jax.tree.leaves(example)
+    sizes = {jnp.size(leaf) for leaf in leaves}
+    classes = [leaf for leaf in leaves if jnp.issubdtype(jnp.result_type(leaf), jnp.integer)]
+    of_one_label = bool(classes) and all(jnp.size(leaf) == 1 for leaf in classes) and max(sizes) > 1
+    if of_one_label and isinstance(losses, jax.Array) and losses.size not in sizes | {1}:
+        raise ValueError(
+            f"loss_fn must return a scalar for an example of one label, not {losses.dtype}{list(losses.shape)}: are "
+            f"these logits? If they are losses of several labels, let the example have an array of as many labels."
+        )
+    return losses
 
 
 def as_tree(function: Callable) -> Partial:

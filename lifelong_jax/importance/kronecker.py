@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import Partial
 
 from lifelong_jax import _checks, forms
 from lifelong_jax._numerics import refuse_to_differentiate
@@ -16,6 +17,7 @@ from lifelong_jax.importance.estimators import (
     check_arguments,
     fisher_cotangents,
     loss_cotangents,
+    losses_of_labels,
     mean_over_examples,
 )
 from lifelong_jax.importance.factor_sums import FactorSums, WeightSharing
@@ -156,7 +158,7 @@ def empirical_kronecker_fisher(
     check_arguments(params, "examples", examples, weights, microbatch_size, into)
     _checks.check_labels(loss_fn, "examples", params, examples)
     means = mean_over_examples(
-        as_tree(loss_fn),
+        Partial(losses_of_labels, as_tree(loss_fn)),
         cotangents_fn,
         params,
         examples,

@@ -267,6 +267,18 @@ def test_more_labels_than_passes_are_refused_with_what_to_pass_instead():
     jax.eval_shape(signs, jnp.ones(()), examples)
 
 
+@pytest.mark.parametrize("estimator", [empirical_fisher_diagonal, empirical_kronecker_fisher])
+@pytest.mark.parametrize("sampling", [{}, {"num_samples": 1, "key": jax.random.key(0)}])
+def test_logits_in_the_place_of_a_loss_are_refused_where_an_example_has_one_label(estimator, sampling):
+    compute = functools.partial(estimator, lambda params, example: linear(params, example[0]), make_linear())
+    inputs, labels = make_data()
+    with pytest.raises(ValueError, match=r"must return a scalar .* not float32\[4\]: are these logits\?"):
+        compute((inputs, labels), **sampling)
+    index_of_label = np.arange(NUM_CLASSES, dtype=np.int32) + 0 * labels[:, None]
+    for examples in ((inputs, index_of_label), (inputs, np.ones((len(labels), NUM_CLASSES), np.float32)), (inputs,)):
+        jax.eval_shape(lambda examples: compute(examples, **sampling), examples)  # as far as is known, losses
+
+
 # A class of many is drawn in two steps: a block of classes, then one of the block.
 
 
