@@ -79,7 +79,8 @@ def importance_from_adam(
         if isinstance(moment, optax.MaskedNode):
             return None
         moment = widen(moment)
-        return moment * factor.astype(moment.dtype)
+        of_runs = jnp.expand_dims(factor, range(factor.ndim, moment.ndim))  # a state may be that of stacked runs
+        return moment * of_runs.astype(moment.dtype)
 
     return jax.tree.map(of_leaf, nu, is_leaf=lambda node: isinstance(node, optax.MaskedNode))
 

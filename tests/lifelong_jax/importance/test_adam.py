@@ -91,6 +91,14 @@ def test_the_batch_size_and_the_decay_may_be_traced():
     chex.assert_trees_all_close(actual, expected, rtol=1e-5)
 
 
+def test_the_stacked_states_of_runs_give_the_stacked_importances():
+    # As many runs as a leaf has entries, after different numbers of steps.
+    states = [after(ADAM, grads) for grads in (GRADS, GRADS[:1])]
+    each = [importance_from_adam(state, batch_size=8, b2=0.9) for state in states]
+    stack = lambda trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)  # noqa: E731
+    chex.assert_trees_all_close(importance_from_adam(stack(states), batch_size=8, b2=0.9), stack(each), rtol=1e-6)
+
+
 def logistic_loss(params, example):
     x, y = example
     return optax.losses.sigmoid_binary_cross_entropy(x @ params, y)
