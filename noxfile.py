@@ -6,7 +6,7 @@ They compile as users do, which takes twice as long: see `tests/conftest.py`.
 import nox
 
 nox.options.default_venv_backend = "venv"
-AS_USERS_DO = {"XLA_FLAGS": "--xla_cpu_use_fusion_emitters=true"}
+AS_USERS_DO = {"XLA_FLAGS": "--xla_cpu_use_fusion_emitters=true", "JAX_DISABLE_MOST_OPTIMIZATIONS": "false"}
 
 
 @nox.session(python="3.11")

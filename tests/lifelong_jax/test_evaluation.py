@@ -78,6 +78,7 @@ def test_inactive_outputs_do_not_count_whatever_they_are():
     assert evaluate(lambda params, x: x, jnp.array(0.0), [task], "task") == [0.75]  # the last has an active NaN
 
 
+@pytest.mark.usefixtures("optimized")
 def test_large_activations_are_evaluated_a_few_at_a_time():
     def network(params, x):
         return (jnp.tanh(jnp.outer(x, x) * params) @ x)[:2]

@@ -241,6 +241,7 @@ def test_squares_for_a_bias_are_those_for_its_kernel(reduction: str) -> None:
     assert num_carried == 4  # for each layer, squares and their scales
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("num_rows", [1, 7, 1000])
 def test_many_tokens_are_not_compared_each_with_each(num_rows: int) -> None:
     num_tokens = 2 * structured._MAX_COMPARED + 1
