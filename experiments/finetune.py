@@ -70,7 +70,7 @@ class Config(RunSettings):
     """A GPT-2 checkpoint, model.safetensors, as Hugging Face stores it. By default, a small network is pretrained."""
 
     tokenizer: str | None = None
-    """The checkpoint's tokenizer.json. By default, tokens are bytes."""
+    """The checkpoint's tokenizer.json. Without a checkpoint, tokens are bytes."""
 
     length: int = 64
     """Tokens of an example."""
@@ -132,6 +132,8 @@ class Config(RunSettings):
             raise ValueError(f"width must be a multiple of {HEAD_WIDTH}, the width of a head, not {self.width}.")
         if self.tokenizer is not None and self.model is None:
             raise ValueError("tokenizer: the network that is pretrained here reads bytes: leave out --tokenizer.")
+        if self.model is not None and self.tokenizer is None:
+            raise ValueError("model: pass the checkpoint's tokenizer.json too, as --tokenizer.")
 
 
 HEAD_WIDTH = 16
@@ -231,7 +233,7 @@ def load_network(config: Config) -> Network:
         init_fn, apply_fn = transformer_functions(sizes)
         return Network(apply_fn, init_fn, None, BYTES)
     sizes, params = load_gpt2(config.model)
-    tokenizer = BYTES if config.tokenizer is None else read_tokenizer(config.tokenizer)
+    tokenizer = read_tokenizer(config.tokenizer)
     if tokenizer.vocab_size > sizes.vocab_size:
         raise ValueError(f"tokenizer has {tokenizer.vocab_size} tokens, but the model {sizes.vocab_size}.")
     if config.length > sizes.max_length:

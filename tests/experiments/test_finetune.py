@@ -125,6 +125,7 @@ def test_bad_settings_and_texts_are_refused(tmp_path, texts, capsys):
     assert "text_a has" in refused(*SMALL, *texts, "--num-test", "30")
     assert "no text file or folder" in refused(*SMALL, "--text-a", str(tmp_path / "none.txt"))
     assert "must be a multiple of 16" in " ".join(refused(*SMALL, "--width", "20").split())
+    assert "as --tokenizer" in " ".join(refused(*SMALL, "--model", "model.safetensors").split())
     assert "leave out --tokenizer" in " ".join(refused(*SMALL, "--tokenizer", "tokenizer.json").split())
 
 
