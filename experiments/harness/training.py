@@ -12,7 +12,6 @@ from experiments.harness.checkpoints import restore_checkpoint, save_checkpoint
 from experiments.harness.runs import Run
 from lifelong_jax import Consolidation, init_training
 from lifelong_jax.datasets.sources import Source
-from lifelong_jax.streaming import StreamState, learn_stream
 from lifelong_jax.training import TrainingState
 from lifelong_jax.types import LossFn, ModelState, Params, TrainLossFn
 
@@ -68,15 +67,17 @@ def learn_resumably(
     Raises:
       KeyboardInterrupt: after a checkpoint, if the run is asked to stop.
     """
+    from lifelong_jax import streaming  # here, as it is slow to import
+
     num_batches = -(-len(source) // min(batch_size, len(source)))
     training = init_training(optimizer, params, key, model_state)
-    start = StreamState(training, 0, 0, np.zeros((num_epochs, num_batches)), np.zeros(num_epochs, np.int32))
+    start = streaming.StreamState(training, 0, 0, np.zeros((num_epochs, num_batches)), np.zeros(num_epochs, np.int32))
     folder = run.folder / "checkpoints" / name
     _, start = restore_checkpoint(folder, like=start) or (0, start)
     times = [time.perf_counter()]
     saved_at = times[0]
 
-    def after_step(state: StreamState) -> None:
+    def after_step(state: streaming.StreamState) -> None:
         nonlocal saved_at
         times.append(time.perf_counter())
         if run.stopping.is_set() or times[-1] - saved_at > SECONDS_BETWEEN_CHECKPOINTS:
@@ -86,6 +87,8 @@ def learn_resumably(
             raise KeyboardInterrupt
 
     settings: dict[str, Any] = {"num_epochs": num_epochs, "batch_size": batch_size, "interval": 1}
-    state, info = learn_stream(loss_fn, optimizer, start, consolidation, source, callback=after_step, **settings)
+    state, info = streaming.learn_stream(
+        loss_fn, optimizer, start, consolidation, source, callback=after_step, **settings
+    )
     shutil.rmtree(folder, ignore_errors=True)
     return Learned(state, np.asarray(info.loss).ravel(), float(np.median(np.diff(times))))

@@ -11,11 +11,11 @@ import pytest
 import tokenizers
 
 from experiments import finetune
-from experiments.harness import training
 from experiments.harness.fronts import FINETUNE, FROZEN, JOINT, Trial, best_of, draw_fronts, fronts_of, rise_at_half
 from experiments.harness.runs import read_rows
 from experiments.harness.settings import parse_settings
 from experiments.harness.texts import open_texts, read_tokenizer
+from lifelong_jax import streaming
 from lifelong_jax.models import transformer_functions
 from lifelong_jax.models.gpt2 import load_gpt2
 from tests.experiments.files import read_table
@@ -75,7 +75,7 @@ def test_a_run_takes_another_seed_and_computes_nothing_again(tmp_path, texts, mo
 def test_a_training_that_is_stopped_goes_on_to_the_bit(tmp_path, texts, monkeypatch):
     arguments = [*SMALL, *texts, "--methods", "ewc", "--strengths.ewc", "1"]
     whole = call(tmp_path / "whole", *arguments)
-    learn = training.learn_stream
+    learn = streaming.learn_stream
 
     def stop_after_two_steps(*arguments, callback, **options):
         def stopping(state):
@@ -85,10 +85,10 @@ def test_a_training_that_is_stopped_goes_on_to_the_bit(tmp_path, texts, monkeypa
 
         return learn(*arguments, callback=stopping, **options)
 
-    monkeypatch.setattr(training, "learn_stream", stop_after_two_steps)
+    monkeypatch.setattr(streaming, "learn_stream", stop_after_two_steps)
     with pytest.raises(SystemExit):
         call(tmp_path / "parts", *arguments)
-    monkeypatch.setattr(training, "learn_stream", learn)
+    monkeypatch.setattr(streaming, "learn_stream", learn)
     folder = max((tmp_path / "parts" / "finetune").iterdir())
     assert any((folder / "checkpoints").iterdir())
     assert call(tmp_path / "parts", "--resume", str(folder)) == folder
