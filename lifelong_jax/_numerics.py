@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from lifelong_jax.platforms import is_for_cpu
 from lifelong_jax.types import Batch, Params
 
 
@@ -126,7 +127,7 @@ def update_after_reads(updates: Params, grads: Params) -> Params:
     help, because XLA drops it too early.
     """
     vectors = [leaf for leaf in jax.tree.leaves(grads) if leaf.ndim == 1 and leaf.size and not is_sharded(leaf)]
-    if jax.default_backend() != "cpu" or not vectors:
+    if not is_for_cpu() or not vectors:
         return updates
     never = functools.reduce(jnp.logical_or, [_never(leaf[0]) for leaf in vectors])
     return jax.tree.map(lambda leaf: leaf + never.astype(leaf.dtype), updates)
@@ -149,7 +150,7 @@ def wait_for(tree: Params, results: Params) -> tuple[Params, Params]:
     Without this, XLA computes the changes of several weights at once, and holds all of them: for the penalty on 8
     equal layers with LoRA, 8 times the memory of a layer. On a CPU, XLA drops an optimization barrier too early.
     """
-    if jax.default_backend() != "cpu":
+    if not is_for_cpu():
         return jax.lax.optimization_barrier((tree, results))
     known = [leaf for leaf in jax.tree.leaves(results) if leaf.size and not is_sharded(leaf)]
     never = functools.reduce(jnp.logical_or, [_never(jnp.ravel(leaf)[0]) for leaf in known], jnp.array(False))

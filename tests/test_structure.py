@@ -6,12 +6,12 @@ import pathlib
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-MAX_LINES_OF_A_FUNCTION, MAX_LINES_OF_A_FILE, MAX_LINES_OF_THE_LIBRARY = 60, 450, 10_600
+MAX_LINES_OF_A_FUNCTION, MAX_LINES_OF_A_FILE, MAX_LINES_OF_THE_LIBRARY = 60, 450, 11_000
 WITH_EXTRAS = {"datasets", "streaming", "models", "checkpoint", "plotting", "geometry", "_extras"}
 FORBIDDEN = {"experiments", "rich", "tyro", "fcntl", "SystemExit"}
 
 # What each module, or package, of the library may import of the library; those that are not named may import all.
-BASE = {"types", "_layouts", "forms", "compression", "_jaxprs", "_checks", "_numerics"}
+BASE = {"types", "platforms", "_layouts", "forms", "compression", "_jaxprs", "_checks", "_numerics"}
 LOOP = BASE | {
     "consolidation",
     "training",
@@ -37,7 +37,8 @@ MAY_IMPORT = {
     "_blocks": {"forms", "_layouts"},
     "_paths": {"forms"},
     "_checks": {"types", "forms", "compression"},
-    "_numerics": {"types"},
+    "_numerics": {"types", "platforms"},
+    "platforms": set(),
     "importance": BASE | {"_tables"},
     "consolidation": BASE,
     "merging": BASE,

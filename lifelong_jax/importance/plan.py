@@ -19,6 +19,7 @@ from lifelong_jax.importance import tapping
 from lifelong_jax.importance.cotangents import squared_l2
 from lifelong_jax.importance.factors import Lookup, Product, find_factors
 from lifelong_jax.importance.microbatches import CotangentsFn
+from lifelong_jax.platforms import is_for_cpu
 from lifelong_jax.types import Example, Params
 
 
@@ -206,11 +207,11 @@ def _describe(example: Any, outputs: tuple[int, ...]) -> str:
 def default_microbatch_size(
     output_fn: Callable[[Params, Example], jax.Array], cotangents_fn: CotangentsFn, params: Params, example: Example
 ) -> int:
-    """Chooses how many examples to compute together, from the backend and the shapes.
+    """Chooses how many examples to compute together, from the platform and the shapes.
 
     On a CPU, products get 512 rows, which was fastest or close to it for convolutions and transformers
     (`python -m benchmarks.importance`), or 1,024 rows if no weight is used at several positions, as in a dense network
-    on vectors. On other backends, the choice is a rule of thumb. There are fewer examples if their arrays would need
+    on vectors. On other platforms, the choice is a rule of thumb. There are fewer examples if their arrays would need
     too much memory: their gradients, their activations, and what their cotangents are made from.
     """
     plan = make_plan(output_fn, params, example)
@@ -226,7 +227,7 @@ def default_microbatch_size(
     num_inputs = len(plan.jaxpr.jaxpr.invars) - len(leaves)
     floats = activation_floats(plan.jaxpr.jaxpr, [True] * len(leaves) + [False] * num_inputs)
     other_floats = max(1, cotangent_floats + floats)
-    if jax.default_backend() != "cpu":
+    if not is_for_cpu():
         return max(1, min(1024, 2**16 // positions, 2**28 // max(gradient_floats, other_floats)))
     # Matrices that are differentiated per example need batched products, which are slow on a CPU.
     matrix_floats = sum(

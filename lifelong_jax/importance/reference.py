@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from lifelong_jax._numerics import safe_sqrt, unbatched, wide_dtype, widen, widened_zeros
 from lifelong_jax.importance.microbatches import CotangentsFn, Reduction, sum_microbatches
+from lifelong_jax.platforms import is_for_cpu
 from lifelong_jax.types import Example, Examples, Params
 
 
@@ -41,7 +42,7 @@ def sum_over_examples(
       reduction: "sum_of_squares" or "norm".
       weights: `[num_examples]`, or None for ones.
       microbatch_size: the largest number of examples that are differentiated together; None chooses one from the
-        backend and the shapes. The result does not depend on it; peak memory is proportional to it.
+        platform and the shapes. The result does not depend on it; peak memory is proportional to it.
       start: what the sum starts from, a tree like the result; None for zeros.
 
     Returns:
@@ -71,13 +72,13 @@ def sum_over_examples(
 
 
 def default_microbatch_size(params: Params) -> int:
-    """Chooses how many examples to differentiate together, from the backend and the size of the parameters.
+    """Chooses how many examples to differentiate together, from the platform and the size of the parameters.
 
     On a CPU, the choice is 1: the gradient of a single example stays in the cache, and XLA's products with a batch axis
-    do not use the matrix kernels (`python -m benchmarks.importance` measures both). On other backends, the gradients
+    do not use the matrix kernels (`python -m benchmarks.importance` measures both). On other platforms, the gradients
     fill at most one GiB, and there are at most 256 examples: a rule of thumb.
     """
-    if jax.default_backend() == "cpu":
+    if is_for_cpu():
         return 1
     bytes_per_example = sum(leaf.size * wide_dtype(leaf).itemsize for leaf in jax.tree.leaves(params))
     return max(1, min(256, 2**30 // max(1, bytes_per_example)))

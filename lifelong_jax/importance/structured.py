@@ -37,6 +37,7 @@ from lifelong_jax.importance.linearization import (
 )
 from lifelong_jax.importance.microbatches import CotangentsFn, Reduction, sum_microbatches
 from lifelong_jax.importance.plan import Tap, default_microbatch_size, make_plan, takes_gradient_of_one
+from lifelong_jax.platforms import is_for_cpu
 from lifelong_jax.types import Example, Examples, Params
 
 
@@ -215,7 +216,7 @@ def _tap_summand(
             preferred_element_type=widen(cotangents).dtype,
         )
 
-    if jax.default_backend() != "cpu" or powers.root is not None:
+    if not is_for_cpu() or powers.root is not None:
         return _sum_examples_early(powers.summand(gradients(operand, cotangents)), weights, powers)
 
     def add_example(total: jax.Array, one: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, None]:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from lifelong_jax._batch_axis import BATCH_AXIS
 from lifelong_jax._extras import needs_extra
 from lifelong_jax.importance.layers import layer_output
+from lifelong_jax.platforms import is_for_cpu
 
 with needs_extra("models"):
     import flax.linen as nn
@@ -111,7 +112,7 @@ class Conv(nn.Module):
 
 
 def convolve(image: jax.Array, kernel: jax.Array, stride: int = 1, padding: int = 0) -> jax.Array:
-    """Convolves one image with a kernel, by the implementation that trains fastest on the current backend.
+    """Convolves one image with a kernel, by the implementation that trains fastest on the platform.
 
         out[i, j] = Σ_row,column image[stride · i + row − padding, stride · j + column − padding] @ kernel[row, column]
 
@@ -133,7 +134,7 @@ def convolve(image: jax.Array, kernel: jax.Array, stride: int = 1, padding: int 
              [6., 9., 6.],
              [4., 6., 4.]], dtype=float32)
     """
-    implementation = convolve_by_patches if jax.default_backend() == "cpu" else convolve_by_xla
+    implementation = convolve_by_patches if is_for_cpu() else convolve_by_xla
     return implementation(image, kernel, stride, padding)
 
 
