@@ -30,6 +30,7 @@ def lowering_for(platform: Platform) -> contextlib.AbstractContextManager[None]:
       ValueError: if `platform` is none of the above.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> from lifelong_jax import fisher_diagonal
       >>> importance_fn = jax.jit(lambda params, inputs: fisher_diagonal(lambda w, x: w * x, params, inputs))
       >>> with lowering_for("tpu"):
