@@ -49,3 +49,12 @@ def leading_axes(spec: PartitionSpec) -> tuple[str, ...]:
     if first is None or first is PartitionSpec.UNCONSTRAINED:
         return ()
     return first if isinstance(first, tuple) else (first,)
+
+
+def axes_of(spec: PartitionSpec) -> tuple[str, ...]:
+    """Returns the names of all axes of a mesh that an array is sharded over."""
+    names: list[str] = []
+    for entry in spec:
+        if entry is not None and entry is not PartitionSpec.UNCONSTRAINED:
+            names += entry if isinstance(entry, tuple) else (entry,)
+    return tuple(names)

@@ -11,7 +11,7 @@ WITH_EXTRAS = {"datasets", "streaming", "models", "checkpoint", "plotting", "geo
 FORBIDDEN = {"experiments", "rich", "tyro", "fcntl", "SystemExit"}
 
 # What each module, or package, of the library may import of the library; those that are not named may import all.
-BASE = {"types", "platforms", "_layouts", "forms", "compression", "_jaxprs", "_checks", "_numerics"}
+BASE = {"types", "platforms", "_meshes", "_layouts", "forms", "compression", "_jaxprs", "_checks", "_numerics"}
 LOOP = BASE | {
     "consolidation",
     "training",
@@ -39,6 +39,7 @@ MAY_IMPORT = {
     "_checks": {"types", "forms", "compression"},
     "_numerics": {"types", "platforms"},
     "platforms": set(),
+    "_meshes": set(),
     "importance": BASE | {"_tables"},
     "consolidation": BASE,
     "merging": BASE,

@@ -24,7 +24,7 @@ from lifelong_jax.importance import cotangents, reference, structured
 from lifelong_jax.importance.accumulation import Accumulation, add_batch, divide
 from lifelong_jax.importance.cotangents import Cotangents
 from lifelong_jax.importance.layers import layer_outputs
-from lifelong_jax.importance.meshes import sum_over_mesh
+from lifelong_jax.importance.meshes import Layout, find_layout, sum_over_mesh
 from lifelong_jax.importance.microbatches import Reduction
 from lifelong_jax.types import Example, Examples, LogitsFn, LossFn, OutputFn, Params
 
@@ -304,10 +304,9 @@ _NO_LOCAL_DERIVATIVE = (
 )
 
 
-@functools.partial(jax.jit, static_argnums=(1, 6, 7), donate_argnames=("into",))
 def mean_over_examples(
     output_fn: Partial,
-    cotangents_fn: Callable[[jax.Array, jax.Array | None], Cotangents],
+    cotangents_fn: Callable[..., Cotangents],
     params: Params,
     examples: Examples,
     key: jax.Array | None,
@@ -317,7 +316,24 @@ def mean_over_examples(
     into: Accumulation | None = None,
 ) -> Any:
     """Computes the weighted mean of what `sum_over_examples` sums, or adds to the one in `into`."""
+    layout = find_layout(params, (examples, weights), (output_fn, key, into))
+    arguments = (output_fn, cotangents_fn, params, examples, key, weights, sum_over_examples, microbatch_size, into)
+    return _mean_over_examples(*arguments, layout)
 
+
+@functools.partial(jax.jit, static_argnums=(1, 6, 7, 9), donate_argnames=("into",))
+def _mean_over_examples(
+    output_fn: Partial,
+    cotangents_fn: Callable[..., Cotangents],
+    params: Params,
+    examples: Examples,
+    key: jax.Array | None,
+    weights: jax.Array | None,
+    sum_over_examples: Callable[..., Any],
+    microbatch_size: int | None,
+    into: Accumulation | None,
+    layout: Layout | None,
+) -> Any:
     def keyed_cotangents(key: jax.Array | None, first: ArrayLike, outputs: jax.Array, index: jax.Array) -> Cotangents:
         if not isinstance(outputs, jax.Array) or not jnp.issubdtype(outputs.dtype, jnp.floating) or outputs.size == 0:
             returned = jax.tree.map(lambda leaf: f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}", outputs)
@@ -334,7 +350,7 @@ def mean_over_examples(
 
     def sum_from(first: ArrayLike, weights: jax.Array | None, start: Any) -> Any:
         cotangents_fn = Partial(keyed_cotangents, key, first)
-        return sum_over_mesh(sum_fn, output_fn, cotangents_fn, params, examples, weights, start)
+        return sum_over_mesh(sum_fn, layout, output_fn, cotangents_fn, params, examples, weights, start)
 
     if into is not None:
         return add_batch(into, functools.partial(sum_from, into.num_examples), num_examples, weights)

@@ -39,7 +39,7 @@ from lifelong_jax.importance.linearization import (
     sum_cotangents,
     tokens_of,
 )
-from lifelong_jax.importance.microbatches import CotangentsFn, sum_microbatches
+from lifelong_jax.importance.microbatches import ON_ONE_DEVICE, CotangentsFn, Spread, sum_microbatches
 from lifelong_jax.importance.plan import Plan, Tap, default_microbatch_size, make_plan
 from lifelong_jax.types import Example, Examples, Params
 
@@ -72,6 +72,7 @@ def sum_over_examples(
     weights: jax.Array | None = None,
     microbatch_size: int | None = None,
     start: Params | None = None,
+    spread: Spread = ON_ONE_DEVICE,
 ) -> Params:
     """Sums the factors of each leaf over examples; the other arguments are those of `reference.sum_over_examples`.
 
@@ -98,6 +99,7 @@ def sum_over_examples(
         weights,
         microbatch_size,
         start,
+        spread,
     )
 
 

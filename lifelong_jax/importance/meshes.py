@@ -1,21 +1,82 @@
-"""Sums over examples where the types of arrays say how they are sharded: over the explicit axes of a mesh."""
+"""Sums over examples on a mesh: each device its own examples, and the result sharded as the parameters are.
 
+An array says how it is sharded: outside of jit by itself, inside of it by its type, as far as axes are explicit. The
+program depends on it:
+
+- Examples that are sharded over axes which no parameter is sharded over: each shard sums its own (`jax.shard_map`), and
+  one `psum` adds the shards at the end.
+- Parameters that are sharded over the examples' axes too (FSDP): each microbatch has examples of all shards, and the
+  compiler gathers each layer's weights where they are used, and scatters each layer's sum.
+- Other axes (tensor-parallel parameters) are left to the compiler.
+- Inside of a user's jit, on automatic axes, only the number of devices is known: microbatches then have examples of all
+  of as many equal parts, which the compiler can leave where they are.
+"""
+
+import functools
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 from jax.tree_util import Partial
 
-from lifelong_jax._numerics import is_sharded
+from lifelong_jax._meshes import AnyMesh, axes_of, find_placement, sharding_of
 from lifelong_jax.importance.cotangents import Cotangents
-from lifelong_jax.importance.microbatches import CotangentsFn
+from lifelong_jax.importance.microbatches import CotangentsFn, Spread
 from lifelong_jax.types import Examples, Params
+
+
+class Layout(NamedTuple):
+    """Where parameters and examples are; hashable, for jit.
+
+    Attributes:
+      mesh: the mesh.
+      axes: the names of the axes over which the examples are sharded along their leading axis.
+      specs: how each leaf of the parameters is sharded; None where that is not known.
+      num_parts: into how many parts the compiler may split a microbatch if the examples say nothing.
+    """
+
+    mesh: AnyMesh
+    axes: tuple[str, ...]
+    specs: tuple[PartitionSpec | None, ...]
+    num_parts: int
+
+
+def find_layout(params: Params, examples: tuple[Examples, jax.Array | None], others: Any) -> Layout | None:
+    """Finds where arrays are; None if all are on one device, or say nothing.
+
+    Args:
+      params: the parameters.
+      examples: the examples, and their weights.
+      others: the other arrays of the program.
+
+    Returns:
+      The layout of the first mesh that is found.
+    """
+    placement = find_placement(examples) or find_placement((params, others))
+    if placement is None:
+        return None
+    axes = placement.axes if find_placement(examples) else ()
+    num_parts = 1
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(examples)):
+        types = zip(placement.mesh.axis_sizes, placement.mesh.axis_types, strict=True)
+        num_parts = math.prod(size for size, kind in types if kind == AxisType.Auto)
+    return Layout(placement.mesh, axes, tuple(map(_spec_of, jax.tree.leaves(params))), num_parts)
+
+
+def _spec_of(leaf: Any) -> PartitionSpec | None:
+    sharding = sharding_of(leaf)
+    if sharding is None:
+        return None
+    is_unknown = isinstance(leaf, jax.core.Tracer) and AxisType.Explicit not in sharding.mesh.axis_types
+    return None if is_unknown else sharding.spec
 
 
 def sum_over_mesh(
     sum_over_examples: Callable[..., Any],
+    layout: Layout | None,
     output_fn: Partial,
     cotangents_fn: Partial,
     params: Params,
@@ -23,13 +84,11 @@ def sum_over_mesh(
     weights: jax.Array | None,
     start: Any,
 ) -> Any:
-    """Sums over examples, wherever the types of arrays say that they are (`jax.make_mesh` makes such meshes).
-
-    If the examples are sharded over their leading axis, each shard sums its own, with parameters that are whole over
-    those axes of the mesh, and one `psum` adds the shards. All else is left to the compiler, as in an automatic mesh.
+    """Sums over examples, wherever they are.
 
     Args:
-      sum_over_examples: `(output_fn, cotangents_fn, params, examples, weights=weights, start=start) -> tree`.
+      sum_over_examples: `(output_fn, cotangents_fn, params, examples, weights=, start=, spread=) -> tree`.
+      layout: where parameters and examples are.
       output_fn: a function of one example. It must not close over arrays of the mesh: a `jax.tree_util.Partial` has
         them as arguments.
       cotangents_fn: the same for the cotangents.
@@ -39,54 +98,66 @@ def sum_over_mesh(
       start: what the sum starts from, or None for zeros.
 
     Returns:
-      The sum. An array in the place of a leaf of `params` is sharded as the leaf is; other arrays are replicated.
+      The sum. An array in the place of a leaf of `params` is sharded as the leaf is.
     """
     arguments = (output_fn, cotangents_fn, params, examples, weights, start)
-    meshes = [jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(arguments) if is_sharded(leaf)]
-    if not meshes:
+    if layout is None:
         return sum_over_examples(*arguments[:-2], weights=weights, start=start)
-    axes = _axes_of_examples((examples, weights))
-
-    def sum_shard(*arguments: Any) -> Any:
-        output_fn, cotangents_fn, params, examples, weights, start = arguments
-        shard = jax.lax.axis_index(axes)
-        numbered = Partial(_numbered_from, cotangents_fn, shard * jax.tree.leaves(examples)[0].shape[0])
-        start = jax.tree.map(lambda leaf: jnp.where(shard == 0, leaf, 0), start)  # it is added once
-        total = sum_over_examples(output_fn, numbered, params, examples, weights=weights, start=start)
-        return jax.lax.psum(total, axes)
-
-    def sum_shards(*arguments: Any) -> Any:
-        if not axes:
-            return sum_over_examples(*arguments[:-2], weights=arguments[-2], start=arguments[-1])
-        replicated, by_shard = PartitionSpec(), PartitionSpec(axes)
-        return jax.shard_map(
-            sum_shard,
-            in_specs=(replicated, replicated, replicated, by_shard, by_shard, replicated),
-            out_specs=replicated,
-            axis_names=set(axes),
-            check_vma=False,  # each shard differentiates with respect to its own copy of the parameters
-        )(*arguments)
-
-    with jax.sharding.use_abstract_mesh(meshes[0]):
+    sum_shards = functools.partial(_sum_shards, sum_over_examples, layout)
+    mesh = layout.mesh if isinstance(layout.mesh, jax.sharding.AbstractMesh) else layout.mesh.abstract_mesh
+    with jax.sharding.use_abstract_mesh(mesh):
+        if AxisType.Explicit not in mesh.axis_types:
+            return sum_shards(*arguments)
         total = jax.eval_shape(jax.sharding.auto_axes(sum_shards, out_sharding=PartitionSpec()), *arguments)
-        specs = jax.tree.map(_spec, params, total)
+        specs = jax.tree.map(_out_spec, params, total)
         return jax.sharding.auto_axes(sum_shards, out_sharding=specs)(*arguments)
 
 
-def _axes_of_examples(examples: tuple[Examples, jax.Array | None]) -> tuple[str, ...]:
-    """Returns the axes of the mesh over which the examples or the weights are sharded along their leading axis."""
-    for leaf in jax.tree.leaves(examples):
-        spec = jax.typeof(leaf).sharding.spec
-        if spec and spec[0] is not None:
-            return spec[0] if isinstance(spec[0], tuple) else (spec[0],)
-    return ()
+def _out_spec(leaf: jax.Array, total: Any) -> Any:
+    if isinstance(total, jax.ShapeDtypeStruct):
+        return jax.typeof(leaf).sharding.spec
+    return jax.tree.map(lambda _: PartitionSpec(), total)
+
+
+def _sum_shards(sum_over_examples: Callable[..., Any], layout: Layout, *arguments: Any) -> Any:
+    of_params = {name for spec in layout.specs if spec is not None for name in axes_of(spec)}
+    by_hand = tuple(name for name in layout.axes if name not in of_params)
+    by_compiler = tuple(name for name in layout.axes if name in of_params)
+    num_shards = math.prod(layout.mesh.shape[name] for name in by_compiler)
+    spread = Spread(num_shards if layout.axes else layout.num_parts, by_compiler, layout.specs)
+    if not by_hand:
+        return _sum(sum_over_examples, spread, *arguments)
+
+    def sum_shard(*arguments: Any) -> Any:
+        output_fn, cotangents_fn, params, examples, weights, start = arguments
+        shard = jax.lax.axis_index(by_hand)
+        numbered = Partial(_numbered_from, cotangents_fn, shard * jax.tree.leaves(examples)[0].shape[0])
+        start = jax.tree.map(lambda leaf: jnp.where(shard == 0, leaf, 0), start)  # it is added once
+        total = _sum(sum_over_examples, spread, output_fn, numbered, params, examples, weights, start)
+        return jax.lax.psum(total, by_hand)
+
+    replicated, by_shard = PartitionSpec(), PartitionSpec(by_hand)
+    return jax.shard_map(
+        sum_shard,
+        in_specs=(replicated, replicated, replicated, by_shard, by_shard, replicated),
+        out_specs=replicated,
+        axis_names=set(by_hand),
+        check_vma=False,  # each shard differentiates with respect to its own copy of the parameters
+    )(*arguments)
+
+
+def _sum(
+    sum_over_examples: Callable[..., Any],
+    spread: Spread,
+    output_fn: Partial,
+    cotangents_fn: Partial,
+    params: Params,
+    examples: Examples,
+    weights: jax.Array | None,
+    start: Any,
+) -> Any:
+    return sum_over_examples(output_fn, cotangents_fn, params, examples, weights=weights, start=start, spread=spread)
 
 
 def _numbered_from(cotangents_fn: CotangentsFn, first: jax.Array, outputs: jax.Array, index: jax.Array) -> Cotangents:
     return cotangents_fn(outputs, first + index)
-
-
-def _spec(leaf: jax.Array, total: Any) -> Any:
-    if isinstance(total, jax.ShapeDtypeStruct):
-        return jax.typeof(leaf).sharding.spec
-    return jax.tree.map(lambda _: PartitionSpec(), total)

@@ -11,11 +11,13 @@ sum over examples in two ways. Both square each example's own gradient before th
 minibatch's gradient is another quantity.
 """
 
+import functools
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from lifelong_jax import _checks
 from lifelong_jax._numerics import equal_size
@@ -28,6 +30,41 @@ CotangentsFn: TypeAlias = Callable[[jax.Array, jax.Array], Cotangents]
 """`cotangents_fn(outputs, index)` returns an example's cotangents; `index` numbers the example, for random keys."""
 
 
+class Spread(NamedTuple):
+    """How the compiler spreads the examples of a microbatch, and sums, over the devices of a mesh.
+
+    Attributes:
+      num_shards: the number of equal parts, one after the other, that a microbatch takes as many examples from.
+      axes: the names of the mesh's axes over which these parts are sharded; none if that is not known.
+      specs: how the sum in each leaf's place is sharded, in the order of the leaves; None for the compiler's choice.
+    """
+
+    num_shards: int = 1
+    axes: tuple[str, ...] = ()
+    specs: tuple[PartitionSpec | None, ...] = ()
+
+    def place_sum(self, params: Params, total: Any) -> Any:
+        """Shards sums as the parameters are, where they have a parameter's shape."""
+        if not self.specs:
+            return total
+
+        def place(_: jax.Array, node: Any, spec: PartitionSpec | None) -> Any:
+            is_known = spec is not None and isinstance(node, jax.Array)
+            return jax.lax.with_sharding_constraint(node, spec) if is_known else node
+
+        return jax.tree.map(place, params, total, jax.tree.unflatten(jax.tree.structure(params), self.specs))
+
+    def place_examples(self, leaf: jax.Array) -> jax.Array:
+        """Shards an array of a microbatch over its leading axis."""
+        if not self.axes:
+            return leaf
+        others = [PartitionSpec.UNCONSTRAINED] * (leaf.ndim - 1)
+        return jax.lax.with_sharding_constraint(leaf, PartitionSpec(self.axes, *others))
+
+
+ON_ONE_DEVICE = Spread()
+
+
 def sum_microbatches(
     sum_microbatch: Callable[..., Any],
     zeros_fn: Callable[[Params], Any],
@@ -38,6 +75,7 @@ def sum_microbatches(
     weights: jax.Array | None,
     microbatch_size: int,
     start: Any = None,
+    spread: Spread = ON_ONE_DEVICE,
 ) -> Any:
     """Sums a function over microbatches of the examples, one after the other.
 
@@ -52,35 +90,55 @@ def sum_microbatches(
       params: a tree of floating-point arrays.
       examples: a tree of arrays `[num_examples, ...]`.
       weights: `[num_examples]`, or None for ones.
-      microbatch_size: the largest number of examples per call.
+      microbatch_size: the largest number of examples per call and device.
       start: what the sum starts from, a tree like that of `zeros_fn`; None for zeros.
+      spread: how a microbatch and the sum are spread over devices; its `num_shards` divides `num_examples`.
 
     Returns:
       The sum, a tree like those of `sum_microbatch`.
     """
     examples, weights = jax.tree.map(jnp.asarray, (examples, weights))
     num_examples = jax.tree.leaves(examples)[0].shape[0]
-    size = equal_size(num_examples, microbatch_size)
+    if not spread.axes:  # the parts may all be on one device, which has memory for `microbatch_size` examples
+        num_parts = 1 if num_examples % spread.num_shards else min(spread.num_shards, microbatch_size)
+        spread = spread._replace(num_shards=num_parts if num_examples % num_parts == 0 else 1)
+        microbatch_size //= spread.num_shards
+    per_shard = num_examples // spread.num_shards
+    size = equal_size(per_shard, microbatch_size)
+    present = None if weights is None else jax.tree.map(lambda x: x[jnp.argmax(weights > 0)], examples)
 
     def add_microbatch(total: Any, start: jax.Array) -> tuple[Any, None]:
-        positions = start + jnp.arange(size, dtype=jnp.int32)
-        rows = jnp.minimum(positions, num_examples - 1)
-        row_weights = jnp.where(positions < num_examples, 1.0 if weights is None else weights[rows], 0)
+        rows = start + jnp.arange(size, dtype=jnp.int32)
+        is_row = rows < per_shard
+        rows = jnp.minimum(rows, per_shard - 1)
+
+        def take(leaf: jax.Array) -> jax.Array:
+            taken = leaf.reshape(spread.num_shards, per_shard, *leaf.shape[1:])[:, rows]
+            return spread.place_examples(taken.reshape(-1, *leaf.shape[1:]))
+
+        first = per_shard * jnp.arange(spread.num_shards, dtype=jnp.int32)
+        indices = (first[:, None] + rows).ravel()
+        row_weights = jnp.where(jnp.tile(is_row, spread.num_shards), 1.0 if weights is None else take(weights), 0)
+        microbatch = jax.tree.map(take, examples)
         if weights is not None:  # an example of weight 0 is absent, even if it is NaN: another one is in its place
-            rows = jnp.where(row_weights > 0, rows, jnp.argmax(weights > 0).astype(rows.dtype))
-        microbatch = jax.tree.map(lambda x: x[rows], examples)
-        term = sum_microbatch(output_fn, cotangents_fn, params, microbatch, rows, row_weights)
+            microbatch = jax.tree.map(functools.partial(_where, row_weights > 0), microbatch, present)
+        term = sum_microbatch(output_fn, cotangents_fn, params, microbatch, indices, row_weights)
         if weights is not None:  # a shard, or a batch of a stream, may have no example of a weight above 0
             term = jax.tree.map(lambda leaf: jnp.where(jnp.any(weights > 0), leaf, 0), term)
-        return jax.tree.map(jnp.add, total, term), None
+        term = spread.place_sum(params, term)
+        return spread.place_sum(params, jax.tree.map(jnp.add, total, term)), None
 
     if start is None:
         start = zeros_fn(params)
     else:
         _check_start(start, jax.eval_shape(zeros_fn, params))
-    starts = jnp.arange(0, num_examples, size, dtype=jnp.int32)
-    total, _ = jax.lax.scan(add_microbatch, start, starts)
+    starts = jnp.arange(0, per_shard, size, dtype=jnp.int32)
+    total, _ = jax.lax.scan(add_microbatch, spread.place_sum(params, start), starts)
     return total
+
+
+def _where(rows: jax.Array, leaf: jax.Array, other: jax.Array) -> jax.Array:
+    return jnp.where(rows.reshape(-1, *[1] * other.ndim), leaf, other)
 
 
 def _check_start(start: Any, zeros: Any) -> None:

@@ -35,7 +35,7 @@ from lifelong_jax.importance.linearization import (
     sum_cotangents,
     tokens_of,
 )
-from lifelong_jax.importance.microbatches import CotangentsFn, Reduction, sum_microbatches
+from lifelong_jax.importance.microbatches import ON_ONE_DEVICE, CotangentsFn, Reduction, Spread, sum_microbatches
 from lifelong_jax.importance.plan import Tap, default_microbatch_size, make_plan, takes_gradient_of_one
 from lifelong_jax.platforms import is_for_cpu
 from lifelong_jax.types import Example, Examples, Params
@@ -51,6 +51,7 @@ def sum_over_examples(
     weights: jax.Array | None = None,
     microbatch_size: int | None = None,
     start: Params | None = None,
+    spread: Spread = ON_ONE_DEVICE,
 ) -> Params:
     """Sums the squares, or the magnitudes, of each example's gradients over examples.
 
@@ -74,6 +75,7 @@ def sum_over_examples(
             weights=weights,
             microbatch_size=microbatch_size,
             start=start,
+            spread=spread,
         )
     examples = jax.tree.map(jnp.asarray, examples)
     if microbatch_size is None:
@@ -88,6 +90,7 @@ def sum_over_examples(
         weights,
         microbatch_size,
         start,
+        spread,
     )
 
 
