@@ -87,6 +87,7 @@ def sum_over_examples(
     examples = jax.tree.map(jnp.asarray, examples)
     if microbatch_size is None:
         microbatch_size = default_microbatch_size(output_fn, cotangents_fn, params, first_example(examples))
+    spread, microbatch_size = spread.fit(jax.tree.leaves(examples)[0].shape[0], microbatch_size)
     plan = make_plan(output_fn, params, first_example(examples))
     blocks = [_block(plan, number, leaf, max_side) for number, leaf in enumerate(jax.tree.leaves(params))]
     return sum_microbatches(

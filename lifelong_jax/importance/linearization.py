@@ -10,26 +10,41 @@ import jax.numpy as jnp
 from lifelong_jax.importance import tapping
 from lifelong_jax.importance.cotangents import Cotangents
 from lifelong_jax.importance.factors import Lookup
+from lifelong_jax.importance.in_backward import Summing
 from lifelong_jax.importance.plan import Plan, Tap
 from lifelong_jax.types import Example, Examples, Params
 
 
 def linearize(
-    plan: Plan, taps: dict[int, Tap], params: Params, examples: Examples, over_examples: Callable
+    plan: Plan,
+    taps: dict[int, Tap],
+    params: Params,
+    examples: Examples,
+    over_examples: Callable,
+    sums: dict[int, Summing] | None = None,
 ) -> tuple[Any, Callable[[jax.Array], tuple[dict[int, jax.Array]]], dict[int, jax.Array]]:
     """Evaluates all examples; returns the outputs, their pull-back, and the operands of the taps.
 
-    The pull-back returns, for each leaf, the cotangents at its tap, or else the leaf's gradients per example.
+    The pull-back returns, for each leaf, the cotangents at its tap, or else the leaf's gradients per example. For a tap
+    in `sums`, it returns the sum over examples that is made within the backward pass, and there is no operand.
     """
+    sums = sums or {}
     leaves = jax.tree.leaves(params)
     num_examples = jax.tree.leaves(examples)[0].shape[0]
     uses = {number: tap.use for number, tap in taps.items()}
 
-    def outputs_and_operands(differentiated: dict[int, jax.Array], example: Example) -> tuple[Any, dict]:
-        zeros = {number: differentiated[number] for number in taps}
+    def at_use(tap: int, output: jax.Array, operand: jax.Array, zeros: jax.Array) -> tuple[jax.Array, Any]:
+        if tap in sums:
+            return sums[tap].insert(output, operand, zeros), None
+        return tapping.add_zeros(tap, output, operand, zeros)
+
+    def outputs_and_operands(
+        of_all: dict[int, jax.Array], differentiated: dict[int, jax.Array], example: Example
+    ) -> tuple[Any, dict]:
+        zeros = {number: differentiated[number] for number in taps if number not in sums} | of_all
         arguments = [leaf if n in taps else differentiated.get(n, leaf) for n, leaf in enumerate(leaves)]
         arguments += jax.tree.leaves(example)
-        outputs, operands = tapping.evaluate(plan.jaxpr.jaxpr, plan.jaxpr.consts, arguments, uses, zeros)
+        outputs, operands = tapping.evaluate(plan.jaxpr.jaxpr, plan.jaxpr.consts, arguments, uses, zeros, at_use)
         return jax.tree.unflatten(plan.outputs, outputs), operands
 
     differentiated = {
@@ -37,13 +52,16 @@ def linearize(
         if number in taps
         else jnp.broadcast_to(leaves[number], (num_examples, *leaves[number].shape))
         for number, leaf_plan in enumerate(plan.leaf_plans)
-        if not isinstance(leaf_plan, tapping.Unused)
+        if not isinstance(leaf_plan, tapping.Unused) and number not in sums
     }
-    return jax.vjp(
-        lambda differentiated: over_examples(outputs_and_operands)(differentiated, examples),
-        differentiated,
-        has_aux=True,
-    )
+    of_all = {number: summing.zeros() for number, summing in sums.items()}
+
+    def evaluate(differentiated: dict[int, jax.Array]) -> tuple[Any, dict]:
+        per_example = {number: array for number, array in differentiated.items() if number not in sums}
+        of_all = {number: differentiated[number] for number in sums}
+        return over_examples(functools.partial(outputs_and_operands, of_all))(per_example, examples)
+
+    return jax.vjp(evaluate, differentiated | of_all, has_aux=True)
 
 
 def cotangents_at(cotangents: Cotangents, over_examples: Callable) -> Callable[[jax.Array | int], jax.Array]:

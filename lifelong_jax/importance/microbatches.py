@@ -43,6 +43,15 @@ class Spread(NamedTuple):
     axes: tuple[str, ...] = ()
     specs: tuple[PartitionSpec | None, ...] = ()
 
+    def fit(self, num_examples: int, microbatch_size: int) -> tuple["Spread", int]:
+        """Returns the spread for some examples, and how many of each part are computed together."""
+        if self.axes:
+            return self, microbatch_size
+        # The parts may all be on one device, which has memory for `microbatch_size` examples.
+        is_split = num_examples % self.num_shards == 0 and self.num_shards <= microbatch_size
+        spread = self if is_split else self._replace(num_shards=1)
+        return spread, microbatch_size // spread.num_shards
+
     def place_sum(self, params: Params, total: Any) -> Any:
         """Shards sums as the parameters are, where they have a parameter's shape."""
         if not self.specs:
@@ -90,19 +99,15 @@ def sum_microbatches(
       params: a tree of floating-point arrays.
       examples: a tree of arrays `[num_examples, ...]`.
       weights: `[num_examples]`, or None for ones.
-      microbatch_size: the largest number of examples per call and device.
+      microbatch_size: the largest number of examples of each shard per call.
       start: what the sum starts from, a tree like that of `zeros_fn`; None for zeros.
-      spread: how a microbatch and the sum are spread over devices; its `num_shards` divides `num_examples`.
+      spread: how a microbatch and the sum are spread over devices, from `Spread.fit`.
 
     Returns:
       The sum, a tree like those of `sum_microbatch`.
     """
     examples, weights = jax.tree.map(jnp.asarray, (examples, weights))
     num_examples = jax.tree.leaves(examples)[0].shape[0]
-    if not spread.axes:  # the parts may all be on one device, which has memory for `microbatch_size` examples
-        num_parts = 1 if num_examples % spread.num_shards else min(spread.num_shards, microbatch_size)
-        spread = spread._replace(num_shards=num_parts if num_examples % num_parts == 0 else 1)
-        microbatch_size //= spread.num_shards
     per_shard = num_examples // spread.num_shards
     size = equal_size(per_shard, microbatch_size)
     present = None if weights is None else jax.tree.map(lambda x: x[jnp.argmax(weights > 0)], examples)

@@ -16,7 +16,7 @@ from jax.extend.core import ClosedJaxpr
 from lifelong_jax._jaxprs import activation_floats
 from lifelong_jax._tables import markdown_table
 from lifelong_jax.importance import tapping
-from lifelong_jax.importance.cotangents import squared_l2
+from lifelong_jax.importance.cotangents import Cotangents, squared_l2
 from lifelong_jax.importance.factors import Lookup, Product, find_factors
 from lifelong_jax.importance.microbatches import CotangentsFn
 from lifelong_jax.platforms import is_for_cpu
@@ -219,8 +219,7 @@ def default_microbatch_size(
     positions = max((tap.positions for tap in taps), default=1)
     positions_per_step = max((tap.factors.positions for tap in taps), default=1)
     leaves = list(zip(jax.tree.leaves(params), plan.leaf_plans, strict=True))
-    outputs = jax.tree.unflatten(plan.outputs, map(_shape_and_dtype, plan.jaxpr.out_avals))
-    cotangents = jax.eval_shape(cotangents_fn, outputs, jax.ShapeDtypeStruct((), np.int32))
+    cotangents = _shapes_of_cotangents(plan, cotangents_fn)
     # At most these are held per example.
     gradient_floats = sum(_gradient_floats(leaf, leaf_plan) for leaf, leaf_plan in leaves)
     cotangent_floats = sum(leaf.size for leaf in jax.tree.leaves(cotangents))
@@ -236,6 +235,16 @@ def default_microbatch_size(
     rows = 1024 if positions == 1 else 512
     memory_limit = min(2**24 // max(1, gradient_floats), 2**26 // other_floats)
     return max(1, min(rows // positions_per_step, 2048 // positions, memory_limit, 2**17 // max(1, matrix_floats)))
+
+
+def num_cotangents(plan: Plan, cotangents_fn: CotangentsFn) -> int:
+    """Returns how many cotangents an example has."""
+    return _shapes_of_cotangents(plan, cotangents_fn).num
+
+
+def _shapes_of_cotangents(plan: Plan, cotangents_fn: CotangentsFn) -> Cotangents:
+    outputs = jax.tree.unflatten(plan.outputs, map(_shape_and_dtype, plan.jaxpr.out_avals))
+    return jax.eval_shape(cotangents_fn, outputs, jax.ShapeDtypeStruct((), np.int32))
 
 
 def _gradient_floats(leaf: jax.Array, leaf_plan: LeafPlan) -> int:

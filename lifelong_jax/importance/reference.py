@@ -59,6 +59,7 @@ def sum_over_examples(
     """
     if microbatch_size is None:
         microbatch_size = default_microbatch_size(params)
+    spread, microbatch_size = spread.fit(jax.tree.leaves(examples)[0].shape[0], microbatch_size)
 
     return sum_microbatches(
         functools.partial(_sum_microbatch, reduction),

@@ -26,6 +26,7 @@ from lifelong_jax._checks import first_example
 from lifelong_jax._numerics import safe_sqrt, unbatched, varies, widen, widened_zeros
 from lifelong_jax.importance import reference, tapping
 from lifelong_jax.importance.factors import Lookup
+from lifelong_jax.importance.in_backward import Summing
 from lifelong_jax.importance.linearization import (
     columns_of,
     cotangents_at,
@@ -36,7 +37,13 @@ from lifelong_jax.importance.linearization import (
     tokens_of,
 )
 from lifelong_jax.importance.microbatches import ON_ONE_DEVICE, CotangentsFn, Reduction, Spread, sum_microbatches
-from lifelong_jax.importance.plan import Tap, default_microbatch_size, make_plan, takes_gradient_of_one
+from lifelong_jax.importance.plan import (
+    Tap,
+    default_microbatch_size,
+    make_plan,
+    num_cotangents,
+    takes_gradient_of_one,
+)
 from lifelong_jax.platforms import is_for_cpu
 from lifelong_jax.types import Example, Examples, Params
 
@@ -80,8 +87,9 @@ def sum_over_examples(
     examples = jax.tree.map(jnp.asarray, examples)
     if microbatch_size is None:
         microbatch_size = default_microbatch_size(output_fn, cotangents_fn, params, first_example(examples))
+    spread, microbatch_size = spread.fit(jax.tree.leaves(examples)[0].shape[0], microbatch_size)
     return sum_microbatches(
-        functools.partial(_sum_microbatch, reduction),
+        functools.partial(_sum_microbatch, reduction, spread),
         widened_zeros,
         output_fn,
         cotangents_fn,
@@ -104,14 +112,15 @@ class _Powers(NamedTuple):
     summand: Callable[[jax.Array], jax.Array]
     operand: Callable[[jax.Array], jax.Array]
     root: Callable[[jax.Array], jax.Array] | None  # None for the identity
+    of_one: bool  # whether there is one cotangent
 
 
 def _powers(reduction: Reduction, num_cotangents: int) -> _Powers:
     if reduction == "sum_of_squares":
-        return _Powers(jnp.square, jnp.square, None)
+        return _Powers(jnp.square, jnp.square, None, num_cotangents == 1)
     if num_cotangents == 1:  # |g| does not underflow as sqrt(g²) does
-        return _Powers(jnp.abs, jnp.abs, None)
-    return _Powers(jnp.square, jnp.abs, safe_sqrt)
+        return _Powers(jnp.abs, jnp.abs, None, True)
+    return _Powers(jnp.square, jnp.abs, safe_sqrt, False)
 
 
 class _Scaled(NamedTuple):
@@ -151,6 +160,7 @@ def _add(total: Any, term: Any) -> Any:
 
 def _sum_microbatch(
     reduction: Reduction,
+    spread: Spread,
     output_fn: Callable[[Params, Example], jax.Array],
     cotangents_fn: CotangentsFn,
     params: Params,
@@ -166,21 +176,26 @@ def _sum_microbatch(
         if isinstance(leaf_plan, Tap) and not (is_one and takes_gradient_of_one(leaf_plan))
     }
     over_examples = unbatched if is_one else jax.vmap
-    outputs, pull_back, operands = linearize(plan, taps, params, examples, over_examples)
+    powers = _powers(reduction, num_cotangents(plan, cotangents_fn))
+    in_backward = _sums_in_backward(taps, powers, spread) if spread.axes and powers.of_one else {}
+    outputs, pull_back, operands = linearize(plan, taps, params, examples, over_examples, in_backward)
     cotangents = over_examples(cotangents_fn)(outputs, indices)
     cotangent_at = cotangents_at(cotangents, over_examples)
-    powers = _powers(reduction, cotangents.num)
+    if in_backward:  # these sums get no weights, so the cotangents have them
+        cotangent_at = _scaled(cotangent_at, jnp.sqrt(weights) if powers.summand is jnp.square else weights)
+        weights = jnp.ones_like(weights)
     biases = find_biases(pull_back, cotangent_at(0), taps) if cotangents.num > 1 else {}
 
     def summands(cotangents: jax.Array) -> dict[int, jax.Array | _Scaled]:
         (pulled_back,) = pull_back(cotangents)
-        return {
-            number: _tap_summand(taps[number], operands[number], array, weights, powers)
-            if number in taps
-            else _sum_examples_early(powers.summand(widen(array)), weights, powers)
-            for number, array in pulled_back.items()
-            if number not in biases
-        }
+        return {number: summand(number, array) for number, array in pulled_back.items() if number not in biases}
+
+    def summand(number: int, array: jax.Array) -> jax.Array | _Scaled:
+        if number in in_backward:
+            return array
+        if number in taps:
+            return _tap_summand(taps[number], operands[number], array, weights, powers, spread.num_shards)
+        return _sum_examples_early(powers.summand(widen(array)), weights, powers)
 
     sums = sum_cotangents(summands, cotangent_at, cotangents.num, _add)
     for number, tap in biases.items():
@@ -190,15 +205,40 @@ def _sum_microbatch(
     leaves, structure = jax.tree.flatten(widened_zeros(params))
     for number, summed in sums.items():
         if number in taps:
-            product = _sum_tap(taps[number], operands[number], summed, weights, powers)
+            product = summed
+            if number not in in_backward:
+                product = _sum_tap(taps[number], operands[number], summed, weights, powers)
             leaves[number] = _restore(taps[number], product, leaves[number])
         else:
             leaves[number] = _sum_examples_late(summed, weights, powers)
     return jax.tree.unflatten(structure, leaves)
 
 
+def _sums_in_backward(taps: dict[int, Tap], powers: _Powers, spread: Spread) -> dict[int, Summing]:
+    """Returns what sums the contributions of taps whose gradients are not sums over the steps of a scan."""
+
+    def sum_examples(tap: Tap, operand: jax.Array, cotangents: jax.Array) -> jax.Array:
+        ones, num_shards = jnp.ones(operand.shape[0]), min(spread.num_shards, operand.shape[0])
+        summed = _tap_summand(tap, operand, cotangents, ones, powers, num_shards)
+        return _sum_tap(tap, operand, summed, ones, powers)
+
+    return {
+        number: Summing(tap, sum_examples) for number, tap in taps.items() if tap.positions == tap.factors.positions
+    }
+
+
+def _scaled(cotangent_at: Callable[[Any], jax.Array], factors: jax.Array) -> Callable[[Any], jax.Array]:
+    """Scales each example's cotangents by a factor."""
+
+    def scaled_at(index: jax.Array | int) -> jax.Array:
+        cotangents = cotangent_at(index)
+        return cotangents * factors.astype(cotangents.dtype).reshape(-1, *[1] * (cotangents.ndim - 1))
+
+    return scaled_at
+
+
 def _tap_summand(
-    tap: Tap, operand: jax.Array, cotangents: jax.Array, weights: jax.Array, powers: _Powers
+    tap: Tap, operand: jax.Array, cotangents: jax.Array, weights: jax.Array, powers: _Powers, num_shards: int
 ) -> jax.Array | _Scaled:
     """Computes a tap's summand: a power of the cotangents if gradients are outer products, else of the gradients."""
     if isinstance(tap.factors, Lookup):
@@ -222,13 +262,18 @@ def _tap_summand(
     if not is_for_cpu() or powers.root is not None:
         return _sum_examples_early(powers.summand(gradients(operand, cotangents)), weights, powers)
 
-    def add_example(total: jax.Array, one: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        operand, cotangents, weight = one
-        return total + weight.astype(total.dtype) * powers.summand(gradients(operand[None], cotangents[None])[0]), None
+    def add_examples(total: jax.Array, one_of_each: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        operand, cotangents, weights = one_of_each
+        terms = powers.summand(gradients(operand, cotangents))
+        return total + weights.astype(total.dtype).reshape(-1, 1, 1, 1) * terms, None
 
-    one = jax.eval_shape(gradients, operand[:1], cotangents[:1])
-    total, _ = jax.lax.scan(add_example, jnp.zeros(one.shape[1:], one.dtype), (operand, cotangents, weights))
-    return total
+    def by_shard(array: jax.Array) -> jax.Array:  # one example of each shard at a time
+        return jnp.moveaxis(array.reshape(num_shards, -1, *array.shape[1:]), 1, 0)
+
+    of_shards = jax.eval_shape(gradients, operand[:num_shards], cotangents[:num_shards])
+    start = jnp.zeros(of_shards.shape, of_shards.dtype)
+    total, _ = jax.lax.scan(add_examples, start, jax.tree.map(by_shard, (operand, cotangents, weights)))
+    return jnp.sum(total, axis=0)
 
 
 def _sum_tap(
@@ -277,7 +322,7 @@ def _restore(tap: Tap, product: jax.Array, leaf: jax.Array) -> jax.Array:
     """Maps `[groups, rows, columns]` to the shape and the order of the leaf."""
     stack = [length for length, stacks in zip(tap.use.lengths, tap.use.stacked, strict=True) if stacks]
     if stack:
-        product = product.reshape(*stack, -1, *product.shape[1:])
+        product = product.reshape(*stack, -1, *product.shape[-2:])
     moved = tapping.nested_vmap(tap.factors.restore, len(stack))(product)
     (restored,) = jax.linear_transpose(tap.use.move, jax.ShapeDtypeStruct(leaf.shape, moved.dtype))(moved)
     return restored.astype(leaf.dtype)

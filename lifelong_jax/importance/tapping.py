@@ -11,7 +11,7 @@ Several call sites may share a jaxpr, so a use is identified by its path of equa
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,10 @@ from lifelong_jax.types import Example, Params
 
 _CASTS = frozenset({"convert_element_type", "copy", "name"})
 _MOVES = frozenset({"reshape", "transpose", "squeeze", "expand_dims", "broadcast_in_dim", "rev"})
+
+
+AtUse: TypeAlias = Callable[[int, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+"""`at_use(tap, output, operand, zeros) -> (output, collected)`: what is done where a tap's equation is evaluated."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,21 +146,28 @@ def _names_of_uses(jaxpr: Jaxpr, variable: Var) -> list[str]:
     return names
 
 
+def add_zeros(tap: int, output: jax.Array, operand: jax.Array, zeros: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Adds zeros to the output of a use, so that the derivative with respect to them is the cotangent there."""
+    return output + zeros, operand
+
+
 def evaluate(
     jaxpr: Jaxpr,
     constants: Sequence[Any],
     arguments: Sequence[Any],
     uses: dict[int, Use],
     zeros: dict[int, jax.Array],
+    at_use: AtUse = add_zeros,
     level: int = 0,
-) -> tuple[list[Any], dict[int, jax.Array]]:
+) -> tuple[list[Any], dict[int, Any]]:
     """Evaluates a jaxpr with zeros added to the output of each use, and also returns the other operands.
 
     `zeros` has an array `[*lengths, *shape of the equation's output]` for each use, by its number; so have the returned
-    operands. `level` is the depth of `jaxpr` in calls: how many entries of the uses' paths lead to it.
+    operands. Another `at_use(tap, output, operand, zeros) -> (output, collected)` takes other zeros, and collects
+    something else. `level` is the depth of `jaxpr` in calls: how many entries of the uses' paths lead to it.
     """
     values: dict[Var, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*constants, *arguments], strict=True))
-    operands: dict[int, jax.Array] = {}
+    operands: dict[int, Any] = {}
 
     def read(variable: Var | Literal) -> Any:
         return variable.val if isinstance(variable, Literal) else values[variable]
@@ -169,23 +180,23 @@ def evaluate(
         elif taps and all(len(use.site) == level + 1 for use in taps.values()):
             outputs = bind(equation, inputs)
             for tap, use in taps.items():
-                outputs = [outputs[0] + zeros[tap]]
-                operands[tap] = inputs[1 - use.position]
+                output, operands[tap] = at_use(tap, outputs[0], inputs[1 - use.position], zeros[tap])
+                outputs = [output]
         else:
             inner_zeros = {tap: zeros[tap] for tap in taps}
-            outputs, inner_operands = _evaluate_call(equation, inputs, taps, inner_zeros, level + 1)
+            outputs, inner_operands = _evaluate_call(equation, inputs, taps, inner_zeros, at_use, level + 1)
             operands.update(inner_operands)
         values.update(zip(equation.outvars, outputs, strict=True))
     return [read(variable) for variable in jaxpr.outvars], operands
 
 
 def _evaluate_call(
-    equation: JaxprEqn, inputs: list[Any], uses: dict[int, Use], zeros: dict[int, jax.Array], level: int
-) -> tuple[list[Any], dict[int, jax.Array]]:
+    equation: JaxprEqn, inputs: list[Any], uses: dict[int, Use], zeros: dict[int, jax.Array], at_use: AtUse, level: int
+) -> tuple[list[Any], dict[int, Any]]:
     def evaluate_inner(
         jaxpr: Jaxpr, constants: Sequence[Any], arguments: Sequence[Any], zeros: dict[int, jax.Array]
-    ) -> tuple[list[Any], dict[int, jax.Array]]:
-        return evaluate(jaxpr, constants, arguments, uses, zeros, level)
+    ) -> tuple[list[Any], dict[int, Any]]:
+        return evaluate(jaxpr, constants, arguments, uses, zeros, at_use, level)
 
     return evaluate_call(equation, inputs, evaluate_inner, zeros)
 

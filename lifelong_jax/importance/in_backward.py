@@ -1,0 +1,73 @@
+"""Sums over examples that are made within the backward pass, as those of an ordinary gradient are.
+
+A layer's sum is made when the cotangents at the layer are known. So neither operands nor cotangents are held until the
+end, `jax.checkpoint` saves what it is meant to save, and a scan over layers makes one layer's sum in each step, which
+the compiler can scatter over the devices of a mesh before it makes the next one.
+
+It is for a single backward pass: over several cotangents, a layer's operand would be used again in each.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lifelong_jax.importance.plan import Tap
+
+
+@dataclasses.dataclass(frozen=True)
+class Summing:
+    """What sums a tap's contributions over examples.
+
+    Attributes:
+      tap: the tap.
+      sum_examples: `sum_examples(tap, operand, cotangents) -> sum`, of a microbatch's operands and cotangents
+        `[num_examples, ...]` in one step of the scans around the tap.
+    """
+
+    tap: Tap
+    sum_examples: Callable[[Tap, jax.Array, jax.Array], jax.Array]
+
+    def zeros(self) -> jax.Array:
+        """Makes the zeros with respect to which the derivative is the sum: with an axis for each scan in front."""
+        equation, position = self.tap.use.equation, self.tap.use.position
+        avals: list[Any] = [equation.invars[1 - position].aval, equation.outvars[0].aval]
+        batch = [jax.ShapeDtypeStruct((1, *aval.shape), aval.dtype) for aval in avals]
+        summed = jax.eval_shape(functools.partial(self.sum_examples, self.of_step), *batch)
+        return jnp.zeros((*self.tap.use.lengths, *summed.shape), summed.dtype)
+
+    @property
+    def of_step(self) -> Tap:
+        """The tap in one step of the scans around it."""
+        use = dataclasses.replace(self.tap.use, lengths=(), stacked=())
+        factors = self.tap.factors
+        return Tap(use, factors, getattr(factors, "groups", 1), factors.positions)
+
+    def insert(self, output: jax.Array, operand: jax.Array, zeros: jax.Array) -> jax.Array:
+        """Returns one example's output, whose derivative with respect to `zeros` is the sum over all examples."""
+        sum_examples = functools.partial(self.sum_examples, self.of_step)
+
+        @jax.custom_batching.custom_vmap
+        def contribution(operand: jax.Array, cotangents: jax.Array) -> jax.Array:
+            return sum_examples(operand[None], cotangents[None])
+
+        @contribution.def_vmap
+        def _(size: int, batched: list[bool], operand: jax.Array, cotangents: jax.Array) -> tuple[jax.Array, bool]:
+            operand, cotangents = (
+                array if has_axis else jnp.broadcast_to(array, (size, *array.shape))
+                for array, has_axis in zip((operand, cotangents), batched, strict=True)
+            )
+            return sum_examples(operand, cotangents), False
+
+        @jax.custom_vjp
+        def identity(output: jax.Array, operand: jax.Array, zeros: jax.Array) -> jax.Array:
+            return output
+
+        identity.defvjp(
+            lambda output, operand, zeros: (output, operand),
+            lambda operand, cotangents: (cotangents, None, contribution(operand, cotangents)),
+        )
+        return identity(output, operand, zeros)
