@@ -202,7 +202,7 @@ def _sum_microbatch(
     plan = make_plan(output_fn, params, first_example(examples))
     taps = {number: block.tap for number, block in enumerate(blocks) if block is not None and block.tap is not None}
     over_examples = jax.vmap if indices.shape[0] > 1 else unbatched
-    outputs, pull_back, operands = linearize(plan, taps, params, examples, over_examples)
+    outputs, pull_back, operands = linearize(plan, taps, params, examples, over_examples, {}, weights)
     cotangents = over_examples(cotangents_fn)(outputs, indices)
     cotangent_at = cotangents_at(cotangents, over_examples)
     reduce = weight_sharing == "reduce"

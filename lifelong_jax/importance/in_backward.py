@@ -24,19 +24,20 @@ class Summing:
 
     Attributes:
       tap: the tap.
-      sum_examples: `sum_examples(tap, operand, cotangents) -> sum`, of a microbatch's operands and cotangents
-        `[num_examples, ...]` in one step of the scans around the tap.
+      sum_examples: `sum_examples(tap, operand, cotangents, weights) -> sum`, of a microbatch's operands, cotangents and
+        weights `[num_examples, ...]` in one step of the scans around the tap.
     """
 
     tap: Tap
-    sum_examples: Callable[[Tap, jax.Array, jax.Array], jax.Array]
+    sum_examples: Callable[[Tap, jax.Array, jax.Array, jax.Array], jax.Array]
 
     def zeros(self) -> jax.Array:
         """Makes the zeros with respect to which the derivative is the sum: with an axis for each scan in front."""
         equation, position = self.tap.use.equation, self.tap.use.position
         avals: list[Any] = [equation.invars[1 - position].aval, equation.outvars[0].aval]
         batch = [jax.ShapeDtypeStruct((1, *aval.shape), aval.dtype) for aval in avals]
-        summed = jax.eval_shape(functools.partial(self.sum_examples, self.of_step), *batch)
+        weights = jax.ShapeDtypeStruct((1,), jnp.float32)
+        summed = jax.eval_shape(functools.partial(self.sum_examples, self.of_step), *batch, weights)
         return jnp.zeros((*self.tap.use.lengths, *summed.shape), summed.dtype)
 
     @property
@@ -46,28 +47,45 @@ class Summing:
         factors = self.tap.factors
         return Tap(use, factors, getattr(factors, "groups", 1), factors.positions)
 
-    def insert(self, output: jax.Array, operand: jax.Array, zeros: jax.Array) -> jax.Array:
+    def insert(self, output: jax.Array, operand: jax.Array, weight: jax.Array, zeros: jax.Array) -> jax.Array:
         """Returns one example's output, whose derivative with respect to `zeros` is the sum over all examples."""
         sum_examples = functools.partial(self.sum_examples, self.of_step)
 
         @jax.custom_batching.custom_vmap
-        def contribution(operand: jax.Array, cotangents: jax.Array) -> jax.Array:
-            return sum_examples(operand[None], cotangents[None])
+        def contribution(*of_example: jax.Array) -> jax.Array:
+            return sum_examples(*(array[None] for array in of_example))
 
         @contribution.def_vmap
-        def _(size: int, batched: list[bool], operand: jax.Array, cotangents: jax.Array) -> tuple[jax.Array, bool]:
-            operand, cotangents = (
+        def _(size: int, batched: list[bool], *of_examples: jax.Array) -> tuple[jax.Array, bool]:
+            arrays = (
                 array if has_axis else jnp.broadcast_to(array, (size, *array.shape))
-                for array, has_axis in zip((operand, cotangents), batched, strict=True)
+                for array, has_axis in zip(of_examples, batched, strict=True)
             )
-            return sum_examples(operand, cotangents), False
+            return sum_examples(*arrays), False
 
         @jax.custom_vjp
-        def identity(output: jax.Array, operand: jax.Array, zeros: jax.Array) -> jax.Array:
-            return output
+        def identity(output: jax.Array, operand: jax.Array, weight: jax.Array, zeros: jax.Array) -> jax.Array:
+            return _of_each_example(output, weight)
 
-        identity.defvjp(
-            lambda output, operand, zeros: (output, operand),
-            lambda operand, cotangents: (cotangents, None, contribution(operand, cotangents)),
-        )
-        return identity(output, operand, zeros)
+        def forward(
+            output: jax.Array, operand: jax.Array, weight: jax.Array, zeros: jax.Array
+        ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+            return _of_each_example(output, weight), (operand, weight)
+
+        def backward(residuals: tuple[jax.Array, jax.Array], cotangents: jax.Array) -> tuple:
+            operand, weight = residuals
+            return cotangents, None, None, contribution(operand, cotangents, weight)
+
+        identity.defvjp(forward, backward)
+        return identity(output, operand, weight, zeros)
+
+
+@jax.custom_batching.custom_vmap
+def _of_each_example(output: jax.Array, weight: jax.Array) -> jax.Array:
+    """Returns the output, under `jax.vmap` one for each example, as the cotangents of all are summed otherwise."""
+    return output
+
+
+@_of_each_example.def_vmap
+def _(size: int, batched: list[bool], output: jax.Array, weight: jax.Array) -> tuple[jax.Array, bool]:
+    return output if batched[0] else jnp.broadcast_to(output, (size, *output.shape)), True

@@ -21,26 +21,26 @@ def linearize(
     params: Params,
     examples: Examples,
     over_examples: Callable,
-    sums: dict[int, Summing] | None = None,
+    sums: dict[int, Summing],
+    weights: jax.Array,
 ) -> tuple[Any, Callable[[jax.Array], tuple[dict[int, jax.Array]]], dict[int, jax.Array]]:
     """Evaluates all examples; returns the outputs, their pull-back, and the operands of the taps.
 
     The pull-back returns, for each leaf, the cotangents at its tap, or else the leaf's gradients per example. For a tap
-    in `sums`, it returns the sum over examples that is made within the backward pass, and there is no operand.
+    in `sums`, it returns the weighted sum over examples that is made within the backward pass, and there is no operand.
     """
-    sums = sums or {}
     leaves = jax.tree.leaves(params)
     num_examples = jax.tree.leaves(examples)[0].shape[0]
     uses = {number: tap.use for number, tap in taps.items()}
 
-    def at_use(tap: int, output: jax.Array, operand: jax.Array, zeros: jax.Array) -> tuple[jax.Array, Any]:
-        if tap in sums:
-            return sums[tap].insert(output, operand, zeros), None
-        return tapping.add_zeros(tap, output, operand, zeros)
-
     def outputs_and_operands(
-        of_all: dict[int, jax.Array], differentiated: dict[int, jax.Array], example: Example
+        of_all: dict[int, jax.Array], differentiated: dict[int, jax.Array], example: Example, weight: jax.Array
     ) -> tuple[Any, dict]:
+        def at_use(tap: int, output: jax.Array, operand: jax.Array, zeros: jax.Array) -> tuple[jax.Array, Any]:
+            if tap in sums:
+                return sums[tap].insert(output, operand, weight, zeros), None
+            return tapping.add_zeros(tap, output, operand, zeros)
+
         zeros = {number: differentiated[number] for number in taps if number not in sums} | of_all
         arguments = [leaf if n in taps else differentiated.get(n, leaf) for n, leaf in enumerate(leaves)]
         arguments += jax.tree.leaves(example)
@@ -59,7 +59,7 @@ def linearize(
     def evaluate(differentiated: dict[int, jax.Array]) -> tuple[Any, dict]:
         per_example = {number: array for number, array in differentiated.items() if number not in sums}
         of_all = {number: differentiated[number] for number in sums}
-        return over_examples(functools.partial(outputs_and_operands, of_all))(per_example, examples)
+        return over_examples(functools.partial(outputs_and_operands, of_all))(per_example, examples, weights)
 
     return jax.vjp(evaluate, differentiated | of_all, has_aux=True)
 

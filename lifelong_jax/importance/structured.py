@@ -178,12 +178,9 @@ def _sum_microbatch(
     over_examples = unbatched if is_one else jax.vmap
     powers = _powers(reduction, num_cotangents(plan, cotangents_fn))
     in_backward = _sums_in_backward(taps, powers, spread) if spread.axes and powers.of_one else {}
-    outputs, pull_back, operands = linearize(plan, taps, params, examples, over_examples, in_backward)
+    outputs, pull_back, operands = linearize(plan, taps, params, examples, over_examples, in_backward, weights)
     cotangents = over_examples(cotangents_fn)(outputs, indices)
     cotangent_at = cotangents_at(cotangents, over_examples)
-    if in_backward:  # these sums get no weights, so the cotangents have them
-        cotangent_at = _scaled(cotangent_at, jnp.sqrt(weights) if powers.summand is jnp.square else weights)
-        weights = jnp.ones_like(weights)
     biases = find_biases(pull_back, cotangent_at(0), taps) if cotangents.num > 1 else {}
 
     def summands(cotangents: jax.Array) -> dict[int, jax.Array | _Scaled]:
@@ -217,24 +214,14 @@ def _sum_microbatch(
 def _sums_in_backward(taps: dict[int, Tap], powers: _Powers, spread: Spread) -> dict[int, Summing]:
     """Returns what sums the contributions of taps whose gradients are not sums over the steps of a scan."""
 
-    def sum_examples(tap: Tap, operand: jax.Array, cotangents: jax.Array) -> jax.Array:
-        ones, num_shards = jnp.ones(operand.shape[0]), min(spread.num_shards, operand.shape[0])
-        summed = _tap_summand(tap, operand, cotangents, ones, powers, num_shards)
-        return _sum_tap(tap, operand, summed, ones, powers)
+    def sum_examples(tap: Tap, operand: jax.Array, cotangents: jax.Array, weights: jax.Array) -> jax.Array:
+        num_shards = min(spread.num_shards, operand.shape[0])
+        summed = _tap_summand(tap, operand, cotangents, weights, powers, num_shards)
+        return _sum_tap(tap, operand, summed, weights, powers)
 
     return {
         number: Summing(tap, sum_examples) for number, tap in taps.items() if tap.positions == tap.factors.positions
     }
-
-
-def _scaled(cotangent_at: Callable[[Any], jax.Array], factors: jax.Array) -> Callable[[Any], jax.Array]:
-    """Scales each example's cotangents by a factor."""
-
-    def scaled_at(index: jax.Array | int) -> jax.Array:
-        cotangents = cotangent_at(index)
-        return cotangents * factors.astype(cotangents.dtype).reshape(-1, *[1] * (cotangents.ndim - 1))
-
-    return scaled_at
 
 
 def _tap_summand(

@@ -13,6 +13,7 @@ from lifelong_jax import empirical_fisher_diagonal, explain, fisher_diagonal, ma
 from lifelong_jax._jaxprs import count_constants_and_carry
 from lifelong_jax.importance import reference, structured
 from lifelong_jax.importance.cotangents import stacked
+from lifelong_jax.importance.microbatches import Spread
 from tests.lifelong_jax.importance.models import MODELS, assert_close, in_float64, made, normal, some_cotangents
 
 SETTINGS = [(1, "sum_of_squares"), (2, "norm")]
@@ -37,9 +38,9 @@ def loop(outputs: np.ndarray, jacobian: Any, num_cotangents: int, reduction: str
 def test_equals_loop_and_reference(name: str) -> None:
     output_fn, params, examples, _ = made(name)
 
-    def compute(method: Any, setting: int, microbatch_size: int | None, *arguments: Any) -> Any:
+    def compute(method: Any, setting: int, microbatch_size: int | None, *arguments: Any, **spread: Any) -> Any:
         num_cotangents, reduction = SETTINGS[setting]
-        run = functools.partial(method.sum_over_examples, output_fn, some_cotangents(num_cotangents))
+        run = functools.partial(method.sum_over_examples, output_fn, some_cotangents(num_cotangents), **spread)
         params, examples, weights = arguments
         return run(params, examples, reduction=reduction, weights=weights, microbatch_size=microbatch_size)
 
@@ -48,13 +49,16 @@ def test_equals_loop_and_reference(name: str) -> None:
         params, examples, _ = arguments
         one_by_one = jax.lax.map(lambda x: (output_fn(params, x), jax.jacrev(output_fn)(params, x)), examples)
         runs = [(structured, 0, 1), (structured, 1, 2), (reference, 1, 2)]
-        return one_by_one, [compute(*run, *arguments) for run in runs]
+        in_backward = compute(structured, 0, 2, *arguments, spread=Spread(1, ("data",)))
+        return one_by_one, [compute(*run, *arguments) for run in runs], in_backward
 
-    with jax.enable_x64(True):
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    with jax.enable_x64(True), jax.set_mesh(mesh):
         arguments = (*in_float64((params, examples)), WEIGHTS)
-        one_by_one, (squares, norm, reference_norm) = jax.device_get(compute_all(*arguments))
+        one_by_one, (squares, norm, reference_norm), in_backward = jax.device_get(compute_all(*arguments))
     expected = [loop(*one_by_one, *setting) for setting in SETTINGS]
     assert_close(squares, expected[0], 1e-10)
+    assert_close(in_backward, expected[0], 1e-10)
     assert_close(norm, expected[1], 1e-10)
     assert_close(reference_norm, expected[1], 1e-10)
     with jax.default_matmul_precision("highest"):
