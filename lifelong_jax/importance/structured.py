@@ -177,7 +177,7 @@ def _sum_microbatch(
     }
     over_examples = unbatched if is_one else jax.vmap
     powers = _powers(reduction, num_cotangents(plan, cotangents_fn))
-    in_backward = _sums_in_backward(taps, powers, spread) if spread.axes and powers.of_one else {}
+    in_backward = _sums_in_backward(taps, powers, spread) if powers.of_one and (spread.axes or not is_for_cpu()) else {}
     outputs, pull_back, operands = linearize(plan, taps, params, examples, over_examples, in_backward, weights)
     cotangents = over_examples(cotangents_fn)(outputs, indices)
     cotangent_at = cotangents_at(cotangents, over_examples)
