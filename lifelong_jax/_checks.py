@@ -125,6 +125,11 @@ def check_labels(loss_fn: Any, name: str, params: Params, examples: Any) -> None
         loss_fn.check_examples(name, params, examples)
 
 
+def shapes_of(tree: Any) -> Any:
+    """Returns the shapes and dtypes of a tree of arrays, without what their types say of a mesh."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), tree)
+
+
 def first_example(examples: Examples) -> Example:
     """Returns the shapes and dtypes of one example."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), examples)

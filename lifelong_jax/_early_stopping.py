@@ -42,7 +42,7 @@ def keep_best(
     """Returns the better of the best epoch so far and the last one, by the mean score on tasks' validation examples."""
     options = (recipe.objective, training.model_state)
     scores = [
-        score(recipe.apply_fn, training.params, task.validation, task.permutation, mask, *options)
+        score(recipe.apply_fn, training.params, task.validation, task.permutation, mask, *options)  # type: ignore[arg-type]
         for task, mask in zip(tasks, masks, strict=True)
     ]
     mean = jnp.stack(scores).mean().astype(jnp.float32)

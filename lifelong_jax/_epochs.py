@@ -6,14 +6,18 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
+from lifelong_jax._meshes import find_placement
 from lifelong_jax._sequences import make_optimizer
+from lifelong_jax._split_batches import LoopShardings, on_automatic_axes, specs_of
 from lifelong_jax.methods import ImportanceFn, WrapOptimizer
 from lifelong_jax.objectives import label_counts
 from lifelong_jax.recipes import Recipe, network_of, training_loss
-from lifelong_jax.scenarios import active_classes, with_class_mask
-from lifelong_jax.training import TrainingInfo, TrainingState, learn_task
+from lifelong_jax.scenarios import active_classes, joint_examples, with_class_mask
+from lifelong_jax.training import TrainingInfo, TrainingState, learn_split_batches
 from lifelong_jax.types import Batch, Consolidation, Params, Scenario, Task
 
 
@@ -30,6 +34,22 @@ def training_data(tasks: Sequence[Task], scenario: Scenario, index: int) -> Trai
     return TrainingData(examples, tasks[index].permutation)
 
 
+def joint_data(tasks: Sequence[Task], scenario: Scenario) -> TrainingData:
+    """Joins the training examples of all tasks, sharded as they are."""
+    placement = find_placement([task.train for task in tasks])
+    if placement is None:
+        return TrainingData(joint_examples(tasks, scenario), None)
+    spec = PartitionSpec(placement.axes)
+    examples = on_automatic_axes(lambda tasks: joint_examples(tasks, scenario), (list(tasks),), out=spec)
+    return TrainingData(jax.device_put(examples, NamedSharding(placement.mesh, spec)), None)
+
+
+def same_sizes(tasks: Sequence[Task], index: int, other: int) -> bool:
+    """Returns whether two tasks have as many training examples, and so one program."""
+    shapes = [jax.tree.map(jnp.shape, tasks[number].train) for number in (index, other)]
+    return shapes[0] == shapes[1]
+
+
 def compiled_part(recipe: Recipe) -> Recipe:
     """Returns a recipe without what an epoch's program does not depend on, so that it is compiled once."""
     return recipe._replace(num_epochs=1, scenario="domain", patience=None)
@@ -44,22 +64,24 @@ def train(
     *,
     num_epochs: int,
     max_steps: int | None = None,
+    shardings: LoopShardings,
 ) -> tuple[TrainingState, TrainingInfo]:
     """Trains on a task's training examples, as a recipe says."""
-    return learn_task(
+    return learn_split_batches(
         training_loss(recipe, data.permutation),
         optimizer,
         state,
         consolidation,
         data.examples,
+        label_counts(recipe.objective, data.examples),
         num_epochs=num_epochs,
         batch_size=recipe.batch_size,
         max_steps=max_steps,
-        weights=label_counts(recipe.objective, data.examples),
+        shardings=shardings,
     )
 
 
-@functools.partial(jax.jit, static_argnames=("recipe", "wrap_optimizer"), donate_argnames=("state",))
+@functools.partial(jax.jit, static_argnames=("recipe", "wrap_optimizer", "shardings"), donate_argnames=("state",))
 def learn_epoch(
     recipe: Recipe,
     wrap_optimizer: WrapOptimizer | None,
@@ -67,10 +89,19 @@ def learn_epoch(
     consolidation: Consolidation,
     strength: jax.Array,
     data: TrainingData,
+    *,
+    shardings: LoopShardings,
 ) -> tuple[TrainingState, TrainingInfo]:
     """Trains for an epoch; frees the arrays of the state."""
-    optimizer = make_optimizer(recipe.optimizer_fn, wrap_optimizer, strength)
-    return train(recipe, optimizer, consolidation, data, state, num_epochs=1)
+
+    def learn(
+        state: TrainingState, consolidation: Consolidation, strength: jax.Array, data: TrainingData
+    ) -> tuple[TrainingState, TrainingInfo]:
+        optimizer = make_optimizer(recipe.optimizer_fn, wrap_optimizer, strength)
+        return train(recipe, optimizer, consolidation, data, state, num_epochs=1, shardings=shardings)
+
+    arguments = (state, consolidation, strength, data)
+    return on_automatic_axes(learn, arguments, out=(specs_of(state), PartitionSpec()))
 
 
 def importance_of(

@@ -10,7 +10,6 @@ import numpy as np
 
 from lifelong_jax import _checks
 from lifelong_jax._batch_axis import BATCH_AXIS
-from lifelong_jax.losses import with_model_state
 from lifelong_jax.methods import Method
 from lifelong_jax.objectives import Objective, counted_labels
 from lifelong_jax.recipes import Recipe
@@ -34,9 +33,10 @@ def check_tasks(
     for index, task in enumerate(tasks):
         _check_parts(f"tasks[{index}]", task)
     _checks.check_batch("tasks[0].train", tasks[0].train)
-    x = _checks.first_example(tasks[0].train.inputs)
+    x, (params, model_state) = _checks.first_example(tasks[0].train.inputs), _checks.shapes_of((params, model_state))
     with _checks.for_one_example("recipe.apply_fn", x):
-        outputs = jax.eval_shape(with_model_state(recipe.apply_fn, model_state), params, x)
+        state = () if model_state is None else (model_state,)
+        outputs = jax.eval_shape(recipe.apply_fn, params, *state, x)
     if recipe.train_fn is not None:
         _check_train_fn(recipe.train_fn, params, model_state, x, outputs)
     if recipe.patience is not None and any(task.validation is None for task in tasks):

@@ -16,14 +16,24 @@ import numpy as np
 
 from lifelong_jax import _checks
 from lifelong_jax._early_stopping import Best, init_best, keep_best
-from lifelong_jax._epochs import TrainingData, compiled_part, compute_importance, learn_epoch, timed, training_data
+from lifelong_jax._epochs import (
+    TrainingData,
+    compiled_part,
+    compute_importance,
+    joint_data,
+    learn_epoch,
+    same_sizes,
+    timed,
+    training_data,
+)
 from lifelong_jax._sequences import begin_task, check_run, make_optimizer, task_keys
+from lifelong_jax._split_batches import find_shardings, onto_mesh_of, place_consolidation
 from lifelong_jax._task_checks import check_tasks
 from lifelong_jax.consolidation import consolidate, init_consolidation
 from lifelong_jax.evaluation import scores_of_tasks
 from lifelong_jax.methods import Method, finetune
 from lifelong_jax.recipes import Recipe
-from lifelong_jax.scenarios import active_classes, joint_examples
+from lifelong_jax.scenarios import active_classes
 from lifelong_jax.training import TrainingState, init_training
 from lifelong_jax.types import Consolidation, ModelState, Params, Task
 
@@ -106,7 +116,8 @@ def learn_tasks(
         is learned, because its classes are unknown. Define its functions once, not anew for each call: programs are
         compiled for these very functions, and kept, so that each new lambda costs seconds and megabytes.
       params: the parameters to start from.
-      tasks: the sequence, in order. Each different number of examples is compiled once.
+      tasks: the sequence, in order. Each different number of examples is compiled once. On a mesh, batches are split as
+        for `learn_task`, and so are test sets; parameters that are on none are placed whole on each device.
       key: the random key of shuffling and of sampled labels.
       strength: λ, not negative.
       model_state: with a `recipe.train_fn`, the model state to start from, () if there is none; otherwise None.
@@ -153,9 +164,10 @@ def learn_tasks(
         data = training_data(tasks, scenario, index)
         if state.epochs == index * num_epochs:
             training = begin_task(method, optimizer, state.training, train_key, index)
+            training = onto_mesh_of(data.examples, training)
             state = state._replace(training=training, best=init_best(recipe, training))
         for epoch in range(state.epochs - index * num_epochs, num_epochs):
-            compiled = state.epochs > start.epochs and (epoch > 0 or _same_sizes(tasks, index - 1, index))
+            compiled = state.epochs > start.epochs and (epoch > 0 or same_sizes(tasks, index - 1, index))
             state, loss = _train_epoch(learn, state, traced_strength, data, epoch, compiled)
             state, ends = _stop_early(recipe, state, tasks, [index], index)
             ends |= epoch + 1 == num_epochs
@@ -221,7 +233,7 @@ def learn_jointly(
         _check_arguments(None, recipe, params, _model_state_of(start), tasks, key, 0.0, start)
     state, num_tasks, no_penalty = start, len(tasks), jnp.zeros(())
     learn = functools.partial(learn_epoch, compiled_part(recipe), None)
-    data = TrainingData(joint_examples(tasks, recipe.scenario), None)
+    data = joint_data(tasks, recipe.scenario)
     for epoch in range(state.epochs // num_tasks, recipe.num_epochs):
         state, loss = _train_epoch(learn, state, no_penalty, data, epoch, compiled=state.epochs > start.epochs)
         state, ends = _stop_early(recipe, state, tasks, range(num_tasks), num_tasks - 1)
@@ -277,9 +289,10 @@ def init_sequence(
       0
     """
     _check_arguments(method, recipe, params, model_state, tasks, key, strength)
+    params, model_state = onto_mesh_of(tasks[0].train, (params, model_state))
     wrap_optimizer = None if method is None else method.wrap_optimizer
     optimizer = make_optimizer(recipe.optimizer_fn, wrap_optimizer, jnp.asarray(strength, jnp.float32))
-    training = init_training(optimizer, params, key, model_state)
+    training = onto_mesh_of(tasks[0].train, init_training(optimizer, params, key, model_state))
     accuracies = [math.nan] * len(tasks)
     if method is not None and forward_transfer and recipe.scenario != "class":
         accuracies = _evaluate(recipe, training, tasks)
@@ -290,7 +303,7 @@ def init_sequence(
     return SequenceState(
         epochs=0,
         training=training,
-        consolidation=init_consolidation(params, importance),
+        consolidation=place_consolidation(tasks[0].train, init_consolidation(params, importance)),
         accuracy_matrix=np.full((len(tasks), len(tasks)), np.nan),
         initial_accuracies=np.array(accuracies),
         training_seconds=0.0,
@@ -342,11 +355,6 @@ def go_on_after(
     return start._replace(epochs=len(learned) * recipe.num_epochs, training=training, consolidation=consolidation)
 
 
-def _same_sizes(tasks: Sequence[Task], index: int, other: int) -> bool:
-    shapes = [jax.tree.map(jnp.shape, tasks[number].train) for number in (index, other)]
-    return shapes[0] == shapes[1]
-
-
 def _train_epoch(
     learn: functools.partial,
     state: SequenceState,
@@ -356,6 +364,7 @@ def _train_epoch(
     compiled: bool,
 ) -> tuple[SequenceState, float]:
     """Trains for an epoch; returns the state and the mean loss. The arrays of the earlier state are freed."""
+    learn = functools.partial(learn, shardings=find_shardings(state.training, data.examples))
     (training, info), seconds = timed(learn, state.training, state.consolidation, strength, data, compiled=compiled)
     loss = float(np.asarray(info.loss, np.float64).sum()) / int(np.asarray(info.num_steps).sum())
     # The losses are not enough: the last update comes after the last loss.

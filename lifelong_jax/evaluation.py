@@ -2,13 +2,16 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lifelong_jax import _checks
 from lifelong_jax._jaxprs import activation_floats
 from lifelong_jax._numerics import equal_size
+from lifelong_jax._split_batches import batch_sharding, num_parts, on_automatic_axes, split
 from lifelong_jax.losses import ExampleLoss, with_model_state
 from lifelong_jax.objectives import CLASSIFICATION, Objective, label_counts
 from lifelong_jax.scenarios import active_classes, with_class_mask
@@ -19,7 +22,6 @@ _MAX_EXAMPLES = 1024  # at once; more are no faster
 _MAX_FLOATS = 2**28  # of all activations of the examples at once: 1 GiB in float32, if none were freed
 
 
-@functools.partial(jax.jit, static_argnames=("apply_fn", "objective"))
 def score(
     apply_fn: OutputFn,
     params: Params,
@@ -33,7 +35,8 @@ def score(
 
         Σ_n weights[n] · score_fn(outputs for example n, example n) / Σ_n weights[n] · count_fn(example n)
 
-    Examples are evaluated together, as many as their activations allow.
+    Examples are evaluated together, as many as their activations allow. If they are sharded along their leading axis
+    over a mesh, each device evaluates its own; see `training.learn_task`.
 
     Args:
       apply_fn: `apply_fn(params, x) -> outputs`, without batch axis, or `apply_fn(params, model_state, x)`.
@@ -59,6 +62,26 @@ def score(
       Array(0.5, dtype=float32)
     """
     _checks.check_batch("test", test)
+    arguments = (params, test, permutation, class_mask, model_state)
+    return _score(apply_fn, objective, batch_sharding(test), *arguments)
+
+
+@functools.partial(jax.jit, static_argnames=("apply_fn", "objective", "sharding"))
+def _score(apply_fn: OutputFn, objective: Objective, sharding: NamedSharding | None, *arguments: Any) -> jax.Array:
+    score = functools.partial(_score_shards, apply_fn, objective, sharding)
+    return on_automatic_axes(score, arguments, out=PartitionSpec())
+
+
+def _score_shards(
+    apply_fn: OutputFn,
+    objective: Objective,
+    sharding: NamedSharding | None,
+    params: Params,
+    test: Batch,
+    permutation: jax.Array | None,
+    class_mask: jax.Array | None,
+    model_state: ModelState,
+) -> jax.Array:
     output_fn = with_permutation(with_model_state(apply_fn, model_state), permutation)
     x = _checks.first_example(test.inputs)
     with _checks.for_one_example("apply_fn", x):
@@ -71,20 +94,25 @@ def score(
     test = with_class_mask(test, class_mask)._replace(weights=weights)
     is_constant = [True] * len(jax.tree.leaves(params)) + [False] * len(jax.tree.leaves(x))
     num_floats = max(1, activation_floats(jaxpr.jaxpr, is_constant))
-    size = equal_size(num_examples, max(1, min(_MAX_EXAMPLES, _MAX_FLOATS // num_floats)))
+    num_shards = num_parts(sharding)
+    shard_size = num_examples // num_shards
+    size = equal_size(shard_size, max(1, min(_MAX_EXAMPLES, _MAX_FLOATS // num_floats)))
+    shards = split(jax.tree.map(lambda leaf: leaf.reshape(num_shards, shard_size, *leaf.shape[1:]), test), sharding)
 
     def of_example(example: Batch) -> jax.Array:
         return objective.score_fn(output_fn(params, example.inputs), example).astype(weights.dtype)
 
     def scores(start: jax.Array) -> jax.Array:
         # All parts have one size: the last part overlaps the one before, and the overlap does not count again.
-        first = jnp.minimum(start, num_examples - size)
-        part = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, first, size), test)
-        counted = (first + jnp.arange(size) >= start) & (part.weights > 0)  # the scores of padding may be NaN
+        first = jnp.minimum(start, shard_size - size)
+        part = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, first, size, axis=1), shards)
+        part = split(jax.tree.map(lambda leaf: leaf.reshape(num_shards * size, *leaf.shape[2:]), part), sharding)
+        is_new = jnp.tile(first + jnp.arange(size) >= start, num_shards)
+        counted = is_new & (part.weights > 0)  # the scores of padding may be NaN
         return jnp.where(counted, jax.vmap(of_example)(part) * part.weights, 0)
 
     # Summed like the weights below: a sum of the parts' rounded sums could exceed theirs.
-    return jnp.sum(jax.lax.map(scores, jnp.arange(0, num_examples, size))) / jnp.sum(counts)
+    return jnp.sum(jax.lax.map(scores, jnp.arange(0, shard_size, size))) / jnp.sum(counts)
 
 
 def evaluate(

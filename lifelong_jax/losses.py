@@ -37,7 +37,7 @@ class ExampleLoss:
             raise TypeError(f"{name} is a {type(examples).__name__}, but must be a Batch(inputs, labels).")
         x = _checks.first_example(examples.inputs)
         with _checks.for_one_example("apply_fn", x):
-            outputs = jax.eval_shape(self.apply_fn, params, x)
+            outputs = jax.eval_shape(self.apply_fn, _checks.shapes_of(params), x)
         self.objective.check_fn(name, examples, outputs)
 
 

@@ -11,11 +11,21 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lifelong_jax import _checks
 from lifelong_jax._early_stopping import init_best, keep_best
 from lifelong_jax._epochs import TrainingData, importance_of, train
+from lifelong_jax._meshes import leading_axes
 from lifelong_jax._sequences import begin_task, check_run, make_optimizer, task_keys
+from lifelong_jax._split_batches import (
+    find_shardings,
+    make_whole,
+    num_parts,
+    on_automatic_axes,
+    round_up,
+    sharding_of_runs,
+)
 from lifelong_jax._task_checks import check_tasks
 from lifelong_jax.consolidation import consolidate, init_consolidation
 from lifelong_jax.evaluation import score
@@ -69,6 +79,11 @@ def learn_sweep(
 
     The same compiled program serves all sweeps of as many runs with equal shapes, whatever their seeds and strengths.
 
+    Where an array of the runs' tasks or parameters is on a mesh, the runs are spread over its devices: each device
+    learns its own, and nothing is sent between them. Place the examples whole on each device, before the tasks are made
+    of them: `jax.device_put(train, NamedSharding(mesh, PartitionSpec()))`. Axes that an array is sharded over are left
+    to the compiler; the runs are spread over the others.
+
     Args:
       method: from `methods`.
       recipe: as for `learn_tasks`.
@@ -95,6 +110,9 @@ def learn_sweep(
       (3, 3, 3)
     """
     _check_runs(method, recipe, runs, max_steps)
+    num_runs = len(runs)
+    sharding = sharding_of_runs([(run.params, run.tasks) for run in runs]) if num_runs > 1 else None
+    runs = [*runs, *[runs[-1]] * (round_up(num_runs, sharding) - num_runs)]
     masks = {id(run.tasks): _masks(run.tasks, recipe.scenario) for run in runs}
     tasks, task_axes = _stack([run.tasks for run in runs])
     starts = [
@@ -108,8 +126,9 @@ def learn_sweep(
         num_runs=len(runs),
         axes=(task_axes, start_axes),
         plan=_Plan(method, recipe, forward_transfer, len(runs[0].tasks), max_steps),
+        sharding=sharding,
     )
-    arrays = [np.asarray(array, np.float64) for array in accuracies]
+    arrays = [np.asarray(array, np.float64)[:num_runs] for array in accuracies]
     return SweepAccuracies(*(np.where(array == _UNKNOWN, np.nan, array) for array in arrays))
 
 
@@ -192,19 +211,53 @@ def _masks(tasks: Sequence[Task], scenario: Scenario) -> tuple[jax.Array | None,
     return jnp.asarray(train), jnp.asarray(test)
 
 
-@functools.partial(jax.jit, static_argnames=("num_runs", "axes", "plan"))
+@functools.partial(jax.jit, static_argnames=("num_runs", "axes", "plan", "sharding"))
 def _learn_runs(
+    tasks: Task,
+    start: _Start,
+    *,
+    num_runs: int,
+    axes: tuple[_Axes, _Axes],
+    plan: "_Plan",
+    sharding: NamedSharding | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Learns all runs, on a mesh each device its own."""
+    learn = functools.partial(_learn_together, num_runs=num_runs // num_parts(sharding), axes=axes, plan=plan)
+    if sharding is None:
+        return on_automatic_axes(learn, (tasks, start), out=PartitionSpec())
+
+    def learn_shards(tasks: Task, start: _Start) -> tuple[jax.Array, jax.Array]:
+        shards = jax.shard_map(
+            learn,
+            mesh=sharding.mesh,
+            in_specs=_by_run((tasks, start), axes, sharding.spec, PartitionSpec()),
+            out_specs=sharding.spec,
+            axis_names=set(leading_axes(sharding.spec)),
+            check_vma=False,  # nothing is computed over several runs
+        )
+        return make_whole(shards(tasks, start), sharding)
+
+    return on_automatic_axes(learn_shards, (tasks, start), out=PartitionSpec())
+
+
+def _learn_together(
     tasks: Task, start: _Start, *, num_runs: int, axes: tuple[_Axes, _Axes], plan: "_Plan"
 ) -> tuple[jax.Array, jax.Array]:
-    task_axes, start_axes = axes
-    learn = functools.partial(_learn_run, by_task=task_axes.by_task, plan=plan)
-    if num_runs == 1:  # an axis of length 1 would slow down the products
-        return jax.tree.map(lambda x: x[None], learn(tasks, start))
-    in_axes = tuple(
-        jax.tree.unflatten(jax.tree.structure(tree), [0 if by_run else None for by_run in of_tree.by_run])
-        for tree, of_tree in ((tasks, task_axes), (start, start_axes))
+    learn = functools.partial(_learn_run, by_task=axes[0].by_task, plan=plan)
+    if num_runs > 1:
+        return jax.vmap(learn, in_axes=_by_run((tasks, start), axes, 0, None), axis_size=num_runs)(tasks, start)
+    # An axis of length 1 would slow down the products.
+    has_axis = _by_run((tasks, start), axes, True, False)
+    tasks, start = jax.tree.map(lambda x, axis: x[0] if axis else x, (tasks, start), has_axis)
+    return jax.tree.map(lambda x: x[None], learn(tasks, start))
+
+
+def _by_run(trees: tuple[Task, _Start], axes: tuple[_Axes, _Axes], if_by_run: Any, otherwise: Any) -> Any:
+    """Makes trees like those of the tasks and the start, of one value where a leaf has an axis of runs, or another."""
+    return tuple(
+        jax.tree.unflatten(jax.tree.structure(tree), [if_by_run if by_run else otherwise for by_run in of_tree.by_run])
+        for tree, of_tree in zip(trees, axes, strict=True)
     )
-    return jax.vmap(learn, in_axes=in_axes, axis_size=num_runs)(tasks, start)
 
 
 def _task_at(tasks: Task, by_task: tuple[bool, ...], index: jax.Array | int) -> Task:
@@ -247,8 +300,9 @@ def _learn_run(tasks: Task, start: _Start, *, plan: _Plan, by_task: tuple[bool, 
         train_key, importance_key = task_keys(key, index)
         task = task_at(index)
         data = data_of(task, index)
-        learn_data = functools.partial(train, recipe, optimizer, consolidation, data)
         state = begin_task(method, optimizer, previous, train_key, index)
+        shardings = find_shardings(state, data.examples)
+        learn_data = functools.partial(train, recipe, optimizer, consolidation, data, shardings=shardings)
         if recipe.patience is None:
             state, info = learn_data(state, num_epochs=recipe.num_epochs, max_steps=plan.max_steps)
             learned = (info.loss, state.params)

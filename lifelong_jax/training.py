@@ -8,10 +8,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import PartitionSpec
 
 from lifelong_jax import _checks
 from lifelong_jax._batch_axis import BATCH_AXIS, weigh_means
-from lifelong_jax._numerics import is_sharded, scale_weights, update_after_reads, widen, with_extra_args
+from lifelong_jax._numerics import scale_weights, update_after_reads, widen, with_extra_args
+from lifelong_jax._split_batches import (
+    LoopShardings,
+    find_shardings,
+    keep_shardings,
+    make_whole,
+    on_automatic_axes,
+    round_up,
+    specs_of,
+    split,
+)
 from lifelong_jax.types import Consolidation, Examples, LossFn, ModelState, Params, TrainLossFn
 
 
@@ -94,6 +105,10 @@ def learn_task(
     steps: a small task that is padded to a larger shape is learned in as many steps as without padding. Two calls of
     one epoch do the same as one call of two epochs.
 
+    Where the examples are sharded along their leading axis over a mesh, each batch is split over its devices, and the
+    numbers stay the same up to rounding. The state keeps its shardings. Inside of a jit of yours, only types say where
+    examples are: there, make the axes of the mesh explicit. On automatic axes, each device computes the whole batch.
+
     Args:
       loss_fn: `loss_fn(params, example) -> scalar`, the loss of one example, without batch axis. If `state` has a model
         state, `loss_fn(params, model_state, example, key) -> (scalar, model_state)`; see `types.TrainLossFn`.
@@ -112,9 +127,9 @@ def learn_task(
       The state after the last step, and the losses.
 
     Raises:
-      ValueError: if there are no examples, leaves differ in their number or are sharded over a mesh's explicit axes,
-        `num_epochs`, `batch_size` or `max_steps` is not a positive integer, or the loss is not a scalar; outside of
-        jit, if weights are negative, all 0, or too large or too small for float32.
+      ValueError: if there are no examples, leaves differ in their number, `num_epochs`, `batch_size` or `max_steps` is
+        not a positive integer, or the loss is not a scalar; outside of jit, if weights are negative, all 0, or too
+        large or too small for float32.
       TypeError: if a leaf of the parameters is not floating-point.
 
     Example:
@@ -131,26 +146,68 @@ def learn_task(
     _checks.check_positive_integer("batch_size", batch_size)
     _checks.check_positive_integer("max_steps", max_steps, optional=True)
     _checks.check_params("state.params", state.params)
-    check_loss(loss_fn, state, "examples", examples)
     examples, weights = jax.tree.map(jnp.asarray, (examples, weights))
-    if any(map(is_sharded, jax.tree.leaves((examples, weights)))):
-        raise ValueError(
-            "examples or weights are sharded over explicit axes of a mesh, which leave open how to gather a batch: "
-            "make the mesh with axis_types=(jax.sharding.AxisType.Auto,), or replicate them."
-        )
+    learn = functools.partial(
+        learn_split_batches,
+        loss_fn,
+        optimizer,
+        num_epochs=num_epochs,
+        batch_size=batch_size,
+        max_steps=max_steps,
+        shardings=find_shardings(state, (examples, weights)),
+    )
+    arguments = (state, consolidation, examples, weights)
+    return on_automatic_axes(learn, arguments, out=(specs_of(state), PartitionSpec()))
+
+
+def learn_split_batches(
+    loss_fn: LossFn | TrainLossFn,
+    optimizer: optax.GradientTransformation,
+    state: TrainingState,
+    consolidation: Consolidation,
+    examples: Examples,
+    weights: jax.Array | None,
+    *,
+    num_epochs: int,
+    batch_size: int,
+    max_steps: int | None,
+    shardings: LoopShardings,
+) -> tuple[TrainingState, TrainingInfo]:
+    """Trains as `learn_task` does, on automatic axes of a mesh.
+
+    Args:
+      loss_fn: as for `learn_task`; so are the other arguments.
+      optimizer: any optax transform.
+      state: the state before the first step.
+      consolidation: what is kept of earlier tasks.
+      examples: a tree of arrays `[num_examples, ...]`.
+      weights: `[num_examples]`, or None.
+      num_epochs: the number of passes.
+      batch_size: the number of examples per step.
+      max_steps: the last step, or None.
+      shardings: how the state is sharded, and how a batch is to be.
+
+    Returns:
+      As for `learn_task`.
+    """
+    check_loss(loss_fn, state, "examples", examples)
     num_examples = jax.tree.leaves(examples)[0].shape[0]
     batch_size = min(batch_size, num_examples)
     num_batches = -(-num_examples // batch_size)
+    excess = round_up(batch_size, shardings.batch) - batch_size
+    weights = make_whole(weights, shardings.batch)
     num_steps = num_batches if weights is None else -(-jnp.sum(weights > 0) // batch_size)
-    step = _make_step(loss_fn, optimizer, consolidation, examples, weights)
+    step = _make_step(loss_fn, optimizer, consolidation, examples, weights, shardings)
     loss_dtype = _dtype_of_loss(loss_fn, state, examples)
 
     def epoch(state: TrainingState, index: jax.Array) -> tuple[TrainingState, tuple[jax.Array, jax.Array]]:
         key, epoch_key = jax.random.split(state.key)
         order = _shuffled(epoch_key, num_examples, weights)
-        # The last batch is padded with an index past the end, which gets weight 0 in `step`.
+        # The last batch is padded with an index past the end, which gets weight 0 in `step`. So is each batch that
+        # cannot be split into equal parts.
         order = jnp.pad(order, (0, num_batches * batch_size - num_examples), constant_values=num_examples)
-        order = order.reshape(num_batches, batch_size)
+        order = jnp.pad(order.reshape(num_batches, batch_size), ((0, 0), (0, excess)), constant_values=num_examples)
+        order = make_whole(order, shardings.batch)
         steps = num_steps if max_steps is None else jnp.clip(max_steps - index * num_steps, 0, num_steps)
         carry = (state._replace(key=key), jnp.zeros(num_batches, loss_dtype))
         take = functools.partial(step, order, epoch_key)
@@ -158,7 +215,7 @@ def learn_task(
         return state, (losses, jnp.asarray(steps))
 
     state, (losses, num_steps) = jax.lax.scan(epoch, state, jnp.arange(num_epochs))
-    return state, TrainingInfo(losses, num_steps)
+    return keep_shardings(state, shardings), TrainingInfo(losses, num_steps)
 
 
 def check_loss(loss_fn: LossFn | TrainLossFn, state: TrainingState, name: str, examples: Examples) -> None:
@@ -241,6 +298,7 @@ def _make_step(
     consolidation: Consolidation,
     examples: Examples,
     weights: jax.Array | None,
+    shardings: LoopShardings,
 ) -> Callable[[jax.Array, jax.Array, jax.Array, _Carry], _Carry]:
     num_examples = jax.tree.leaves(examples)[0].shape[0]
     weights = jnp.ones(num_examples) if weights is None else weights
@@ -251,10 +309,10 @@ def _make_step(
         batch_weights = jnp.where(indices < num_examples, weights[indices], 0)
         # Padding may be NaN: in its place stands the batch's first example, which is never padding.
         indices = jnp.where(batch_weights > 0, indices, indices[0])
-        batch = jax.tree.map(lambda x: x[indices], examples)
+        batch = split(jax.tree.map(lambda x: x[indices], examples), shardings.batch)
         keys = example_keys(state, epoch_key, indices)
         state, loss = train_step(loss_fn, optimizer, state, consolidation, batch, batch_weights, keys)
-        return state, losses.at[index].set(loss)
+        return keep_shardings(state, shardings), losses.at[index].set(loss)
 
     return step
 

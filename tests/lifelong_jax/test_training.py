@@ -279,23 +279,6 @@ def test_a_state_may_be_donated_whole_where_an_optimiser_keeps_the_parameters():
     np.testing.assert_array_equal(params, np.arange(3.0))
 
 
-def test_examples_may_not_be_sharded_over_explicit_axes_but_over_others():
-    _, params, consolidation = make_problem()
-    examples = tuple(leaf[:4] for leaf in make_arrays())
-
-    def learn(examples):
-        state = init_training(SGD, params, jax.random.key(1))
-        return learn_compiled(loss_fn, SGD, state, consolidation, examples, num_epochs=1, batch_size=2)[0].params
-
-    def shard(axis_type):
-        mesh = jax.make_mesh((2,), ("data",), axis_types=(axis_type,))
-        return jax.device_put(examples, jax.sharding.NamedSharding(mesh, jax.P("data")))
-
-    with pytest.raises(ValueError, match=r"sharded over explicit axes of a mesh.*AxisType\.Auto"):
-        learn(shard(jax.sharding.AxisType.Explicit))
-    chex.assert_trees_all_close(learn(shard(jax.sharding.AxisType.Auto)), learn(examples), rtol=1e-5)
-
-
 def test_only_ratios_of_weights_count():
     examples, params, none = jnp.array([2.0, 4.0, 7.0, 0.0]), jnp.array(1.0), init_consolidation(jnp.array(1.0))
     optimizer, weights = optax.sgd(0.25), jnp.array([1.0, 3.0, 2.0, 0.0])
