@@ -138,13 +138,16 @@ def specs_of(tree: Any) -> Any:
 
 
 def onto_mesh_of(examples: Examples, tree: Any) -> Any:
-    """Places arrays whole on each device of the examples' mesh, unless they are on a mesh already."""
+    """Places arrays on the mesh of the examples, if these are on one."""
     placement = find_placement(examples)
-    if placement is None:
-        return tree
+    return tree if placement is None else onto_mesh(placement.mesh, tree)
+
+
+def onto_mesh(mesh: AnyMesh, tree: Any) -> Any:
+    """Places arrays whole on each device of a mesh, unless they are on one already."""
 
     def place(leaf: Any) -> jax.Array:
-        sharding = sharding_of(leaf) or NamedSharding(placement.mesh, PartitionSpec())
+        sharding = sharding_of(leaf) or NamedSharding(mesh, PartitionSpec())
         return jax.device_put(leaf, _canonical(sharding, jnp.ndim(leaf)))
 
     return jax.tree.map(place, tree)

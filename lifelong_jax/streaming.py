@@ -15,10 +15,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lifelong_jax import _checks, forms
 from lifelong_jax._extras import needs_extra
 from lifelong_jax._numerics import pad
+from lifelong_jax._process_rows import own_rows, place_rows, rows_of_batches, weigh_rows
+from lifelong_jax._split_batches import (
+    LoopShardings,
+    find_shardings,
+    keep_shardings,
+    on_automatic_axes,
+    onto_mesh,
+    round_up,
+    specs_of,
+)
 from lifelong_jax.datasets.sources import Source
 from lifelong_jax.training import TrainingInfo, TrainingState, check_loss, example_keys, train_step
 from lifelong_jax.types import Batch, Consolidation, LossFn, TrainLossFn
@@ -46,7 +57,9 @@ class StreamState(NamedTuple):
     num_steps: np.ndarray
 
 
-def stream_batches(source: Source, batch_size: int, key: jax.Array | None = None) -> Iterator[Batch]:
+def stream_batches(
+    source: Source, batch_size: int, key: jax.Array | None = None, *, sharding: NamedSharding | None = None
+) -> Iterator[Batch]:
     """Reads each example once, in batches; leaves out those of weight 0.
 
     Threads read and decode up to two batches ahead.
@@ -56,13 +69,17 @@ def stream_batches(source: Source, batch_size: int, key: jax.Array | None = None
       batch_size: examples per batch.
       key: a random key to shuffle the examples with, or None to keep their order. `learn_task` shuffles in the same
         order in an epoch for which it draws this key.
+      sharding: how a batch's leading axis is sharded over a mesh, `NamedSharding(mesh, PartitionSpec("data"))`; None
+        for one device. Batches are padded, with weight 0, to a size that can be split. Where the mesh spans several
+        processes, each reads the examples of its own devices, and no example may have weight 0.
 
     Yields:
       Batches `[batch_size, ...]` on the device, in the dtypes of the source. The last batch is padded with examples of
       weight 0.
 
     Raises:
-      ValueError: if there are no examples, if `batch_size` is not a positive integer, or if examples differ in shape.
+      ValueError: if there are no examples, if `batch_size` is not a positive integer, if examples differ in shape, or
+        if the sharding has other axes than that of the examples.
 
     Example:
       >>> from lifelong_jax.datasets import open_dataset
@@ -70,14 +87,44 @@ def stream_batches(source: Source, batch_size: int, key: jax.Array | None = None
       >>> batches[0].inputs.shape, [int(batch.weights.sum()) for batch in batches]
       ((100, 8, 8, 1), [100, 100, 100, 60])
     """
-    for _, batch in _numbered_batches(source, batch_size, key):
+    for _, batch in _numbered_batches(source, batch_size, key, sharding):
         yield batch
 
 
-def _numbered_batches(source: Source, batch_size: int, key: jax.Array | None) -> Iterator[tuple[jax.Array, Batch]]:
+def _numbered_batches(
+    source: Source, batch_size: int, key: jax.Array | None, sharding: NamedSharding | None
+) -> Iterator[tuple[jax.Array, Batch]]:
     """Yields batches with the numbers of their examples in the source."""
-    _check(source, batch_size)
-    order = np.arange(len(source)) if key is None else np.asarray(jax.random.permutation(key, len(source)))
+    _check(source, batch_size, sharding)
+    order = np.arange(len(source)) if key is None else np.asarray(jax.random.permutation(_on_host(key), len(source)))
+    size = round_up(batch_size, sharding)
+    if sharding is None or sharding.is_fully_addressable:
+        pipeline = _read(source, order, batch_size)
+        pipeline = pipeline.filter(
+            lambda numbered: numbered[1].weights is None or numbered[1].weights > 0
+        )  # as in memory
+        with contextlib.closing(iter(pipeline.batch(batch_size, drop_remainder=False))) as batches:
+            for indices, batch in batches:
+                indices = indices[np.arange(size) % len(indices)]
+                numbered = (indices, pad(batch, size))
+                yield jax.tree.map(jnp.asarray, numbered) if sharding is None else jax.device_put(numbered, sharding)
+        return
+    rows = own_rows(sharding, size)
+    positions, counted = rows_of_batches(len(order), batch_size, size)
+    pipeline = _read(source, order[positions[:, rows].ravel()], batch_size)
+    with contextlib.closing(iter(pipeline.batch(len(rows)))) as batches:
+        for (indices, batch), is_example in zip(batches, counted[:, rows], strict=True):
+            yield place_rows((indices, weigh_rows(batch, is_example)), sharding, rows, size)
+
+
+def _on_host(key: jax.Array) -> jax.Array:
+    """Takes a key from the devices of a mesh."""
+    data = np.asarray(jax.random.key_data(key))
+    return jax.random.wrap_key_data(jnp.asarray(data), impl=jax.random.key_impl(key))
+
+
+def _read(source: Source, order: np.ndarray, batch_size: int) -> Any:
+    """Makes a pipeline of examples, with their numbers, in an order."""
     first = source[int(order[0])]
     shapes = jax.tree.map(np.shape, first)
 
@@ -94,12 +141,7 @@ def _numbered_batches(source: Source, batch_size: int, key: jax.Array | None) ->
 
     num_threads = min(16, os.cpu_count() or 1)
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(num_threads, 2 * batch_size))
-    pipeline = grain.MapDataset.source(order).map(read).to_iter_dataset(options)
-    pipeline = pipeline.filter(lambda numbered: numbered[1].weights is None or numbered[1].weights > 0)  # as in memory
-    with contextlib.closing(iter(pipeline.batch(batch_size, drop_remainder=False))) as batches:
-        for indices, batch in batches:
-            indices = indices[np.arange(batch_size) % len(indices)]
-            yield jax.tree.map(jnp.asarray, (indices, pad(batch, batch_size)))
+    return grain.MapDataset.source(order).map(read).to_iter_dataset(options)
 
 
 def learn_stream(
@@ -113,6 +155,7 @@ def learn_stream(
     batch_size: int,
     interval: int | None = None,
     callback: Callable[[StreamState], None] = lambda state: None,
+    sharding: NamedSharding | None = None,
 ) -> tuple[TrainingState, TrainingInfo]:
     """Trains on one task's examples while they are read.
 
@@ -132,6 +175,9 @@ def learn_stream(
       interval: the number of steps after which the callback is called within an epoch, or None for an epoch's end only.
       callback: `callback(state)`, called after every epoch, and every `interval` steps, to save a `StreamState`. It
         must copy what it keeps: the next step frees the state.
+      sharding: how a batch's leading axis is sharded over a mesh, as for `stream_batches`. The order of the examples is
+        that of one device. Of the state and the consolidation, arrays that are on no mesh are placed whole on each
+        device; the others keep their shardings.
 
     Returns:
       The state after the last step, and the losses `[num_epochs, num_steps]`.
@@ -139,7 +185,8 @@ def learn_stream(
     Raises:
       TypeError: if labels are not what `loss_fn` takes.
       ValueError: if there are no examples, if examples differ in shape, if a label is out of range, if `num_epochs`,
-        `batch_size` or `interval` is not a positive integer, or if the loss is not a scalar.
+        `batch_size` or `interval` is not a positive integer, if the loss is not a scalar, or if the sharding has other
+        axes than that of the examples.
       FloatingPointError: if training diverged.
 
     Example:
@@ -155,16 +202,20 @@ def learn_stream(
       >>> info.loss.shape
       (1, 45)
     """
-    _check(source, batch_size)
+    _check(source, batch_size, sharding)
     _checks.check_positive_integer("num_epochs", num_epochs)
     _checks.check_positive_integer("interval", interval, optional=True)
     batch_size = min(batch_size, len(source))
     num_batches = -(-len(source) // batch_size)
     stream = _start(state, num_epochs, num_batches)
-    learn = functools.partial(_learn_batch, loss_fn, optimizer, consolidation)
+    if sharding is not None:
+        training, consolidation = onto_mesh(sharding.mesh, (stream.training, consolidation))
+        stream = stream._replace(training=training)
+    shardings = find_shardings(stream.training, None)
+    learn = functools.partial(_learn_batch, loss_fn, optimizer, consolidation, shardings=shardings)
     for epoch in range(stream.epoch, num_epochs):
         key, epoch_key = jax.random.split(stream.training.key)
-        batches = _numbered_batches(source, batch_size, epoch_key)
+        batches = _numbered_batches(source, batch_size, epoch_key, sharding)
         with tqdm.tqdm(batches, f"epoch {epoch + 1} of {num_epochs}", num_batches, disable=None) as progress:
             for step, (indices, batch) in enumerate(progress):
                 if step < stream.step:
@@ -218,6 +269,7 @@ def mean_over_stream(
     *,
     batch_size: int,
     key: jax.Array | None = None,
+    sharding: NamedSharding | None = None,
 ) -> Any:
     """Computes a mean over all examples, such as an importance or an accuracy, from means over batches.
 
@@ -234,12 +286,15 @@ def mean_over_stream(
       source: the examples.
       batch_size: examples per batch. The result depends on it only if `mean_fn` uses `key`.
       key: a random key that is folded with each batch's number, or None.
+      sharding: how a batch's leading axis is sharded over a mesh, as for `stream_batches`. `mean_fn` is compiled: with
+        explicit axes, the types tell the library's importances what is sharded, and they are split.
 
     Returns:
       A tree like that of `mean_fn`.
 
     Raises:
-      ValueError: if there are no examples, if examples differ in shape, or if `batch_size` is not a positive integer.
+      ValueError: if there are no examples, if examples differ in shape, if `batch_size` is not a positive integer, or
+        if the sharding has other axes than that of the examples.
 
     Example:
       >>> from lifelong_jax import mas_importance
@@ -250,10 +305,14 @@ def mean_over_stream(
       >>> mean_over_stream(measure, jnp.ones((64, 10)), digits.train, batch_size=100).shape
       (64, 10)
     """
-    _check(source, batch_size)
+    _check(source, batch_size, sharding)
+    if sharding is not None:
+        state = onto_mesh(sharding.mesh, state)
     batch_size = min(batch_size, len(source))
     num_batches = -(-len(source) // batch_size)
-    batches = tqdm.tqdm(stream_batches(source, batch_size), "measuring", num_batches, leave=False, disable=None)
+    batches = tqdm.tqdm(
+        stream_batches(source, batch_size, sharding=sharding), "measuring", num_batches, leave=False, disable=None
+    )
     total: Any = None
     for number, batch in enumerate(batches):
         batch_key = None if key is None else jax.random.fold_in(key, number)
@@ -268,7 +327,7 @@ def mean_over_stream(
     return _with_forms(jax.tree.map(lambda leaf: leaf / weight.astype(leaf.dtype), summed), shapes)
 
 
-@functools.partial(jax.jit, static_argnames=("loss_fn", "optimizer"), donate_argnames=("state",))
+@functools.partial(jax.jit, static_argnames=("loss_fn", "optimizer", "shardings"), donate_argnames=("state",))
 def _learn_batch(
     loss_fn: LossFn | TrainLossFn,
     optimizer: optax.GradientTransformation,
@@ -277,10 +336,19 @@ def _learn_batch(
     epoch_key: jax.Array,
     indices: jax.Array,
     batch: Batch,
+    *,
+    shardings: LoopShardings,
 ) -> tuple[TrainingState, jax.Array]:
-    weights: Any = batch.weights
-    keys = example_keys(state, epoch_key, indices)
-    return train_step(loss_fn, optimizer, state, consolidation, batch, weights, keys)
+    def learn(
+        consolidation: Consolidation, state: TrainingState, epoch_key: jax.Array, indices: jax.Array, batch: Batch
+    ) -> tuple[TrainingState, jax.Array]:
+        weights: Any = batch.weights
+        keys = example_keys(state, epoch_key, indices)
+        state, loss = train_step(loss_fn, optimizer, state, consolidation, batch, weights, keys)
+        return keep_shardings(state, shardings), loss
+
+    arguments = (consolidation, state, epoch_key, indices, batch)
+    return on_automatic_axes(learn, arguments, out=(specs_of(state), PartitionSpec()))
 
 
 @functools.partial(jax.jit, static_argnames=("mean_fn",), donate_argnames=("total",))
@@ -312,8 +380,13 @@ def _with_forms(tree: Any, shapes: Any) -> Any:
     return forms.tree_map(of_node, shapes, tree)
 
 
-def _check(source: Source, batch_size: int) -> None:
+def _check(source: Source, batch_size: int, sharding: NamedSharding | None) -> None:
     _checks.check_positive_integer("batch_size", batch_size)
+    if sharding is not None and not (isinstance(sharding, NamedSharding) and len(sharding.spec) <= 1):
+        raise ValueError(
+            f"sharding must say how the examples' axis is sharded, and nothing else, but is {sharding}: pass "
+            f"jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('data'))."
+        )
     if len(source) == 0:
         raise ValueError("source is empty: at least one example is needed.")
 

@@ -50,6 +50,7 @@ MAY_IMPORT = {
     "_batch_axis": {"_jaxprs"},
     "_meshes": set(),
     "_split_batches": {"types", "_meshes"},
+    "_process_rows": {"types"},
     "training": BASE | {"_batch_axis", "_split_batches"},
     "tasks": BASE,
     "metrics": set(),
