@@ -112,7 +112,8 @@ def importance_of(
     return importance_fn(network, recipe.objective, state, data.examples, key)
 
 
-compute_importance = jax.jit(importance_of, static_argnames=("recipe", "importance_fn"))
+# Arrays that a method does not use are kept: without any, a program would not know of the mesh that its result is on.
+compute_importance = jax.jit(importance_of, static_argnames=("recipe", "importance_fn"), keep_unused=True)
 
 
 def timed(function: functools.partial, *args: object, compiled: bool = False) -> tuple[Any, float]:

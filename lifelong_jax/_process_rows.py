@@ -53,3 +53,12 @@ def place_rows(tree: Any, sharding: NamedSharding, rows: np.ndarray, size: int) 
         return jax.make_array_from_callback((size, *leaf.shape[1:]), sharding, part)
 
     return jax.tree.map(of_leaf, tree)
+
+
+def held_rows(tree: Any) -> Any:
+    """Takes the rows of arrays `[size, ...]` that this process holds, whose values are known to it."""
+
+    def of_leaf(leaf: jax.Array) -> Any:
+        return leaf if leaf.is_fully_addressable else np.concatenate([part.data for part in leaf.addressable_shards])
+
+    return jax.tree.map(of_leaf, tree)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from lifelong_jax._meshes import AnyMesh, find_placement, leading_axes, sharding_of
@@ -76,6 +77,17 @@ def round_up(size: int, sharding: NamedSharding | None) -> int:
     """Returns the smallest size of a batch, not below `size`, that can be split into equal parts."""
     parts = num_parts(sharding)
     return -(-size // parts) * parts
+
+
+def take_split(examples: Examples, indices: jax.Array, sharding: NamedSharding | None) -> Examples:
+    """Takes the rows of a batch from wherever they are, and splits them over the devices, inside of a loop.
+
+    The rows are first whole on each device: otherwise the compiler splits the indices as well, and gathers them again.
+    """
+    rows = jax.tree.map(lambda leaf: leaf[indices], examples)
+    if sharding is not None:
+        rows = split(rows, NamedSharding(sharding.mesh, PartitionSpec(None)))
+    return split(rows, sharding)
 
 
 def split(batch: Examples, sharding: NamedSharding | None) -> Examples:
@@ -147,10 +159,22 @@ def onto_mesh(mesh: AnyMesh, tree: Any) -> Any:
     """Places arrays whole on each device of a mesh, unless they are on one already."""
 
     def place(leaf: Any) -> jax.Array:
-        sharding = sharding_of(leaf) or NamedSharding(mesh, PartitionSpec())
-        return jax.device_put(leaf, _canonical(sharding, jnp.ndim(leaf)))
+        sharding = sharding_of(leaf)
+        if sharding is None:
+            return _replicate(leaf, _canonical(NamedSharding(mesh, PartitionSpec()), jnp.ndim(leaf)))
+        wanted = _canonical(sharding, leaf.ndim)
+        return leaf if wanted == sharding else jax.device_put(leaf, wanted)
 
     return jax.tree.map(place, tree)
+
+
+def _replicate(leaf: Any, sharding: NamedSharding) -> jax.Array:
+    if sharding.is_fully_addressable:
+        return jax.device_put(leaf, sharding)
+    if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key):
+        data = _replicate(jax.random.key_data(leaf), NamedSharding(sharding.mesh, PartitionSpec()))
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+    return jax.device_put(np.asarray(leaf), sharding)  # to devices of other processes, from the host alone
 
 
 def place_consolidation(examples: Examples, consolidation: Consolidation) -> Consolidation:

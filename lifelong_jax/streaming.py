@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lifelong_jax import _checks, forms
 from lifelong_jax._extras import needs_extra
 from lifelong_jax._numerics import pad
-from lifelong_jax._process_rows import own_rows, place_rows, rows_of_batches, weigh_rows
+from lifelong_jax._process_rows import held_rows, own_rows, place_rows, rows_of_batches, weigh_rows
 from lifelong_jax._split_batches import (
     LoopShardings,
     find_shardings,
@@ -221,10 +221,12 @@ def learn_stream(
                 if step < stream.step:
                     continue
                 if step == 0:
-                    check_loss(loss_fn, stream.training, "source", batch)
+                    check_loss(loss_fn, stream.training, "source", held_rows(batch))
                 stream = _take_step(learn, stream, epoch_key, indices, batch)
                 if not math.isfinite(stream.losses[epoch, step]):
-                    check_loss(loss_fn, stream.training, "source", batch)  # a label out of range makes it NaN
+                    check_loss(
+                        loss_fn, stream.training, "source", held_rows(batch)
+                    )  # a label out of range makes it NaN
                     _refuse(epoch, step)
                 progress.set_postfix_str(f"loss {stream.losses[epoch, : step + 1].mean():.3f}", refresh=False)
                 if interval is not None and (step + 1) % interval == 0:
@@ -318,9 +320,8 @@ def mean_over_stream(
         batch_key = None if key is None else jax.random.fold_in(key, number)
         if total is None:
             shapes = jax.eval_shape(mean_fn, state, batch, batch_key)
-            sums = jax.eval_shape(_with_factors, shapes)
-            total = (jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), sums), jnp.zeros(()))
-        total = jax.block_until_ready(_add_batch(mean_fn, total, state, batch, batch_key))
+        term = _sum_batch(mean_fn, state, batch, batch_key)
+        total = jax.block_until_ready(term if total is None else _add(total, term))
     if total is None:
         raise ValueError("source has no example of a weight above 0: there is nothing to measure.")
     summed, weight = total
@@ -351,15 +352,17 @@ def _learn_batch(
     return on_automatic_axes(learn, arguments, out=(specs_of(state), PartitionSpec()))
 
 
-@functools.partial(jax.jit, static_argnames=("mean_fn",), donate_argnames=("total",))
-def _add_batch(
-    mean_fn: Callable, total: tuple[Any, jax.Array], state: Any, batch: Batch, key: jax.Array | None
-) -> tuple[Any, jax.Array]:
-    summed, weight = total
-    batch_weight = jnp.sum(batch.weights)  # type: ignore[arg-type]  # `stream_batches` fills them in
+@functools.partial(jax.jit, static_argnames=("mean_fn",))
+def _sum_batch(mean_fn: Callable, state: Any, batch: Batch, key: jax.Array | None) -> tuple[Any, jax.Array]:
+    """Returns the sum over a batch, and that of its weights."""
+    weight = jnp.sum(batch.weights).astype(float)  # type: ignore[arg-type]  # `stream_batches` fills them in
     means = _with_factors(mean_fn(state, batch, key))
-    weighted = jax.tree.map(lambda m: batch_weight.astype(m.dtype) * m, means)
-    return jax.tree.map(jnp.add, summed, weighted), weight + batch_weight
+    return jax.tree.map(lambda m: weight.astype(m.dtype) * m, means), weight
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _add(total: Any, term: Any) -> Any:
+    return jax.tree.map(jnp.add, total, term)
 
 
 def _with_factors(tree: Any) -> Any:

@@ -21,7 +21,7 @@ from lifelong_jax._split_batches import (
     on_automatic_axes,
     round_up,
     specs_of,
-    split,
+    take_split,
 )
 from lifelong_jax.types import Consolidation, Examples, LossFn, ModelState, Params, TrainLossFn
 
@@ -305,11 +305,11 @@ def _make_step(
 
     def step(order: jax.Array, epoch_key: jax.Array, index: jax.Array, carry: _Carry) -> _Carry:
         state, losses = carry
-        indices = order[index]
-        batch_weights = jnp.where(indices < num_examples, weights[indices], 0)
+        indices = make_whole(order[index], shardings.batch)
+        batch_weights = make_whole(jnp.where(indices < num_examples, weights[indices], 0), shardings.batch)
         # Padding may be NaN: in its place stands the batch's first example, which is never padding.
         indices = jnp.where(batch_weights > 0, indices, indices[0])
-        batch = split(jax.tree.map(lambda x: x[indices], examples), shardings.batch)
+        batch = take_split(examples, indices, shardings.batch)
         keys = example_keys(state, epoch_key, indices)
         state, loss = train_step(loss_fn, optimizer, state, consolidation, batch, batch_weights, keys)
         return keep_shardings(state, shardings), losses.at[index].set(loss)
