@@ -17,7 +17,7 @@ from lifelong_jax.methods import ImportanceFn, WrapOptimizer
 from lifelong_jax.objectives import label_counts
 from lifelong_jax.recipes import Recipe, network_of, training_loss
 from lifelong_jax.scenarios import active_classes, joint_examples, with_class_mask
-from lifelong_jax.training import TrainingInfo, TrainingState, learn_split_batches
+from lifelong_jax.training import TrainingInfo, TrainingState, _learn_split_batches
 from lifelong_jax.types import Batch, Consolidation, Params, Scenario, Task
 
 
@@ -67,7 +67,7 @@ def train(
     shardings: LoopShardings,
 ) -> tuple[TrainingState, TrainingInfo]:
     """Trains on a task's training examples, as a recipe says."""
-    return learn_split_batches(
+    return _learn_split_batches(
         training_loss(recipe, data.permutation),
         optimizer,
         state,

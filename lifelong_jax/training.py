@@ -148,7 +148,7 @@ def learn_task(
     _checks.check_params("state.params", state.params)
     examples, weights = jax.tree.map(jnp.asarray, (examples, weights))
     learn = functools.partial(
-        learn_split_batches,
+        _learn_split_batches,
         loss_fn,
         optimizer,
         num_epochs=num_epochs,
@@ -160,7 +160,7 @@ def learn_task(
     return on_automatic_axes(learn, arguments, out=(specs_of(state), PartitionSpec()))
 
 
-def learn_split_batches(
+def _learn_split_batches(
     loss_fn: LossFn | TrainLossFn,
     optimizer: optax.GradientTransformation,
     state: TrainingState,
@@ -173,23 +173,7 @@ def learn_split_batches(
     max_steps: int | None,
     shardings: LoopShardings,
 ) -> tuple[TrainingState, TrainingInfo]:
-    """Trains as `learn_task` does, on automatic axes of a mesh.
-
-    Args:
-      loss_fn: as for `learn_task`; so are the other arguments.
-      optimizer: any optax transform.
-      state: the state before the first step.
-      consolidation: what is kept of earlier tasks.
-      examples: a tree of arrays `[num_examples, ...]`.
-      weights: `[num_examples]`, or None.
-      num_epochs: the number of passes.
-      batch_size: the number of examples per step.
-      max_steps: the last step, or None.
-      shardings: how the state is sharded, and how a batch is to be.
-
-    Returns:
-      As for `learn_task`.
-    """
+    """Trains as `learn_task` does, on automatic axes, for loops whose jit hides where arrays are."""
     check_loss(loss_fn, state, "examples", examples)
     num_examples = jax.tree.leaves(examples)[0].shape[0]
     batch_size = min(batch_size, num_examples)

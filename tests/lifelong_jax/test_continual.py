@@ -184,9 +184,9 @@ def test_the_trainer_sees_the_current_task_alone(monkeypatch):
 
     def spy(loss_fn, optimizer, state, consolidation, examples, weights, **settings):
         jax.debug.callback(lambda weights: seen.append(float(weights[0])), examples.weights, ordered=True)
-        return training.learn_split_batches(loss_fn, optimizer, state, consolidation, examples, weights, **settings)
+        return training._learn_split_batches(loss_fn, optimizer, state, consolidation, examples, weights, **settings)
 
-    monkeypatch.setattr(_epochs, "learn_split_batches", spy)
+    monkeypatch.setattr(_epochs, "_learn_split_batches", spy)
     fresh = functools.partial(coupled_sgd)  # another object, so that nothing compiled before is used
     learn(methods.ewc(), RECIPE._replace(optimizer_fn=fresh), tasks=tasks)
     jax.effects_barrier()
