@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lifelong_jax._meshes import find_placement
+from lifelong_jax._meshes import Layout, find_layout, find_placement, knowing
 from lifelong_jax._sequences import make_optimizer
 from lifelong_jax._split_batches import LoopShardings, on_automatic_axes, specs_of
-from lifelong_jax.methods import ImportanceFn, WrapOptimizer
+from lifelong_jax.methods import ImportanceFn, Method, WrapOptimizer
 from lifelong_jax.objectives import label_counts
 from lifelong_jax.recipes import Recipe, network_of, training_loss
 from lifelong_jax.scenarios import active_classes, joint_examples, with_class_mask
@@ -112,8 +112,26 @@ def importance_of(
     return importance_fn(network, recipe.objective, state, data.examples, key)
 
 
+def measuring(method: Method, recipe: Recipe, state: TrainingState, data: TrainingData) -> functools.partial:
+    """Returns the compiled function that computes a method's importance, wherever the arrays are."""
+    layout = find_layout(state.params, (data.examples, None), state)
+    return functools.partial(compute_importance, compiled_part(recipe), method.importance_fn, layout=layout)
+
+
 # Arrays that a method does not use are kept: without any, a program would not know of the mesh that its result is on.
-compute_importance = jax.jit(importance_of, static_argnames=("recipe", "importance_fn"), keep_unused=True)
+@functools.partial(jax.jit, static_argnames=("recipe", "importance_fn", "layout"), keep_unused=True)
+def compute_importance(
+    recipe: Recipe,
+    importance_fn: ImportanceFn,
+    state: TrainingState,
+    data: TrainingData,
+    key: jax.Array,
+    *,
+    layout: Layout | None,
+) -> Params:
+    """Computes a method's importance, with arrays that are sharded as a layout says."""
+    with knowing(layout):
+        return importance_of(recipe, importance_fn, state, data, key)
 
 
 def timed(function: functools.partial, *args: object, compiled: bool = False) -> tuple[Any, float]:

@@ -3,10 +3,14 @@
 Types name only the explicit axes of a mesh. So what is inside of a user's jit, on automatic axes, says nothing.
 """
 
+import contextlib
+import contextvars
+import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 AnyMesh: TypeAlias = Mesh | AbstractMesh
 
@@ -58,3 +62,63 @@ def axes_of(spec: PartitionSpec) -> tuple[str, ...]:
         if entry is not None and entry is not PartitionSpec.UNCONSTRAINED:
             names += entry if isinstance(entry, tuple) else (entry,)
     return tuple(names)
+
+
+class Layout(NamedTuple):
+    """Where parameters and examples are; hashable, for jit.
+
+    Attributes:
+      mesh: the mesh.
+      axes: the names of the axes over which the examples are sharded along their leading axis.
+      specs: how each leaf of the parameters is sharded; None where that is not known.
+      num_parts: into how many parts the compiler may split a microbatch if the examples say nothing.
+    """
+
+    mesh: AnyMesh
+    axes: tuple[str, ...]
+    specs: tuple[PartitionSpec | None, ...]
+    num_parts: int
+
+
+def find_layout(params: Any, examples: Any, others: Any) -> Layout | None:
+    """Finds where parameters, examples with their weights, and other arrays are; None if they are on no mesh.
+
+    Within `knowing`, it is the layout that is known there.
+    """
+    known = _known.get()
+    if known is not None:
+        num_leaves = len(jax.tree.leaves(params))
+        return known if len(known.specs) == num_leaves else known._replace(specs=(None,) * num_leaves)
+    placement = find_placement(examples) or find_placement((params, others))
+    if placement is None:
+        return None
+    axes = placement.axes if find_placement(examples) else ()
+    num_parts = 1
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(examples)):
+        types = zip(placement.mesh.axis_sizes, placement.mesh.axis_types, strict=True)
+        num_parts = math.prod(size for size, kind in types if kind == AxisType.Auto)
+    return Layout(placement.mesh, axes, tuple(map(_spec_of, jax.tree.leaves(params))), num_parts)
+
+
+_known: contextvars.ContextVar[Layout | None] = contextvars.ContextVar("layout", default=None)
+
+
+@contextlib.contextmanager
+def knowing(layout: Layout | None) -> Iterator[None]:
+    """Lets importances know, inside of a loop's own jit, how the arrays outside of it are sharded.
+
+    The layout is a static argument of that jit.
+    """
+    token = _known.set(layout)
+    try:
+        yield
+    finally:
+        _known.reset(token)
+
+
+def _spec_of(leaf: Any) -> PartitionSpec | None:
+    sharding = sharding_of(leaf)
+    if sharding is None:
+        return None
+    is_unknown = isinstance(leaf, jax.core.Tracer) and AxisType.Explicit not in sharding.mesh.axis_types
+    return None if is_unknown else sharding.spec

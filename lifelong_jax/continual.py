@@ -19,9 +19,9 @@ from lifelong_jax._early_stopping import Best, init_best, keep_best
 from lifelong_jax._epochs import (
     TrainingData,
     compiled_part,
-    compute_importance,
     joint_data,
     learn_epoch,
+    measuring,
     same_sizes,
     timed,
     training_data,
@@ -298,8 +298,8 @@ def init_sequence(
         accuracies = _evaluate(recipe, training, tasks)
     importance = None
     if method is not None:  # its shapes, so that the first task's consolidation has the forms of the others
-        measure = functools.partial(compute_importance, compiled_part(recipe), method.importance_fn)
-        importance = jax.eval_shape(measure, training, training_data(tasks, recipe.scenario, 0), key)
+        data = training_data(tasks, recipe.scenario, 0)
+        importance = jax.eval_shape(measuring(method, recipe, training, data), training, data, key)
     return SequenceState(
         epochs=0,
         training=training,
@@ -397,7 +397,7 @@ def _end_task(
     method: Method, recipe: Recipe, state: SequenceState, data: TrainingData, key: jax.Array
 ) -> tuple[SequenceState, Consolidation]:
     """Consolidates the task just learned; returns the state, and the task's own parameters and importance."""
-    measure = functools.partial(compute_importance, compiled_part(recipe), method.importance_fn)
+    measure = measuring(method, recipe, state.training, data)
     importance, seconds = timed(measure, state.training, data, key)
     if method.importance_fn is not finetune().importance_fn and _checks.is_zero(importance):
         warnings.warn(

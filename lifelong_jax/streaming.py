@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lifelong_jax import _checks, forms
 from lifelong_jax._extras import needs_extra
+from lifelong_jax._meshes import Layout, find_layout, knowing
 from lifelong_jax._numerics import pad
 from lifelong_jax._process_rows import held_rows, own_rows, place_rows, rows_of_batches, weigh_rows
 from lifelong_jax._split_batches import (
@@ -288,8 +289,8 @@ def mean_over_stream(
       source: the examples.
       batch_size: examples per batch. The result depends on it only if `mean_fn` uses `key`.
       key: a random key that is folded with each batch's number, or None.
-      sharding: how a batch's leading axis is sharded over a mesh, as for `stream_batches`. `mean_fn` is compiled: with
-        explicit axes, the types tell the library's importances what is sharded, and they are split.
+      sharding: how a batch's leading axis is sharded over a mesh, as for `stream_batches`. The library's importances
+        are then split over its axes.
 
     Returns:
       A tree like that of `mean_fn`.
@@ -320,7 +321,9 @@ def mean_over_stream(
         batch_key = None if key is None else jax.random.fold_in(key, number)
         if total is None:
             shapes = jax.eval_shape(mean_fn, state, batch, batch_key)
-        term = _sum_batch(mean_fn, state, batch, batch_key)
+        params = state.params if isinstance(state, TrainingState) else state
+        layout = find_layout(params, (batch, None), state)
+        term = _sum_batch(mean_fn, layout, state, batch, batch_key)
         total = jax.block_until_ready(term if total is None else _add(total, term))
     if total is None:
         raise ValueError("source has no example of a weight above 0: there is nothing to measure.")
@@ -352,11 +355,14 @@ def _learn_batch(
     return on_automatic_axes(learn, arguments, out=(specs_of(state), PartitionSpec()))
 
 
-@functools.partial(jax.jit, static_argnames=("mean_fn",))
-def _sum_batch(mean_fn: Callable, state: Any, batch: Batch, key: jax.Array | None) -> tuple[Any, jax.Array]:
+@functools.partial(jax.jit, static_argnames=("mean_fn", "layout"))
+def _sum_batch(
+    mean_fn: Callable, layout: Layout | None, state: Any, batch: Batch, key: jax.Array | None
+) -> tuple[Any, jax.Array]:
     """Returns the sum over a batch, and that of its weights."""
     weight = jnp.sum(batch.weights).astype(float)  # type: ignore[arg-type]  # `stream_batches` fills them in
-    means = _with_factors(mean_fn(state, batch, key))
+    with knowing(layout):
+        means = _with_factors(mean_fn(state, batch, key))
     return jax.tree.map(lambda m: weight.astype(m.dtype) * m, means), weight
 
 

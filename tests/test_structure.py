@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-MAX_LINES_OF_A_FUNCTION, MAX_LINES_OF_A_FILE, MAX_LINES_OF_THE_LIBRARY = 60, 450, 11_100
+MAX_LINES_OF_A_FUNCTION, MAX_LINES_OF_A_FILE, MAX_LINES_OF_THE_LIBRARY = 60, 450, 11_900
 WITH_EXTRAS = {"datasets", "streaming", "models", "checkpoint", "plotting", "geometry", "_extras"}
 FORBIDDEN = {"experiments", "rich", "tyro", "fcntl", "SystemExit"}
 
@@ -48,7 +48,6 @@ MAY_IMPORT = {
     "growth": BASE | {"_blocks", "_paths", "consolidation"},
     "penalty": BASE,
     "_batch_axis": {"_jaxprs"},
-    "_meshes": set(),
     "_split_batches": {"types", "_meshes"},
     "_process_rows": {"types"},
     "training": BASE | {"_batch_axis", "_split_batches"},

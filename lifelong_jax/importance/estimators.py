@@ -19,12 +19,13 @@ from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
 from lifelong_jax import _checks
+from lifelong_jax._meshes import Layout, find_layout
 from lifelong_jax._numerics import refuse_to_differentiate, scale_weights, vary_with
 from lifelong_jax.importance import cotangents, reference, structured
 from lifelong_jax.importance.accumulation import Accumulation, add_batch, divide
 from lifelong_jax.importance.cotangents import Cotangents
 from lifelong_jax.importance.layers import layer_outputs
-from lifelong_jax.importance.meshes import Layout, find_layout, sum_over_mesh
+from lifelong_jax.importance.meshes import sum_over_mesh
 from lifelong_jax.importance.microbatches import Reduction
 from lifelong_jax.types import Example, Examples, LogitsFn, LossFn, OutputFn, Params
 

@@ -9,69 +9,24 @@ program depends on it:
   compiler gathers each layer's weights where they are used, and scatters each layer's sum.
 - Other axes (tensor-parallel parameters) are left to the compiler.
 - Inside of a user's jit, on automatic axes, only the number of devices is known: microbatches then have examples of all
-  of as many equal parts, which the compiler can leave where they are.
+  of as many equal parts, which the compiler can leave where they are. The jits of the library's own loops know more
+  (`_meshes.knowing`).
 """
 
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 from jax.tree_util import Partial
 
-from lifelong_jax._meshes import AnyMesh, axes_of, find_placement, sharding_of
+from lifelong_jax._meshes import Layout, axes_of
 from lifelong_jax.importance.cotangents import Cotangents
 from lifelong_jax.importance.microbatches import CotangentsFn, Spread
 from lifelong_jax.types import Examples, Params
-
-
-class Layout(NamedTuple):
-    """Where parameters and examples are; hashable, for jit.
-
-    Attributes:
-      mesh: the mesh.
-      axes: the names of the axes over which the examples are sharded along their leading axis.
-      specs: how each leaf of the parameters is sharded; None where that is not known.
-      num_parts: into how many parts the compiler may split a microbatch if the examples say nothing.
-    """
-
-    mesh: AnyMesh
-    axes: tuple[str, ...]
-    specs: tuple[PartitionSpec | None, ...]
-    num_parts: int
-
-
-def find_layout(params: Params, examples: tuple[Examples, jax.Array | None], others: Any) -> Layout | None:
-    """Finds where arrays are; None if all are on one device, or say nothing.
-
-    Args:
-      params: the parameters.
-      examples: the examples, and their weights.
-      others: the other arrays of the program.
-
-    Returns:
-      The layout of the first mesh that is found.
-    """
-    placement = find_placement(examples) or find_placement((params, others))
-    if placement is None:
-        return None
-    axes = placement.axes if find_placement(examples) else ()
-    num_parts = 1
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(examples)):
-        types = zip(placement.mesh.axis_sizes, placement.mesh.axis_types, strict=True)
-        num_parts = math.prod(size for size, kind in types if kind == AxisType.Auto)
-    return Layout(placement.mesh, axes, tuple(map(_spec_of, jax.tree.leaves(params))), num_parts)
-
-
-def _spec_of(leaf: Any) -> PartitionSpec | None:
-    sharding = sharding_of(leaf)
-    if sharding is None:
-        return None
-    is_unknown = isinstance(leaf, jax.core.Tracer) and AxisType.Explicit not in sharding.mesh.axis_types
-    return None if is_unknown else sharding.spec
 
 
 def sum_over_mesh(

@@ -286,6 +286,34 @@ def test_tasks_with_class_masks_on_a_mesh_are_learned_as_on_one_device():
 
 @pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("kind", [AUTO, EXPLICIT])
+@pytest.mark.parametrize("method", [methods.ewc(), methods.kfac()], ids=["ewc", "kfac"])
+def test_each_device_measures_its_part_of_an_importance_and_sums_are_added_once(method, kind):
+    mesh = make_mesh(kind, data=4)
+    (task,) = on_mesh(problems.make_tasks(1, 24, 12), mesh)
+    params = jax.tree.map(jnp.asarray, place(problems.make_params(), mesh))
+    state, data = (
+        init_training(problems.coupled_sgd(jnp.float32(1)), params, KEY),
+        _epochs.TrainingData(task.train, None),
+    )
+    measure = _epochs.measuring(method, RECIPE, state, data)
+    compiled = measure.func.lower(*measure.args, state, data, KEY, **measure.keywords).compile()
+    large = [name for name, shapes in collectives(compiled.as_text()) if re.search(r"\[\d+,\d+", shapes)]
+    assert large == ["all-reduce"]
+
+
+@pytest.mark.parametrize("kind", [AUTO, EXPLICIT])
+def test_the_importance_of_a_sharded_network_is_sharded_as_it_is(kind):
+    mesh = make_mesh(kind, data=4)
+    tasks = on_mesh(problems.make_tasks(1, 24, 12), mesh)
+    params = {name: place(leaf, mesh, None, "data") for name, leaf in problems.make_params(4).items()}
+    learned = []
+    keep = lambda state, progress: learned.append(progress.learned)  # noqa: E731
+    learn_tasks(methods.ewc(), RECIPE._replace(num_epochs=1), params, tasks, KEY, strength=0.1, callback=keep)
+    assert_sharded_alike(learned[0].importance, params)
+
+
+@pytest.mark.usefixtures("optimized")
+@pytest.mark.parametrize("kind", [AUTO, EXPLICIT])
 def test_each_device_evaluates_its_part_of_a_test_set(kind, monkeypatch):
     monkeypatch.setattr(evaluation, "_MAX_EXAMPLES", 5)  # of 4 · 14: parts that overlap
     mesh, params, test = make_mesh(kind, data=4), problems.make_params(), problems.make_batch(56)
