@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lifelong_jax._numerics import to_host
 from lifelong_jax.compression import CompressedDiagonal
 from lifelong_jax.forms import KroneckerFactors, is_form
 from lifelong_jax.types import Batch, Example, Examples, Params
@@ -77,7 +78,7 @@ def check_examples(
         raise ValueError(f"{name} is empty: a mean over no examples is not defined.")
     if weights is not None and is_concrete(weights):
         # XLA replaces subnormal numbers by 0: no weight, nor the reciprocal of their sum, may be one.
-        values, least = np.asarray(weights, np.float64), float(np.finfo(np.float32).tiny)
+        values, least = to_host(weights).astype(np.float64), float(np.finfo(np.float32).tiny)
         usable = np.isfinite(values) & ((values == 0) | (values >= least))
         if not (usable.all() and (may_be_padding or values.any()) and values.sum() <= 1 / least):
             raise ValueError(
@@ -111,7 +112,7 @@ def check_class_numbers(name: str, labels: Any, num_classes: int | None) -> None
         raise TypeError(f"{name}.labels has dtype {labels.dtype}, but labels must be integers.")
     if num_classes is None or not is_concrete(labels) or not labels.size:
         return
-    labels = np.asarray(labels)
+    labels = to_host(labels)
     if not 0 <= labels.min() <= labels.max() < num_classes:
         raise ValueError(
             f"{name}.labels has labels from {labels.min()} to {labels.max()}, but there are {num_classes} classes, "
@@ -167,7 +168,7 @@ def check_not_negative(name: str, value: Any, *, or_array: bool = False) -> None
     numeric = isinstance(value, (int, float, np.generic, np.ndarray, jax.Array))
     if not numeric or (np.ndim(value) != 0 and not or_array):
         raise ValueError(f"{name} must be a number{' or an array of numbers' * or_array}, not {value!r}.")
-    if is_concrete(value) and not np.all(np.isfinite(np.asarray(value, np.float64)) & (np.asarray(value) >= 0)):
+    if is_concrete(value) and not np.all(np.isfinite(to_host(value).astype(np.float64)) & (to_host(value) >= 0)):
         raise ValueError(f"{name} must be finite and not negative, not {value}.")
 
 

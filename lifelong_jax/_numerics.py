@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 
 from lifelong_jax.platforms import is_for_cpu
 from lifelong_jax.types import Batch, Params
@@ -189,6 +190,31 @@ def indices_per_example(indices: jax.Array, x: jax.Array) -> jax.Array:
     gathers example by example: 4 % of an importance pass over permuted inputs, 5 % of an evaluation.
     """
     return indices + _never(x[0].astype(jnp.float32)).astype(indices.dtype)
+
+
+def copy_arrays(tree: Any) -> Any:
+    """Copies the arrays of a tree, each to where it is, so that a program may donate the copies."""
+
+    def copy(leaf: Any) -> jax.Array:
+        if is_of_all_processes(leaf):
+            return jnp.copy(leaf)  # `device_put` takes no random keys of other processes
+        return jax.device_put(leaf, may_alias=False)  # unlike jnp.copy, it has nothing to compile
+
+    return jax.tree.map(copy, tree)
+
+
+def to_host(array: Any) -> np.ndarray:
+    """Returns the values of an array, which are known. All processes must call it, if it is an array of all."""
+    if not is_of_all_processes(array) or array.is_fully_replicated:
+        return np.asarray(array)
+    with jax.ensure_compile_time_eval():  # else, within a function that is being traced, they would not be known
+        return multihost_utils.process_allgather(array, tiled=True)
+
+
+def is_of_all_processes(leaf: Any) -> bool:
+    """Returns whether a leaf is an array, outside of jit, of which other processes have a part."""
+    is_known = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
+    return is_known and not leaf.is_fully_addressable
 
 
 def is_sharded(array: jax.Array) -> bool:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from lifelong_jax import _checks, forms
-from lifelong_jax._numerics import widen
+from lifelong_jax._numerics import copy_arrays, widen
 from lifelong_jax.compression import CompressedDiagonal, Storage, compress, decompress, stored_like, widen_form
 from lifelong_jax.forms import Form
 from lifelong_jax.types import Consolidation, Params
@@ -52,7 +52,7 @@ def init_consolidation(params: Params, like: Params | Consolidation | None = Non
     else:
         _checks.check_same_structure("like", like, "params", params)
         importance = _widen_forms(forms.tree_map(forms.zeros_like, like))
-    return Consolidation(jax.device_put(anchor, may_alias=False), importance)
+    return Consolidation(copy_arrays(anchor), importance)
 
 
 def consolidate(

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from lifelong_jax import _checks
-from lifelong_jax._numerics import widen
+from lifelong_jax._numerics import to_host, widen
 from lifelong_jax.scenarios import mask_logits, mask_outputs
 from lifelong_jax.types import Batch
 
@@ -372,10 +372,10 @@ def counted_labels(batch: Batch) -> np.ndarray:
     """Returns the labels whose weight is not 0, where they are known; no labels otherwise."""
     if not all(map(_checks.is_concrete, (batch.labels, batch.label_weights))):
         return np.zeros(0, batch.labels.dtype)
-    labels = np.asarray(batch.labels)
+    labels = to_host(batch.labels)
     if batch.label_weights is None:
         return labels
-    weights = _with_axes(np.asarray(batch.label_weights), labels.ndim)
+    weights = _with_axes(to_host(batch.label_weights), labels.ndim)
     return labels[np.broadcast_to(weights, labels.shape) > 0]
 
 
@@ -388,7 +388,7 @@ def _check_label_weights(name: str, batch: Batch) -> None:
             f"{name}.label_weights has shape {shape}, but the labels have {of_labels}: one for each label."
         )
     if _checks.is_concrete(batch.label_weights):
-        weights = np.asarray(batch.label_weights)
+        weights = to_host(batch.label_weights)
         if not (np.isfinite(weights) & (weights >= 0)).all() or not weights.any():
             raise ValueError(f"{name}.label_weights must be finite, not negative and not all 0.")
 

@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lifelong_jax import _checks, forms
 from lifelong_jax._extras import needs_extra
 from lifelong_jax._meshes import Layout, find_layout, knowing
-from lifelong_jax._numerics import pad
+from lifelong_jax._numerics import copy_arrays, pad
 from lifelong_jax._process_rows import held_rows, own_rows, place_rows, rows_of_batches, weigh_rows
 from lifelong_jax._split_batches import (
     LoopShardings,
@@ -245,7 +245,7 @@ def _start(state: TrainingState | StreamState, num_epochs: int, num_batches: int
     """Returns a copy of the state, whose arrays each step frees, with room for all losses."""
     losses, num_steps = np.zeros((num_epochs, num_batches)), np.zeros(num_epochs, np.int32)
     if isinstance(state, TrainingState):
-        return StreamState(jax.device_put(state, may_alias=False), 0, 0, losses, num_steps)
+        return StreamState(copy_arrays(state), 0, 0, losses, num_steps)
     if state.epoch > num_epochs or state.losses.shape[1:] != (num_batches,):
         raise ValueError(
             f"state is after {state.epoch} epochs of {state.losses.shape[1]} batches, but there are {num_epochs} "
@@ -253,7 +253,7 @@ def _start(state: TrainingState | StreamState, num_epochs: int, num_batches: int
         )
     num_known = min(num_epochs, len(state.losses))
     losses[:num_known], num_steps[:num_known] = state.losses[:num_known], state.num_steps[:num_known]
-    return StreamState(jax.device_put(state.training, may_alias=False), state.epoch, state.step, losses, num_steps)
+    return StreamState(copy_arrays(state.training), state.epoch, state.step, losses, num_steps)
 
 
 def _take_step(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lifelong_jax import _checks
-from lifelong_jax._numerics import indices_per_example, pad, wide_dtype
+from lifelong_jax._numerics import indices_per_example, pad, to_host, wide_dtype
 from lifelong_jax.types import Batch, Example, OutputFn, Params, Task
 
 
@@ -146,8 +146,8 @@ def split_tasks(
     for group in class_groups:
         parts: list[Batch] = []
         for name, batch in (("train", train), ("test", test)):
-            labels = np.asarray(batch.labels)
-            counted = labels if batch.weights is None else labels[np.asarray(batch.weights) > 0]
+            labels = to_host(batch.labels)
+            counted = labels if batch.weights is None else labels[to_host(batch.weights) > 0]
             missing = sorted(set(group) - set(counted.tolist()))
             if missing:
                 raise ValueError(f"{name} has no examples of the classes {missing}.")

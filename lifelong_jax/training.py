@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 
 from lifelong_jax import _checks
 from lifelong_jax._batch_axis import BATCH_AXIS, weigh_means
-from lifelong_jax._numerics import scale_weights, update_after_reads, widen, with_extra_args
+from lifelong_jax._numerics import copy_arrays, scale_weights, update_after_reads, widen, with_extra_args
 from lifelong_jax._split_batches import (
     LoopShardings,
     find_shardings,
@@ -83,7 +83,7 @@ def init_training(
     """
     _checks.check_params("params", params)
     state = TrainingState(params, optimizer.init(params), key, model_state)
-    return jax.device_put(state, may_alias=False)  # unlike jnp.copy, it has nothing to compile
+    return copy_arrays(state)
 
 
 def learn_task(

@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "forms": {"types", "_layouts", "_nearest_product", "compression"},
     "_blocks": {"forms", "_layouts"},
     "_paths": {"forms"},
-    "_checks": {"types", "forms", "compression"},
+    "_checks": {"types", "forms", "compression", "_numerics"},
     "_numerics": {"types", "platforms"},
     "platforms": set(),
     "_meshes": set(),

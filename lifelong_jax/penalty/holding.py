@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from lifelong_jax import _checks, forms
-from lifelong_jax._numerics import values_of_variables, widen, with_extra_args
+from lifelong_jax._numerics import copy_arrays, values_of_variables, widen, with_extra_args
 from lifelong_jax.compression import stored_like, widen_form
 from lifelong_jax.types import Consolidation, Params
 
@@ -145,7 +145,7 @@ def _of_no_task(params: Params, like: Params | Consolidation | None) -> Consolid
             is_leaf=lambda node: node is None or forms.is_form(node),
         )
     # A copy: a training step that donates parameters and state must not donate one buffer twice.
-    return Consolidation(jax.device_put(anchor, may_alias=False), importance)
+    return Consolidation(copy_arrays(anchor), importance)
 
 
 def _is_of(params: Params, importance: Params) -> bool:
