@@ -308,9 +308,9 @@ def _lowest_entries(leaves: list[jax.Array]) -> list[jax.Array]:
     """Returns the smallest entry of each leaf, or −∞ if an entry is NaN or infinite."""
 
     def of_leaf(leaf: jax.Array) -> jax.Array:
-        values = jnp.real(leaf)
-        values = values if jnp.issubdtype(values.dtype, jnp.floating) else values.astype(jnp.float32)
-        return jnp.min(jnp.where(jnp.isfinite(leaf), values, -jnp.inf), initial=jnp.inf)
+        leaf = leaf if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf.astype(jnp.float32)
+        # A finite number less itself is 0. On a CPU, XLA would hold all of `isfinite`, or lose a NaN in the minimum.
+        return jnp.where(jnp.sum(leaf - leaf) == 0, jnp.min(jnp.real(leaf), initial=jnp.inf), -jnp.inf)
 
     return list(map(of_leaf, leaves))
 

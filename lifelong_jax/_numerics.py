@@ -212,9 +212,9 @@ def to_host(array: Any) -> np.ndarray:
 
 
 def is_of_all_processes(leaf: Any) -> bool:
-    """Returns whether a leaf is an array, outside of jit, of which other processes have a part."""
-    is_known = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
-    return is_known and not leaf.is_fully_addressable
+    """Returns whether a leaf is an array, or stands for one, of which other processes have a part; not within jit."""
+    sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
+    return sharding is not None and not sharding.is_fully_addressable
 
 
 def is_sharded(array: jax.Array) -> bool:

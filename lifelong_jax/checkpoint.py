@@ -1,10 +1,12 @@
 """Consolidations in safetensors files: written atomically, verified when they are read, never pickled."""
 
+import collections
+import contextlib
 import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -15,20 +17,22 @@ from jax.tree_util import keystr
 from lifelong_jax import __version__, _checks, _files
 from lifelong_jax._extras import needs_extra
 from lifelong_jax._layouts import Layout
+from lifelong_jax._numerics import copy_arrays, to_host
 from lifelong_jax._paths import join, leaves_by_path
+from lifelong_jax._processes import is_first, span_processes, together
+from lifelong_jax._safetensors import DTYPES, StoredTensor, make_header, read_tensors
 from lifelong_jax.compression import CompressedDiagonal
 from lifelong_jax.forms import KroneckerFactors, is_form
 from lifelong_jax.types import Consolidation, Params
 
 with needs_extra("checkpoint"):
     import safetensors
-    import safetensors.numpy
 
 _FORMAT = "lifelong_jax consolidation 2"
 _COMPRESSED_FORMAT = "lifelong_jax consolidation 3"  # which has codes, or no anchor
 _FIRST_FORMAT = "lifelong_jax consolidation 1"  # with the names of `jax.tree_util.keystr`
 _PENALTY = "strength / 2 * sum(importance * (params - anchor) ** 2), beside a loss that is a mean over examples"
-_DTYPES = ("bfloat16", "float16", "float32", "float64")  # the floating-point dtypes of both safetensors and NumPy
+_FLOATING = ("bfloat16", "float16", "float32", "float64")  # the floating-point dtypes of both safetensors and NumPy
 
 _CODES = "scale * 2 ** ((codes - 255) / 8), and 0 where codes is 0; scale * codes where codes is bfloat16"
 
@@ -89,10 +93,10 @@ def save_consolidation(
     _checks.check_finite("anchor", consolidation.anchor)
     _checks.check_importance("importance", consolidation.importance)
     arrays, layouts, compressed = _named_arrays(consolidation)
-    leaves = {name: np.asarray(array) for name, array in arrays.items()}
+    leaves = {name: array if hasattr(array, "dtype") else np.asarray(array) for name, array in arrays.items()}
     for name, leaf in leaves.items():
-        if leaf.dtype.name not in (*_DTYPES, "uint8"):
-            raise ValueError(f"{name} has dtype {leaf.dtype}, but only these can be saved: {', '.join(_DTYPES)}.")
+        if leaf.dtype.name not in DTYPES:
+            raise ValueError(f"{name} has dtype {leaf.dtype}, but only these can be saved: {', '.join(_FLOATING)}.")
     metadata = {
         "format": _COMPRESSED_FORMAT if compressed or anchor == "digest" else _FORMAT,
         "estimator": estimator,
@@ -107,9 +111,14 @@ def save_consolidation(
     if anchor == "digest":
         anchors = {name: leaves.pop(name) for name in list(leaves) if _is_of_anchor(name)}
         metadata |= {"anchor": json.dumps(_files.describe_leaves(anchors)), "anchor_sha256": _digest(anchors, {})}
-    tensors = {name: np.ascontiguousarray(leaf).reshape(np.shape(leaf)) for name, leaf in leaves.items()}
-    metadata["sha256"] = _digest(tensors, metadata)
-    _files.write(pathlib.Path(file), _with_sorted_metadata(safetensors.numpy.save(tensors, metadata)), sync=sync)
+    several = span_processes(leaves)
+    with together(f"{file} is not written", several):
+        contents = _contents(leaves)
+        try:
+            if is_first() or not several:
+                _write(pathlib.Path(file), leaves, metadata, contents, sync=sync)
+        finally:  # each process has a part of what is written, also if writing has failed
+            collections.deque(contents, maxlen=0)
 
 
 def load_consolidation(
@@ -145,16 +154,16 @@ def load_consolidation(
         ...
       FileNotFoundError: No such file or directory: /nowhere.safetensors
     """
-    tensors, metadata = _read(file)
-    arrays = tensors | _anchor_of(str(file), metadata, params)
-    layouts = json.loads(metadata.get("layouts", "{}"))
-    if like is not None:
-        loaded = _fit(str(file), arrays, layouts, like, by_keystr=metadata["format"] == _FIRST_FORMAT)
-    elif metadata["format"] != _FIRST_FORMAT:
-        placed = {name: _place(name, array) for name, array in arrays.items()}
-        loaded = _nest(str(file), placed, layouts, json.loads(metadata.get("compressed", "[]")))
-    else:
-        raise ValueError(f"{file} is of an earlier version: pass like, a tree of the kind that was saved.")
+    with _opened(file, several=span_processes((like, params))) as (tensors, metadata):
+        arrays = tensors | _anchor_of(str(file), metadata, params)
+        layouts = json.loads(metadata.get("layouts", "{}"))
+        if like is not None:
+            loaded = _fit(str(file), arrays, layouts, like, by_keystr=metadata["format"] == _FIRST_FORMAT)
+        elif metadata["format"] != _FIRST_FORMAT:
+            placed = {name: _place(name, array) for name, array in arrays.items()}
+            loaded = _nest(str(file), placed, layouts, json.loads(metadata.get("compressed", "[]")))
+        else:
+            raise ValueError(f"{file} is of an earlier version: pass like, a tree of the kind that was saved.")
     _checks.check_finite("anchor", loaded.anchor, hint=f"So {file} was not written by save_consolidation.")
     _checks.check_importance("importance", loaded.importance)
     return loaded
@@ -183,31 +192,52 @@ def read_metadata(file: str | os.PathLike) -> dict[str, str]:
       ...     read_metadata(f"{folder}/kept.safetensors")["estimator"]
       'MAS'
     """
-    return _read(file)[1]
+    with _opened(file) as (_, metadata):
+        return metadata
 
 
-def _with_sorted_metadata(contents: bytes) -> bytes:
-    """Sorts the metadata, which safetensors writes in any order, so that equal consolidations make equal files."""
-    end = 8 + int.from_bytes(contents[:8], "little")
-    header = json.loads(contents[8:end])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    written = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    written += b" " * (-len(written) % 8)  # so that the tensors are aligned
-    return b"".join([len(written).to_bytes(8, "little"), written, memoryview(contents)[end:]])
+def _write(
+    file: pathlib.Path,
+    leaves: Mapping[str, Any],
+    metadata: Mapping[str, str],
+    contents: Iterable[tuple[str, np.ndarray]],
+    *,
+    sync: bool,
+) -> None:
+    """Writes leaf by leaf: the digest, which is in the header, is known at the end."""
+    description = _files.describe_leaves(leaves)
+    digest = _new_digest(description, metadata)
+    _, places = make_header(description, {**metadata, "sha256": digest.hexdigest()})
+    with _files.writing(file, sync=sync) as opened:
+        for name, values in contents:
+            digest.update(values)
+            opened.seek(places[name])
+            opened.write(values.data)
+        opened.seek(0)
+        opened.write(make_header(description, {**metadata, "sha256": digest.hexdigest()})[0])
 
 
-def _read(file: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    try:
-        with safetensors.safe_open(file, framework="np") as opened:
-            metadata = opened.metadata() or {}
+@contextlib.contextmanager
+def _opened(
+    file: str | os.PathLike, *, several: bool = False
+) -> Iterator[tuple[dict[str, StoredTensor], dict[str, str]]]:
+    """Opens a file, and verifies it: of several processes, the first one verifies all of the contents."""
+    with contextlib.ExitStack() as stack:
+        with together(f"{file} is not read", several):
+            try:
+                with safetensors.safe_open(file, framework="np") as checked:
+                    metadata = checked.metadata() or {}
+            except safetensors.SafetensorError as error:
+                raise ValueError(f"{file} is damaged, or not a safetensors file: {error}.") from error
             if metadata.get("format") not in (_COMPRESSED_FORMAT, _FORMAT, _FIRST_FORMAT):
                 raise ValueError(f"{file} was not written by save_consolidation, or is damaged.")
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{file} is damaged, or not a safetensors file: {error}.") from error
-    if metadata.get("sha256") != _digest(tensors, metadata):
-        raise ValueError(f"{file} is damaged: its contents do not match their SHA-256 digest.")
-    return tensors, metadata
+            try:
+                tensors = read_tensors(stack.enter_context(pathlib.Path(file).open("rb")))
+            except KeyError as error:
+                raise ValueError(f"{file} is damaged: it has tensors of the dtype {error}.") from error
+            if (is_first() or not several) and metadata.get("sha256") != _digest(tensors, metadata):
+                raise ValueError(f"{file} is damaged: its contents do not match their SHA-256 digest.")
+        yield tensors, metadata
 
 
 def _anchor_of(file: str, metadata: Mapping[str, str], params: Params | None) -> dict[str, Any]:
@@ -227,6 +257,8 @@ def _anchor_of(file: str, metadata: Mapping[str, str], params: Params | None) ->
     dtypes = {name: dtype for name, (_, dtype) in saved.items()}
     shapes = {name: [list(np.shape(leaf)), dtypes.get(name)] for name, leaf in leaves.items()}
     _files.check_fits(file, saved, shapes, like="params")
+    for name, dtype in dtypes.items():
+        _check_precision(name, dtype)
     arrays = {name: _in_dtype(leaf, dtypes[name]) for name, leaf in leaves.items()}
     digest = _digest(arrays, {})
     if digest != metadata["anchor_sha256"]:
@@ -239,19 +271,34 @@ def _anchor_of(file: str, metadata: Mapping[str, str], params: Params | None) ->
 
 def _in_dtype(leaf: Any, dtype: str) -> Any:
     """Returns an array of a dtype: the same array if it has the dtype."""
-    return leaf if str(jnp.result_type(leaf)) == dtype else np.asarray(leaf).astype(dtype)
+    return leaf if str(jnp.result_type(leaf)) == dtype else jnp.asarray(leaf, dtype)
 
 
 def _is_of_anchor(name: str) -> bool:
     return name.split("/")[0] == "anchor"
 
 
-def _digest(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> str:
-    others = {key: value for key, value in metadata.items() if key != "sha256"}
-    digest = hashlib.sha256(json.dumps([others, _files.describe_leaves(tensors)], sort_keys=True).encode())
-    for name in sorted(tensors):
-        digest.update(np.ascontiguousarray(tensors[name]).tobytes())
+def _digest(leaves: Mapping[str, Any], metadata: Mapping[str, str]) -> str:
+    digest = _new_digest(_files.describe_leaves(leaves), metadata)
+    for _, values in _contents(leaves):
+        digest.update(values)
     return digest.hexdigest()
+
+
+def _new_digest(description: Mapping[str, list], metadata: Mapping[str, str]) -> Any:
+    others = {key: value for key, value in metadata.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps([others, description], sort_keys=True).encode())
+
+
+def _contents(leaves: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields the bytes of each leaf, by name. All processes must take all of them, if an array is of several."""
+    for name in sorted(leaves):
+        leaf = leaves[name]
+        if isinstance(leaf, StoredTensor):
+            values = leaf.mapped()
+        else:  # of a copy, as an array that has been read holds what was read
+            values = to_host(copy_arrays(leaf) if isinstance(leaf, jax.Array) else leaf)
+        yield name, np.ascontiguousarray(values).reshape(-1).view(np.uint8)
 
 
 def _named_arrays(
@@ -278,7 +325,7 @@ def _named_arrays(
 
 
 def _fit(
-    file: str, tensors: Mapping[str, np.ndarray], layouts: Mapping[str, list], like: Consolidation, *, by_keystr: bool
+    file: str, tensors: Mapping[str, Any], layouts: Mapping[str, list], like: Consolidation, *, by_keystr: bool
 ) -> Consolidation:
     """Makes a consolidation with the structure of `like` of what a file has."""
     wanted, expected, _ = _named_arrays(like, by_keystr=by_keystr)
@@ -313,8 +360,16 @@ def _nest(file: str, arrays: dict[str, Any], layouts: Mapping[str, list], compre
     return Consolidation(**root)
 
 
-def _place(name: str, tensor: Any, sharding: Any = None) -> jax.Array:
-    placed = jax.device_put(tensor, sharding)
-    if placed.dtype != tensor.dtype:
-        raise ValueError(f"{name} has dtype {tensor.dtype}: set jax_enable_x64.")
-    return placed
+def _place(name: str, leaf: Any, sharding: Any = None) -> jax.Array:
+    """Places a leaf; of a tensor in a file, it reads what this process has."""
+    _check_precision(name, leaf.dtype)
+    if not isinstance(leaf, StoredTensor):
+        return jax.device_put(leaf, sharding)
+    return (
+        jnp.asarray(leaf.read()) if sharding is None else jax.make_array_from_callback(leaf.shape, sharding, leaf.read)
+    )
+
+
+def _check_precision(name: str, dtype: Any) -> None:
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        raise ValueError(f"{name} has dtype {dtype}: set jax_enable_x64.")

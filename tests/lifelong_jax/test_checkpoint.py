@@ -1,10 +1,12 @@
 """Consolidations are read back to the bit; damaged files are found and named; a failed write changes nothing."""
 
 import collections
+import json
 import pathlib
 import pickle
 import subprocess
 import sys
+import tracemalloc
 
 import chex
 import equinox as eqx
@@ -15,10 +17,12 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 import lifelong_jax
 from lifelong_jax import Consolidation, forms, init_consolidation
 from lifelong_jax._layouts import Layout
+from lifelong_jax._safetensors import StoredTensor
 from lifelong_jax.checkpoint import load_consolidation, read_metadata, save_consolidation
 from lifelong_jax.consolidation import compress_consolidation
 from lifelong_jax.growth import extend_consolidation, restrict_consolidation
@@ -72,6 +76,67 @@ def test_equal_consolidations_make_equal_files(tmp_path):
         contents.add((tmp_path / "kept.safetensors").read_bytes())
     assert len(contents) == 1
     assert read_metadata(tmp_path / "kept.safetensors")["estimator"] == estimator
+
+
+def test_a_file_is_what_safetensors_would_write(tmp_path):
+    tree = {f"{name} of {np.dtype(dtype)}": jnp.ones((3, size), dtype) for name, size, dtype in zip(
+        "çdbaee", (2, 1, 3, 0, 5, 1), (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float32, jnp.float16, jnp.bfloat16),
+        strict=True)}  # fmt: skip
+    save(tmp_path / "kept.safetensors", compress_consolidation(Consolidation(tree, tree), anchor=None))
+    tensors = safetensors.numpy.load_file(tmp_path / "kept.safetensors")
+    assert {str(tensor.dtype) for tensor in tensors.values()} == {"bfloat16", "float16", "float32", "uint8"}
+
+    def parts(contents):
+        end = 8 + int.from_bytes(contents[:8], "little")
+        return json.loads(contents[8:end], object_pairs_hook=list), end, contents[end:]
+
+    written = (tmp_path / "kept.safetensors").read_bytes()
+    header, end, data = parts(safetensors.numpy.save(tensors, read_metadata(tmp_path / "kept.safetensors")))
+    header[0] = ("__metadata__", sorted(header[0][1]))  # which safetensors writes in any order
+    assert parts(written) == (header, end, data)
+
+
+def on_mesh(tree, spec, num_devices=4):
+    """The arrays of a tree, sharded over a mesh."""
+    mesh = jax.make_mesh((num_devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    return jax.device_put(tree, jax.sharding.NamedSharding(mesh, spec))
+
+
+def test_a_file_is_the_same_for_all_meshes_and_loaded_onto_any(tmp_path):
+    files = [tmp_path / f"{number}.safetensors" for number in range(3)]
+    tree = {"w": jnp.arange(64.0).reshape(8, 8), "codes": jnp.arange(8, dtype=jnp.bfloat16)}
+    kept = Consolidation(tree, tree)
+    placed = [kept, on_mesh(kept, P("data")), on_mesh(kept, P(), 2)]
+    for file, consolidation in zip(files, placed, strict=True):
+        save(file, consolidation)
+        assert file.read_bytes() == files[0].read_bytes()
+        for like in placed:
+            like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), like)
+            loaded = load_consolidation(file, like)
+            chex.assert_trees_all_equal(loaded, kept)
+            assert jax.tree.all(jax.tree.map(lambda ours, theirs: ours.sharding == theirs.sharding, loaded, like))
+    save(files[0], placed[1], anchor="digest")
+    whole = files[0].read_bytes()
+    save(files[0], kept, anchor="digest")
+    assert files[0].read_bytes() == whole
+    chex.assert_trees_all_equal(load_consolidation(files[0], params=placed[1].anchor), kept)
+
+
+def test_the_host_holds_no_more_than_a_leaf_or_two(tmp_path, monkeypatch):
+    leaf = np.random.default_rng(0).random((256, 256), np.float32)
+    kept = on_mesh(Consolidation(*[{str(number): leaf for number in range(8)}] * 2), P("data"))
+    for _ in range(2):  # the first time, it compiles
+        tracemalloc.start()
+        save(tmp_path / "kept.safetensors", kept)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert peak < 3 * leaf.nbytes
+    read, sizes = StoredTensor.read, []
+    monkeypatch.setattr(
+        StoredTensor, "read", lambda *arguments: sizes.append(read(*arguments).nbytes) or read(*arguments)
+    )
+    load_consolidation(tmp_path / "kept.safetensors", like=kept)
+    assert sizes == [leaf.nbytes // 4] * (4 * 16)  # of each device
 
 
 def test_another_program_goes_on_from_a_consolidation(tmp_path):

@@ -15,6 +15,7 @@ from lifelong_jax import (
     Consolidation,
     SweepRun,
     Task,
+    _checks,
     consolidate,
     evaluate,
     fisher_diagonal,
@@ -308,3 +309,21 @@ def test_what_a_compiled_function_closes_over_is_checked_as_it_is_outside():
     for name in ("consolidate", "merge", "merge_models", "normalize_importance", "compress_consolidation"):
         with pytest.raises(ValueError, match="NaN, infinite or negative"):
             jax.eval_shape(functions[name])
+
+
+@pytest.mark.parametrize("dtype", [bool, np.uint8, np.int32, jnp.bfloat16, np.float16, np.float32, np.complex64])
+def test_numbers_that_are_not_finite_are_found_in_all_dtypes(dtype):
+    entries = jnp.arange(6).reshape(2, 3).astype(dtype)
+    assert _checks.is_finite({"w": entries, "none": jnp.zeros((0, 2))})
+    if jnp.issubdtype(dtype, jnp.inexact):
+        largest = jnp.full(9, jnp.finfo(dtype).max, dtype)
+        assert _checks.is_finite(largest) and _checks.is_finite(-largest)
+        assert not any(_checks.is_finite(entries.at[1, 2].set(value)) for value in (np.nan, np.inf, -np.inf))
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        assert not _checks.is_finite(entries.at[1, 2].set(1j * np.inf))
+
+
+def test_the_check_of_many_leaves_holds_no_copy_of_them(optimized):
+    leaves = [jax.ShapeDtypeStruct((512, 512), np.float32)] * 8
+    memory = _checks._lowest_entries.lower(leaves).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 2**16

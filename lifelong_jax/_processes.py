@@ -1,0 +1,37 @@
+"""Several processes that run one program: what one of them does alone, and what none does before all are there."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from lifelong_jax._numerics import is_of_all_processes
+
+
+def span_processes(tree: Any) -> bool:
+    """Returns whether a tree has an array of which other processes have a part."""
+    return any(map(is_of_all_processes, jax.tree.leaves(tree)))
+
+
+def is_first() -> bool:
+    """Returns whether this process is the one that writes."""
+    return jax.process_index() == 0
+
+
+@contextlib.contextmanager
+def together(what: str, several: bool) -> Iterator[None]:
+    """Waits at the end of the block for all processes, if `several`. If one of them has failed, all raise an error."""
+    error = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    if several:
+        failed = np.flatnonzero(multihost_utils.process_allgather(np.array(error is not None)))
+        if error is None and failed.size:
+            raise RuntimeError(f"{what}: process {failed[0]} has failed. Its own error says why.")
+    if error is not None:
+        raise error
