@@ -35,3 +35,16 @@ def together(what: str, several: bool) -> Iterator[None]:
             raise RuntimeError(f"{what}: process {failed[0]} has failed. Its own error says why.")
     if error is not None:
         raise error
+
+
+def number_of_first(number: int) -> int:
+    """Returns the number that the first process has. All processes must call it."""
+    return int(multihost_utils.broadcast_one_to_all(np.array(number, np.int32)))
+
+
+def text_of_first(text: str) -> str:
+    """Returns the text that the first process has. All processes must call it."""
+    written = text.encode()
+    padded = np.zeros(number_of_first(len(written)), np.uint8)
+    padded[: len(written)] = np.frombuffer(written, np.uint8)[: len(padded)]
+    return multihost_utils.broadcast_one_to_all(padded).tobytes().decode()
