@@ -48,3 +48,10 @@ def text_of_first(text: str) -> str:
     padded = np.zeros(number_of_first(len(written)), np.uint8)
     padded[: len(written)] = np.frombuffer(written, np.uint8)[: len(padded)]
     return multihost_utils.broadcast_one_to_all(padded).tobytes().decode()
+
+
+def any_of_all(*flags: bool) -> list[bool]:
+    """Returns for each flag whether it is set in one of the processes. All must call it."""
+    if jax.process_count() == 1:
+        return list(flags)
+    return multihost_utils.process_allgather(np.array(flags)).any(axis=0).tolist()

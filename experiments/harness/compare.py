@@ -11,7 +11,7 @@ import numpy as np
 import rich.console
 import rich.progress
 
-from experiments.harness.parallel import map_as_finished, num_at_once
+from experiments.harness.parallel import map_as_finished
 from experiments.harness.report import Outcome, estimate, format_score, progress_bar
 from experiments.harness.runs import Run
 from experiments.harness.scores import ACCURACY, Score
@@ -38,14 +38,14 @@ def compare(
     run: Run,
     console: rich.console.Console,
     *,
+    at_once: int,
     keep_tasks: bool = False,
     score: Score = ACCURACY,
 ) -> dict[str, Outcome]:
     """Lets each learner learn the same sequences of tasks, one for each seed, with a progress bar.
 
     A seed sets the tasks, the initial parameters and the shuffling, for every learner alike, so that learners can be
-    compared seed by seed. On a CPU, as many sequences are learned at once as there are cores. What a resumed run has in
-    its log is not computed again.
+    compared seed by seed. What a resumed run has in its log is not computed again.
 
     Args:
       learners: the learners by name.
@@ -56,6 +56,7 @@ def compare(
       num_epochs: passes over each task's training examples.
       run: the run, for the log and the checkpoints.
       console: where the progress bar is shown.
+      at_once: how many sequences are learned at once.
       keep_tasks: whether each task's own parameters and importance are kept; see `ResumableSequence.task_file`.
       score: what the learners measure.
 
@@ -80,8 +81,8 @@ def compare(
             show = functools.partial(line.show, place)
             return _learn_sequence(learners[name], start_of, num_epochs, sequences[place], show, console)
 
-        begun = itertools.takewhile(lambda _: not run.stopping.is_set(), sequences)
-        for place, measured_and_curve in map_as_finished(learn, begun, num_at_once()):
+        begun = itertools.takewhile(lambda _: not run.is_stopping(), sequences)
+        for place, measured_and_curve in map_as_finished(learn, begun, at_once):
             learned[place] = measured_and_curve
             name, _ = place
             if all((name, seed) in learned for seed in seeds):

@@ -12,6 +12,7 @@ import tyro
 
 from experiments.harness.compare import compare
 from experiments.harness.compilation import time_compilation
+from experiments.harness.meshes import check_mesh, make_mesh
 from experiments.harness.parallel import num_at_once
 from experiments.harness.pipelines import MOMENTUM, interval_of, momentum_with_penalty, steps_of_task
 from experiments.harness.report import fail_if_all_diverged, report_comparison
@@ -29,6 +30,7 @@ from experiments.harness.settings import (
 )
 from experiments.harness.tune import choose_strengths, sweep_strengths
 from lifelong_jax import methods
+from lifelong_jax._processes import is_first
 from lifelong_jax.datasets.named import Dataset, hold_out_validation, load_dataset
 from lifelong_jax.methods import Method
 from lifelong_jax.objectives import CLASSIFICATION, Objective
@@ -129,6 +131,10 @@ class Settings(RunSettings):
     tune: bool = False
     """Compare 21 strengths over ten decades in this way."""
 
+    mesh: str | None = None
+    """Train each network on several devices, such as data=8: they share the examples. Processes may share the devices:
+    see docs/guides/resuming.md."""
+
     keep_tasks: bool = True
     """Keep each task's own parameters and importance, to try another strength or rule: see reconsolidate."""
 
@@ -141,6 +147,9 @@ class Settings(RunSettings):
             not_negative={**strengths, "strength": self.strength_grid, "decay": self.decay},
             distinct={"methods": self.methods, "seeds": self.seeds},
         )
+        check_mesh(self.mesh)
+        if self.mesh is not None and (self.tune or self.strength_grid):
+            raise ValueError("--tune and --strength learn many networks: leave out --mesh, and give what they choose.")
         if self.interval is not None:
             check_settings(positive={"interval": self.interval})
         if self.tune and self.strength_grid:
@@ -221,21 +230,21 @@ def run_experiment(settings: Settings, experiment: Experiment) -> None:
       SystemExit: if there is no strength to choose, the network does not fit the data or the memory, or if every method
         diverged.
     """
-    console = rich.console.Console()
+    console = rich.console.Console(quiet=not is_first())
     choose = settings.tune or settings.strength_grid
     if choose and not set(settings.methods) & set(dataclasses.asdict(settings.strength)):
         refuse(f"--strength, --tune: none of the methods {', '.join(settings.methods)} has a strength to choose")
-    check_network(experiment)
+    at_once = num_at_once() if settings.mesh is None else 1  # the devices of a mesh learn one network together
+    check_network(experiment, at_once)
     with (
         open_run(settings, experiment.name, console, experiment.datasets) as run,
         time_compilation() as compilation_seconds,
     ):
         recipes = make_recipes(settings, experiment)
         strength = tune(settings, experiment, recipes, run, console) if choose else settings.strength
+        learn = functools.partial(learn_resumably, mesh=make_mesh(settings.mesh))
         learners = {
-            name: functools.partial(
-                learn_resumably, make_method(settings, name), recipes[name], getattr(strength, name, 0.0)
-            )
+            name: functools.partial(learn, make_method(settings, name), recipes[name], getattr(strength, name, 0.0))
             for name in settings.methods
         }
         outcomes = compare(
@@ -246,27 +255,30 @@ def run_experiment(settings: Settings, experiment: Experiment) -> None:
             settings.num_epochs,
             run,
             console,
+            at_once=at_once,
             keep_tasks=settings.keep_tasks,
             score=score_of(experiment.objective),
         )
-        report_comparison(
-            outcomes,
-            experiment.title,
-            experiment.task_names,
-            settings.num_epochs,
-            compilation_seconds(),
-            run,
-            console,
-            score=score_of(experiment.objective),
-        )
+        if run.writes:
+            report_comparison(
+                outcomes,
+                experiment.title,
+                experiment.task_names,
+                settings.num_epochs,
+                compilation_seconds(),
+                run,
+                console,
+                score=score_of(experiment.objective),
+            )
         fail_if_all_diverged(outcome.accuracy_matrix[:, -1] for outcome in outcomes.values())
 
 
-def check_network(experiment: Experiment) -> None:
+def check_network(experiment: Experiment, at_once: int) -> None:
     """Ends the program unless the network takes the data, its parameters can be made, and memory holds them.
 
     Args:
       experiment: the tasks and the network.
+      at_once: how many networks are learned at once.
 
     Raises:
       SystemExit: with what is wrong.
@@ -276,7 +288,7 @@ def check_network(experiment: Experiment) -> None:
         params = jax.tree.leaves(jax.eval_shape(experiment.init_params, jax.random.key(0), x))
         num_params = sum(leaf.size for leaf in params)
         # Parameters, step, update, anchor, importance: for each of the sequences that are learned at once.
-        check_memory(f"a network of {num_params:,} parameters", 5 * 4 * num_params * num_at_once())
+        check_memory(f"a network of {num_params:,} parameters", 5 * 4 * num_params * at_once)
     except (OSError, ValueError) as error:
         refuse(error)
 

@@ -15,8 +15,8 @@ import numpy as np
 import lifelong_jax
 
 RECORD = "record.json"
-PLACES = ("output_dir", "data_dir", "resume")
-"""The settings that do not change the numbers."""
+PLACES = ("output_dir", "data_dir", "resume", "mesh")
+"""The settings that do not change the numbers, or only in their last digits."""
 
 _KINDS = {"experiment": str, "settings": dict, "data": list, "versions": dict}
 

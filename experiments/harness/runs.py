@@ -24,6 +24,7 @@ import rich.console
 from experiments.harness.record import RECORD, check_unchanged, digests_of_settings, make_record, read_record
 from experiments.harness.settings import ADDED_TO, RunSettings
 from lifelong_jax import _files
+from lifelong_jax._processes import any_of_all, is_first, text_of_first
 
 _KINDS = {"event": str, "split": str, "score": str, "method": str, "seed": int, "epochs": int}
 """The kinds of what is no number, list or None in the rows of the log."""
@@ -43,12 +44,22 @@ class Run:
       folder: its path; it has `config.json` from the start.
       earlier_rows: the rows that were logged before the run was resumed, by `row_key`.
       stopping: set when the run is asked to stop at the next checkpoint.
+      writes: whether this process writes the files; of several that learn together, the first one does.
     """
 
     folder: pathlib.Path
     earlier_rows: dict[tuple, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)
     stopping: threading.Event = dataclasses.field(default_factory=threading.Event)
+    writes: bool = True
     _lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+
+    def is_stopping(self) -> bool:
+        """Returns whether the run is asked to stop, in one of the processes that learn together; all call it.
+
+        Returns:
+          The answer, which is the same for all.
+        """
+        return any_of_all(self.stopping.is_set())[0]
 
     def log(self, **row: Any) -> None:
         """Appends a line to `metrics.jsonl`, so that a killed run keeps what it had logged.
@@ -56,8 +67,9 @@ class Run:
         Args:
           **row: names and values; arrays become lists, and NaN becomes null.
         """
-        with self._lock, (self.folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(to_json(row)) + "\n")
+        if self.writes:
+            with self._lock, (self.folder / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(to_json(row)) + "\n")
 
     def log_once(self, **row: Any) -> None:
         """Appends a line to `metrics.jsonl`, unless it was logged before the run was resumed.
@@ -74,8 +86,9 @@ class Run:
         Args:
           keep: `keep(row) -> bool`.
         """
-        with self._lock:
-            _write_rows(self.folder, filter(keep, read_rows(self.folder)))
+        if self.writes:
+            with self._lock:
+                _write_rows(self.folder, filter(keep, read_rows(self.folder)))
 
     def write_json(self, name: str, values: Any) -> None:
         """Writes a file.
@@ -84,7 +97,8 @@ class Run:
           name: of the file.
           values: names and values; arrays become lists, and NaN becomes null.
         """
-        _files.write(self.folder / name, _encoded(values))
+        if self.writes:
+            _files.write(self.folder / name, _encoded(values))
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Writes `summary.json`.
@@ -239,7 +253,7 @@ def open_run(
     stopped_by = signal.SIGINT
     try:
         new = settings.resume is None
-        run = start_run(settings.output_dir, experiment, settings, data) if new else Run(pathlib.Path(settings.resume))
+        run = _begin(settings, experiment, data)
         go_on = f"to go on: python -m experiments.{experiment} --resume {shlex.quote(str(run.folder))}"
         console.print(f"{'writing' if new else 'going on'} in {run.folder}", highlight=False, soft_wrap=True)
 
@@ -251,17 +265,29 @@ def open_run(
             run.stopping.set()
             console.print("stopping at the next checkpoint; once more, to stop at once")
 
-        with _locked(run.folder), _handled(request_stop, signal.SIGINT, signal.SIGTERM):
+        with _locked(run), _handled(request_stop, signal.SIGINT, signal.SIGTERM):
             if not new:
                 _check_record(run.folder, data)
-                _write_added(run.folder, settings, console)
+                if run.writes:
+                    _write_added(run.folder, settings, console)
                 _read_log(run)
             yield run
+            any_of_all()  # the others wait until the first process has written everything
     except KeyboardInterrupt:
         console.print(f"stopped; {go_on}", highlight=False, soft_wrap=True)
         raise SystemExit(128 + stopped_by) from None
     except (OSError, MemoryError) as error:
         raise SystemExit(f"error: {error}\n{go_on}".strip()) from error
+
+
+def _begin(settings: RunSettings, experiment: str, data: Sequence[Any]) -> Run:
+    """Makes the run's folder, or finds it. Of several processes, the first one makes it."""
+    if settings.resume is not None:
+        return Run(pathlib.Path(settings.resume), writes=is_first())
+    folder = start_run(settings.output_dir, experiment, settings, data).folder if is_first() else pathlib.Path()
+    if jax.process_count() > 1:
+        folder = pathlib.Path(text_of_first(str(folder)))
+    return Run(folder, writes=is_first())
 
 
 def compute_once(run: Run, name: str, function: Callable[[], Any]) -> dict[str, Any]:
@@ -347,20 +373,24 @@ def _write_added(folder: pathlib.Path, settings: RunSettings, console: rich.cons
 def _read_log(run: Run) -> None:
     file = run.folder / "metrics.jsonl"
     rows = read_rows(run.folder)
-    if file.exists() and len(rows) < file.read_bytes().count(b"\n"):
+    if run.writes and file.exists() and len(rows) < file.read_bytes().count(b"\n"):
         shutil.copy(file, run.folder / "metrics.damaged.jsonl")
-    _write_rows(run.folder, rows)  # without an incomplete line
+    if run.writes:
+        _write_rows(run.folder, rows)  # without an incomplete line
     for row in rows:
         run.earlier_rows.setdefault(row_key(row), []).append(row)
 
 
 @contextlib.contextmanager
-def _locked(folder: pathlib.Path) -> Iterator[None]:
-    with (folder / "lock").open("w") as file:
+def _locked(run: Run) -> Iterator[None]:
+    if not run.writes:
+        yield
+        return
+    with (run.folder / "lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the lock ends with the process, however that ends
         except BlockingIOError as error:
-            raise SystemExit(f"error: another process is writing to {folder}") from error
+            raise SystemExit(f"error: another process is writing to {run.folder}") from error
         yield
 
 

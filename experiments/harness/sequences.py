@@ -9,11 +9,15 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from experiments.harness.checkpoints import restore_checkpoint, save_checkpoint
+from experiments.harness.meshes import place_tasks, place_whole
 from experiments.harness.runs import Run, row_key
 from experiments.harness.scores import ACCURACY
 from lifelong_jax import _files
+from lifelong_jax._numerics import to_host
+from lifelong_jax._processes import any_of_all
 from lifelong_jax.checkpoint import save_consolidation
 from lifelong_jax.continual import Progress, SequenceState, init_sequence, learn_jointly, learn_tasks
 from lifelong_jax.methods import Method
@@ -105,7 +109,8 @@ class ResumableSequence:
           **measured: names and arrays or numbers.
         """
         self.run.log(event="sequence", **self._labels, **measured)
-        _files.discard(self._folder / "checkpoints")
+        if self.run.writes:
+            _files.discard(self._folder / "checkpoints")
 
     def restore(self, start: SequenceState) -> SequenceState:
         """Restores the newest checkpoint, and removes what was logged after it.
@@ -137,9 +142,12 @@ class ResumableSequence:
         Raises:
           KeyboardInterrupt: if the run is asked to stop.
         """
-        stopping = self.run.stopping.is_set()
         now = time.monotonic()
-        if stopping or now - self._last_saved >= max(CHECKPOINT_SECONDS, self._cost / CHECKPOINT_SHARE):
+        stopping, due = any_of_all(
+            self.run.stopping.is_set(),
+            now - self._last_saved >= max(CHECKPOINT_SECONDS, self._cost / CHECKPOINT_SHARE),
+        )
+        if stopping or due:
             save_checkpoint(self._folder / "checkpoints", state.epochs, state)
             self._last_saved = time.monotonic()
             self._cost = self._last_saved - now
@@ -259,6 +267,7 @@ def learn_resumably(
     sequence: ResumableSequence,
     report: Callable[[Progress], None],
     *,
+    mesh: Mesh | None = None,
     prepare: Callable[[SequenceState, ResumableSequence], SequenceState] | None = None,
 ) -> SequenceState:
     """Learns a sequence of tasks with checkpoints, from its last checkpoint on.
@@ -272,20 +281,24 @@ def learn_resumably(
       key: the random key of the sequence.
       sequence: its checkpoints.
       report: `report(progress)`, called after every epoch, before its checkpoint.
+      mesh: the devices that share the examples; None for one.
       prepare: `prepare(start, sequence) -> start`, the state to start from if there is no checkpoint; by default
         the first epoch's.
 
     Returns:
       The state after the last task.
     """
+    if mesh is not None:
+        params, tasks = place_whole(mesh, params), place_tasks(mesh, tasks)
     params, model_state = split_start(recipe, params)
     start = init_sequence(method, recipe, params, tasks, key, strength=strength, model_state=model_state)
-    start = sequence.restore(start if prepare is None else prepare(start, sequence))
+    start = start if prepare is None else prepare(start, sequence)
+    start = sequence.restore(start if mesh is None else place_whole(mesh, start))
 
     def callback(state: SequenceState, progress: Progress) -> None:
         report(progress)
         if method is not None and progress.learned is not None:
-            num_examples = np.count_nonzero(tasks[progress.task].train.weights)
+            num_examples = np.count_nonzero(to_host(tasks[progress.task].train.weights))
             sequence.keep_task(progress.task, progress.learned, method.name, num_examples)
         sequence.save(state)
 

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, NoReturn, TypeAlias, TypeVar
 import numpy as np
 import tyro
 
+from experiments.harness.meshes import start_processes
 from experiments.harness.record import PLACES, check_unedited, read_record
 
 SettingsType = TypeVar("SettingsType", bound="RunSettings")
@@ -246,10 +247,11 @@ def parse_settings(
         nothing for the newest run of this experiment.
 
     Returns:
-      The settings; `resume` is None or the folder of the run.
+      The settings; `resume` is None or the folder of the run. The processes that share a mesh have found each other.
 
     Raises:
-      SystemExit: if an argument is invalid, there is no such run, or an argument contradicts the settings of the run.
+      SystemExit: if an argument is invalid, there is no such run, an argument contradicts the settings of the run, or
+        there are not as many devices as the mesh has.
 
     Example:
       >>> @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -266,8 +268,18 @@ def parse_settings(
             arguments.insert(behind, _NEWEST)
     program = f"python -m experiments.{experiment}"
     settings = tyro.cli(settings_type, prog=program, args=arguments)
-    if settings.resume is None:
-        return settings
+    if settings.resume is not None:
+        settings = _with_settings_of_run(settings, experiment, arguments)
+    if hasattr(settings, "mesh"):
+        try:
+            start_processes(settings.mesh)
+        except ValueError as error:
+            refuse(error)
+    return settings
+
+
+def _with_settings_of_run(settings: SettingsType, experiment: str, arguments: Sequence[str]) -> SettingsType:
+    settings_type, program = type(settings), f"python -m experiments.{experiment}"
     try:
         folder = pathlib.Path(settings.resume)
         if settings.resume == _NEWEST:

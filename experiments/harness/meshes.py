@@ -1,0 +1,143 @@
+"""A mesh of devices that a script trains on, and the processes that share it."""
+
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from lifelong_jax._numerics import pad, to_host
+from lifelong_jax.types import Batch, Task
+
+AXIS = "data"
+_TIMEOUT = 30  # seconds until the others end if a process has died: JAX's own 100 to 300 are for larger programs
+
+
+def check_mesh(mesh: str | None) -> None:
+    """Checks the setting before anything is computed.
+
+    Args:
+      mesh: `data=8`, say, or None.
+
+    Raises:
+      ValueError: if it is something else.
+
+    Example:
+      >>> check_mesh("data=8")
+    """
+    if mesh is not None and not re.fullmatch(rf"{AXIS}=[1-9]\d*", mesh):
+        raise ValueError(f"mesh must be {AXIS}= and the number of devices, such as {AXIS}=8, not {mesh!r}.")
+
+
+def start_processes(mesh: str | None) -> None:
+    """Joins the processes of one program, if `JAX_COORDINATOR_ADDRESS` says that there are several.
+
+    `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` say which one this is; JAX finds out by itself on SLURM and with MPI.
+
+    Args:
+      mesh: the setting.
+
+    Raises:
+      ValueError: if there are several processes without a mesh, or the mesh does not fit the devices of all.
+    """
+    if "JAX_COORDINATOR_ADDRESS" in os.environ and not jax.distributed.is_initialized():
+        if mesh is None:
+            raise ValueError(
+                f"JAX_COORDINATOR_ADDRESS is set, but processes share the work only on a mesh: give --mesh {AXIS}= and "
+                f"the number of all their devices, or unset it"
+            )
+        number, index = (os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
+        jax.distributed.initialize(
+            num_processes=None if number is None else int(number),
+            process_id=None if index is None else int(index),
+            heartbeat_timeout_seconds=_TIMEOUT,
+            shutdown_timeout_seconds=_TIMEOUT,
+        )
+    if mesh is None:
+        return
+    size, there, processes = _size(mesh), jax.device_count(), jax.process_count()
+    if size > there or (processes > 1 and size != there):
+        of = f" of {processes} processes, all of which take part" if processes > 1 else ""
+        raise ValueError(f"--mesh {mesh}: there are {there} devices{of}")
+
+
+def make_mesh(mesh: str | None) -> Mesh | None:
+    """Makes the mesh of the setting.
+
+    Args:
+      mesh: the setting; `start_processes` has found that it fits the devices.
+
+    Returns:
+      The mesh, or None.
+    """
+    if mesh is None:
+        return None
+    size = _size(mesh)
+    return jax.make_mesh((size,), (AXIS,), axis_types=(AxisType.Auto,), devices=jax.devices()[:size])
+
+
+def _size(mesh: str) -> int:
+    return int(mesh.removeprefix(f"{AXIS}="))
+
+
+def place_tasks(mesh: Mesh, tasks: Sequence[Task]) -> list[Task]:
+    """Shards the examples of tasks over a mesh. Where they do not divide evenly, they are padded with weight 0.
+
+    Args:
+      mesh: from `make_mesh`.
+      tasks: a sequence; examples that tasks share are placed once.
+
+    Returns:
+      The tasks. Each process holds the examples of its own devices.
+    """
+    placed: dict[tuple[int, ...], Batch] = {}
+
+    def place(batch: Batch) -> Batch:
+        ids = tuple(map(id, jax.tree.leaves(batch)))
+        if ids not in placed:
+            size = -(-len(batch.labels) // mesh.size) * mesh.size
+            padded = batch if size == len(batch.labels) else pad(batch, size)
+            placed[ids] = _place(padded, NamedSharding(mesh, PartitionSpec(AXIS)))
+        return placed[ids]
+
+    parts = ("train", "test", "validation")
+    of_tasks = [{part: getattr(task, part) for part in parts} for task in tasks]
+    return [
+        task._replace(**{part: None if batch is None else place(batch) for part, batch in batches.items()})
+        for task, batches in zip(tasks, of_tasks, strict=True)
+    ]
+
+
+def place_whole(mesh: Mesh, tree: Any) -> Any:
+    """Places the JAX arrays of a tree on all devices of a mesh, if they are not there.
+
+    Args:
+      mesh: from `make_mesh`.
+      tree: any tree; all processes have the same values.
+
+    Returns:
+      The tree.
+    """
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def place(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array) or leaf.sharding.device_set == whole.device_set:
+            return leaf
+        if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return _place(leaf, whole)
+        return jax.random.wrap_key_data(_place(jax.random.key_data(leaf), whole), impl=jax.random.key_impl(leaf))
+
+    return jax.tree.map(place, tree)
+
+
+def _place(tree: Any, sharding: NamedSharding) -> Any:
+    """Makes arrays of all processes, without comparing what each has, as `jax.device_put` does."""
+
+    def place(leaf: Any) -> jax.Array:
+        values = to_host(leaf)
+        return jax.make_array_from_callback(np.shape(values), sharding, lambda index: values[index])
+
+    return jax.tree.map(place, tree)
