@@ -42,4 +42,9 @@ def run_processes(num_processes, num_devices, *arguments, environment=None, time
             process.kill()
     for process, (out, err) in zip(started, outputs, strict=True):
         assert process.returncode == 0, f"{out}\n{err}"
-    return [[line for line in out.splitlines() if not line.startswith("[Gloo]")] for out, _ in outputs]
+    return [lines_of(out) for out, _ in outputs]
+
+
+def lines_of(printed):
+    """The lines that a process has printed itself."""
+    return [line for line in printed.splitlines() if not line.startswith("[Gloo]")]
