@@ -59,6 +59,8 @@ def save_consolidation(
     If the anchor is a checkpoint that is kept in any case, such as a pretrained model's, its digest is enough: with one
     byte for each entry of the importance, the file of a model of 7 billion parameters then has 6.3 GiB, not 50.
 
+    Leaves are written one by one. If arrays span several processes, all processes call it, and the first one writes.
+
     Args:
       file: path of the file. An old file there is replaced only when the new one is complete.
       consolidation: from `consolidate`, or one task's `Consolidation(params, importance)`.
@@ -74,6 +76,7 @@ def save_consolidation(
         is NaN or infinite; if an entry of the importance is negative; if a dtype is not bfloat16, float16, float32 or
         float64; if two leaves have the same path; or if `num_examples` is not a positive integer.
       OSError: if the file cannot be written; an old file there is kept.
+      RuntimeError: if another process could not write it.
 
     Example:
       >>> import tempfile
@@ -129,11 +132,15 @@ def load_consolidation(
     A network of which the file has a part, or more than there is, takes the whole file, without `like`. Then
     `growth.restrict_consolidation` and `growth.extend_consolidation` make it fit.
 
+    Leaves are read one by one; of a sharded leaf, what this process's devices hold. If arrays of `like` or `params` span
+    several processes, all of them call it. The mesh and the processes may be others than those that saved it.
+
     Args:
       file: path of the file.
       like: a consolidation with the expected structure, shapes and dtypes, such as `init_consolidation(params)`, or
         `init_consolidation(params, like=importance)` if the importance has Kronecker factors or is compressed. Its
-        leaves may be `jax.ShapeDtypeStruct`, since their values are not used. The loaded arrays get their sharding.
+        leaves may be `jax.ShapeDtypeStruct`, since their values are not used. The loaded arrays get their shardings,
+        which must name devices.
         Its trees may be of another kind than those that were saved. None for all that the file has.
       params: the anchor, if the file has its digest alone: the checkpoint that was the anchor when the file was
         written. It may have other dtypes, if it has the same values in those of the anchor. Arrays of the anchor's
@@ -146,7 +153,9 @@ def load_consolidation(
       FileNotFoundError: if there is no such file.
       ValueError: if the file is damaged, if `save_consolidation` did not write it, if it does not fit `like` or
         `params` (the message names the first leaves that differ), if `params` has another digest than the anchor had,
-        if `params` is missing or not needed, or if an entry is NaN, infinite, or, of the importance, negative.
+        if `params` is missing or not needed, if `like` has the sharding of an abstract mesh, or if an entry is NaN,
+        infinite, or, of the importance, negative.
+      RuntimeError: if another process could not read it.
 
     Example:
       >>> load_consolidation("/nowhere.safetensors", like=Consolidation(np.zeros(3), np.zeros(3)))
@@ -154,6 +163,7 @@ def load_consolidation(
         ...
       FileNotFoundError: No such file or directory: /nowhere.safetensors
     """
+    _check_devices(like)
     with _opened(file, several=span_processes((like, params))) as (tensors, metadata):
         arrays = tensors | _anchor_of(str(file), metadata, params)
         layouts = json.loads(metadata.get("layouts", "{}"))
@@ -368,6 +378,15 @@ def _place(name: str, leaf: Any, sharding: Any = None) -> jax.Array:
     return (
         jnp.asarray(leaf.read()) if sharding is None else jax.make_array_from_callback(leaf.shape, sharding, leaf.read)
     )
+
+
+def _check_devices(like: Any) -> None:
+    for path, leaf in jax.tree.leaves_with_path(like):
+        if isinstance(getattr(getattr(leaf, "sharding", None), "mesh", None), jax.sharding.AbstractMesh):
+            raise ValueError(
+                f"like{keystr(path)} is sharded over a mesh without devices: pass arrays, or "
+                f"jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) with the sharding of a jax.sharding.Mesh."
+            )
 
 
 def _check_precision(name: str, dtype: Any) -> None:

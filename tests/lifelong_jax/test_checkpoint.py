@@ -122,6 +122,17 @@ def test_a_file_is_the_same_for_all_meshes_and_loaded_onto_any(tmp_path):
     chex.assert_trees_all_equal(load_consolidation(files[0], params=placed[1].anchor), kept)
 
 
+def test_a_mesh_without_devices_is_refused(tmp_path):
+    save(tmp_path / "kept.safetensors")
+    mesh = jax.sharding.AbstractMesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    sharding = jax.sharding.NamedSharding(mesh, P())
+    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), KEPT)
+    with pytest.raises(
+        ValueError, match=r"^like.anchor\['layers'\]\[0\]\['w'\] is sharded over a mesh without devices"
+    ):
+        load_consolidation(tmp_path / "kept.safetensors", like)
+
+
 def test_the_host_holds_no_more_than_a_leaf_or_two(tmp_path, monkeypatch):
     leaf = np.random.default_rng(0).random((256, 256), np.float32)
     kept = on_mesh(Consolidation(*[{str(number): leaf for number in range(8)}] * 2), P("data"))
