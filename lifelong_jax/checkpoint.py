@@ -132,7 +132,7 @@ def load_consolidation(
     A network of which the file has a part, or more than there is, takes the whole file, without `like`. Then
     `growth.restrict_consolidation` and `growth.extend_consolidation` make it fit.
 
-    Leaves are read one by one; of a sharded leaf, what this process's devices hold. If arrays of `like` or `params` span
+    Leaves are read one by one; of a sharded leaf, what this process has of it. If arrays of `like` or `params` span
     several processes, all of them call it. The mesh and the processes may be others than those that saved it.
 
     Args:
