@@ -16,6 +16,7 @@ import rich.console
 
 from experiments.harness.compare import compare
 from experiments.harness.experiment import load_or_exit
+from experiments.harness.parallel import num_at_once
 from experiments.harness.pipelines import interval_of, momentum_with_penalty, steps_of_task
 from experiments.harness.report import Estimate, Outcome, estimate, fail_if_all_diverged, format_estimate, report_tables
 from experiments.harness.runs import Run, open_run
@@ -119,6 +120,7 @@ def main(config: Config) -> None:
             num_epochs=config.num_epochs,
             run=run,
             console=console,
+            at_once=num_at_once(),
         )
         first = functools.partial(learn_resumably, method, recipe, config.strength)
         learned = compare_learners({"first": first}, keep_tasks=True)

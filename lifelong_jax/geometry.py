@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from lifelong_jax import _checks, forms
-from lifelong_jax._numerics import wide_dtype
+from lifelong_jax._numerics import to_host, wide_dtype
 from lifelong_jax.types import Examples, LossFn, Params
 
 
@@ -198,7 +198,7 @@ def _mean_losses(loss_fn: LossFn, plane: Plane, grid: jax.Array, examples: Examp
 
 
 def _flatten(tree: Params) -> np.ndarray:
-    return np.concatenate([np.ravel(np.asarray(leaf, np.float64)) for leaf in jax.tree.leaves(tree)])
+    return np.concatenate([np.ravel(to_host(leaf).astype(np.float64)) for leaf in jax.tree.leaves(tree)])
 
 
 def _unflatten(flat: np.ndarray, like: Params) -> Params:
