@@ -26,7 +26,6 @@ from lifelong_jax._epochs import (
     timed,
     training_data,
 )
-from lifelong_jax._numerics import to_host
 from lifelong_jax._sequences import begin_task, check_run, make_optimizer, task_keys
 from lifelong_jax._split_batches import find_shardings, onto_mesh_of, place_consolidation
 from lifelong_jax._task_checks import check_tasks
@@ -367,7 +366,7 @@ def _train_epoch(
     """Trains for an epoch; returns the state and the mean loss. The arrays of the earlier state are freed."""
     learn = functools.partial(learn, shardings=find_shardings(state.training, data.examples))
     (training, info), seconds = timed(learn, state.training, state.consolidation, strength, data, compiled=compiled)
-    loss = float(to_host(info.loss).astype(np.float64).sum()) / int(to_host(info.num_steps).sum())
+    loss = float(np.asarray(info.loss, np.float64).sum()) / int(np.asarray(info.num_steps).sum())
     # The losses are not enough: the last update comes after the last loss.
     if not (math.isfinite(loss) and _checks.is_finite(training.params)):
         advice = ": lower the learning rate"

@@ -7,7 +7,8 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 MAX_LINES_OF_A_FUNCTION, MAX_LINES_OF_A_FILE, MAX_LINES_OF_THE_LIBRARY = 60, 450, 11_900
-WITH_EXTRAS = {"datasets", "streaming", "models", "checkpoint", "_safetensors", "plotting", "geometry", "_extras"}
+WITH_EXTRAS = {"datasets", "streaming", "models", "checkpoint", "_safetensors", "_processes"}
+WITH_EXTRAS |= {"plotting", "geometry", "_extras"}
 FORBIDDEN = {"experiments", "rich", "tyro", "fcntl", "SystemExit"}
 
 # What each module, or package, of the library may import of the library; those that are not named may import all.
