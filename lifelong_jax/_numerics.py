@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
 
 from lifelong_jax.platforms import is_for_cpu
 from lifelong_jax.types import Batch, Params
@@ -209,6 +210,16 @@ def to_host(array: Any) -> np.ndarray:
         return np.asarray(array)
     with jax.ensure_compile_time_eval():  # else, within a function that is being traced, they would not be known
         return multihost_utils.process_allgather(array, tiled=True)
+
+
+def place_arrays(tree: Any, sharding: NamedSharding) -> Any:
+    """Places arrays, of which each process has all values, without comparing what each has, as `device_put` does."""
+
+    def place(leaf: Any) -> jax.Array:
+        values = to_host(leaf)
+        return jax.make_array_from_callback(np.shape(values), sharding, lambda index: values[index])
+
+    return jax.tree.map(place, tree)
 
 
 def is_of_all_processes(leaf: Any) -> bool:

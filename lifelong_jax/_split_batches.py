@@ -66,6 +66,15 @@ def _automatic(mesh: AnyMesh) -> AnyMesh:
     return mesh.update(axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 
 
+def check_sharding_of_examples(sharding: Any) -> None:
+    """Raises ValueError unless a sharding says how the axis of examples is sharded, and nothing else."""
+    if not (isinstance(sharding, NamedSharding) and len(sharding.spec) <= 1):
+        raise ValueError(
+            f"sharding must say how the examples' axis is sharded, and nothing else, but is {sharding}: pass "
+            f"jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('data'))."
+        )
+
+
 def num_parts(sharding: NamedSharding | None) -> int:
     """Returns into how many parts a leading axis is split."""
     if sharding is None:

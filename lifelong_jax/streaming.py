@@ -24,6 +24,7 @@ from lifelong_jax._numerics import copy_arrays, pad
 from lifelong_jax._process_rows import held_rows, own_rows, place_rows, rows_of_batches, weigh_rows
 from lifelong_jax._split_batches import (
     LoopShardings,
+    check_sharding_of_examples,
     find_shardings,
     keep_shardings,
     on_automatic_axes,
@@ -391,11 +392,8 @@ def _with_forms(tree: Any, shapes: Any) -> Any:
 
 def _check(source: Source, batch_size: int, sharding: NamedSharding | None) -> None:
     _checks.check_positive_integer("batch_size", batch_size)
-    if sharding is not None and not (isinstance(sharding, NamedSharding) and len(sharding.spec) <= 1):
-        raise ValueError(
-            f"sharding must say how the examples' axis is sharded, and nothing else, but is {sharding}: pass "
-            f"jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('data'))."
-        )
+    if sharding is not None:
+        check_sharding_of_examples(sharding)
     if len(source) == 0:
         raise ValueError("source is empty: at least one example is needed.")
 

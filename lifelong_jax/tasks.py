@@ -9,9 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from lifelong_jax import _checks
-from lifelong_jax._numerics import indices_per_example, pad, to_host, wide_dtype
+from lifelong_jax._numerics import indices_per_example, pad, place_arrays, to_host, wide_dtype
+from lifelong_jax._split_batches import check_sharding_of_examples, round_up
 from lifelong_jax.types import Batch, Example, OutputFn, Params, Task
 
 
@@ -252,6 +254,35 @@ def pad_tasks(tasks: Sequence[Task]) -> list[Task]:
         task._replace(train=train, test=test, validation=validation)
         for task, train, test, validation in zip(tasks, *parts, strict=True)
     ]
+
+
+def place_batch(batch: Batch, sharding: NamedSharding) -> Batch:
+    """Shards a batch's examples over the devices of a mesh, all of which the library then splits its work over.
+
+    JAX shards an axis in equal parts only. Where the examples do not divide evenly, they are padded with weight 0.
+
+    Args:
+      batch: arrays `[num_examples, ...]`. In several processes, each has all of them.
+      sharding: how the axis of the examples is sharded: `NamedSharding(mesh, PartitionSpec("data"))`.
+
+    Returns:
+      The batch, of a size that the number of devices divides. Each process holds the examples of its own devices.
+
+    Raises:
+      ValueError: if `sharding` says how other axes are sharded.
+
+    Example:
+      >>> from jax.sharding import NamedSharding, PartitionSpec
+      >>> from lifelong_jax import Batch
+      >>> mesh = jax.make_mesh((len(jax.devices()),), ("data",))
+      >>> placed = place_batch(Batch(jnp.ones((4, 2)), jnp.arange(4)), NamedSharding(mesh, PartitionSpec("data")))
+      >>> placed.inputs.sharding.spec
+      P('data',)
+    """
+    check_sharding_of_examples(sharding)
+    num_examples = len(batch.labels)
+    size = round_up(num_examples, sharding)
+    return place_arrays(batch if size == num_examples else pad(batch, size), sharding)
 
 
 def permute_features(x: jax.Array, permutation: jax.Array | None) -> jax.Array:

@@ -54,7 +54,7 @@ MAY_IMPORT = {
     "_split_batches": {"types", "_meshes"},
     "_process_rows": {"types"},
     "training": BASE | {"_batch_axis", "_split_batches"},
-    "tasks": BASE,
+    "tasks": BASE | {"_split_batches"},
     "metrics": set(),
     "scenarios": BASE | {"tasks"},
     "objectives": BASE | {"scenarios"},

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from lifelong_jax._numerics import pad, to_host
+from lifelong_jax._numerics import place_arrays
+from lifelong_jax.tasks import place_batch
 from lifelong_jax.types import Batch, Task
 
 AXIS = "data"
@@ -98,9 +98,7 @@ def place_tasks(mesh: Mesh, tasks: Sequence[Task]) -> list[Task]:
     def place(batch: Batch) -> Batch:
         ids = tuple(map(id, jax.tree.leaves(batch)))
         if ids not in placed:
-            size = -(-len(batch.labels) // mesh.size) * mesh.size
-            padded = batch if size == len(batch.labels) else pad(batch, size)
-            placed[ids] = _place(padded, NamedSharding(mesh, PartitionSpec(AXIS)))
+            placed[ids] = place_batch(batch, NamedSharding(mesh, PartitionSpec(AXIS)))
         return placed[ids]
 
     parts = ("train", "test", "validation")
@@ -127,17 +125,7 @@ def place_whole(mesh: Mesh, tree: Any) -> Any:
         if not isinstance(leaf, jax.Array) or leaf.sharding.device_set == whole.device_set:
             return leaf
         if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            return _place(leaf, whole)
-        return jax.random.wrap_key_data(_place(jax.random.key_data(leaf), whole), impl=jax.random.key_impl(leaf))
-
-    return jax.tree.map(place, tree)
-
-
-def _place(tree: Any, sharding: NamedSharding) -> Any:
-    """Makes arrays of all processes, without comparing what each has, as `jax.device_put` does."""
-
-    def place(leaf: Any) -> jax.Array:
-        values = to_host(leaf)
-        return jax.make_array_from_callback(np.shape(values), sharding, lambda index: values[index])
+            return place_arrays(leaf, whole)
+        return jax.random.wrap_key_data(place_arrays(jax.random.key_data(leaf), whole), impl=jax.random.key_impl(leaf))
 
     return jax.tree.map(place, tree)

@@ -1,14 +1,17 @@
 """Sequences of tasks."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lifelong_jax import Batch, Task, dataset_tasks, pad_tasks, permuted_tasks, rotated_tasks, split_tasks
 from lifelong_jax.datasets import open_dataset
 from lifelong_jax.scenarios import joint_examples
-from lifelong_jax.tasks import permute_features
+from lifelong_jax.tasks import permute_features, place_batch
+from tests import problems
 from tests.problems import as_batch
 
 
@@ -263,3 +266,17 @@ def test_labels_of_another_shape():
     ):
         with pytest.raises(ValueError, match=r"test\.labels has shape \(5, 1\), but must be \[num_examples\]"):
             make_tasks()
+
+
+@pytest.mark.parametrize("num_examples", [3, 8, 10])
+def test_a_batch_on_a_mesh_is_padded_with_weight_0_to_equal_parts(num_examples):
+    sharding = NamedSharding(jax.make_mesh((4,), ("data",)), PartitionSpec("data"))
+    batch = problems.make_batch(num_examples)
+    placed = place_batch(batch, sharding)
+    assert all(leaf.sharding == sharding for leaf in jax.tree.leaves(placed))
+    assert len(placed.labels) == -(-num_examples // 4) * 4
+    kept = jax.tree.map(lambda leaf: np.asarray(leaf)[:num_examples], placed)
+    chex.assert_trees_all_equal(kept, jax.device_get(batch))
+    assert not np.asarray(placed.weights)[num_examples:].any()
+    with pytest.raises(ValueError, match="sharding must say how the examples' axis is sharded"):
+        place_batch(batch, NamedSharding(sharding.mesh, PartitionSpec(None, "data")))
