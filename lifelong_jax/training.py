@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 
 from lifelong_jax import _checks
 from lifelong_jax._batch_axis import BATCH_AXIS, weigh_means
-from lifelong_jax._numerics import copy_arrays, scale_weights, update_after_reads, widen, with_extra_args
+from lifelong_jax._numerics import copy_arrays, scale_weights, update_after_reads, vary_with, widen, with_extra_args
 from lifelong_jax._split_batches import (
     LoopShardings,
     find_shardings,
@@ -183,6 +183,9 @@ def _learn_split_batches(
     num_steps = num_batches if weights is None else -(-jnp.sum(weights > 0) // batch_size)
     step = _make_step(loss_fn, optimizer, consolidation, examples, weights, shardings)
     loss_dtype = _dtype_of_loss(loss_fn, state, examples)
+    # Inside of a `jax.shard_map`, each shard trains a state of its own.
+    params, opt_state, model_state = vary_with((state.params, state.opt_state, state.model_state), (examples, weights))
+    state = TrainingState(params, opt_state, state.key, model_state)
 
     def epoch(state: TrainingState, index: jax.Array) -> tuple[TrainingState, tuple[jax.Array, jax.Array]]:
         key, epoch_key = jax.random.split(state.key)
@@ -193,7 +196,10 @@ def _learn_split_batches(
         order = jnp.pad(order.reshape(num_batches, batch_size), ((0, 0), (0, excess)), constant_values=num_examples)
         order = make_whole(order, shardings.batch)
         steps = num_steps if max_steps is None else jnp.clip(max_steps - index * num_steps, 0, num_steps)
-        carry = (state._replace(key=key), jnp.zeros(num_batches, loss_dtype))
+        carry = (
+            state._replace(key=key),
+            vary_with(jnp.zeros(num_batches, loss_dtype), (state.params, examples, weights)),
+        )
         take = functools.partial(step, order, epoch_key)
         state, losses = jax.lax.fori_loop(0, steps, take, carry)
         return state, (losses, jnp.asarray(steps))

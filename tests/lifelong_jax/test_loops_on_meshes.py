@@ -129,7 +129,7 @@ def on_model_axis(params, mesh):
         (AUTO, {"data": 4}, "data", on_fsdp, 2, False),
         (AUTO, {"data": 2, "model": 2}, "data", on_model_axis, 5, False),
         (EXPLICIT, {"data": 4}, "data", on_fsdp, 5, True),
-        (EXPLICIT, {"data": 4}, "data", on_fsdp, 2, False),
+        pytest.param(EXPLICIT, {"data": 4}, "data", on_fsdp, 2, False, marks=pytest.mark.slow),
         (EXPLICIT, {"data": 2, "model": 2}, "data", on_model_axis, 5, True),
         (EXPLICIT, {"a": 2, "b": 2}, ("a", "b"), place, 5, True),
         (EXPLICIT, {"data": 2, "model": 2}, None, on_model_axis, 5, True),  # the examples are whole on each device
@@ -175,6 +175,22 @@ def test_means_over_a_batch_are_over_all_of_it():
     assert_equal((found.params, found.model_state), (expected.params, expected.model_state))
 
 
+@pytest.mark.parametrize("check_vma", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_inside_of_a_shard_map_each_device_learns_its_own_examples(check_vma):
+    mesh, params = make_mesh(AUTO, data=4), make_params()
+    examples, weights = make_examples(8, 0)
+
+    def learn_part(examples, weights):
+        state, _ = learn(*start(params), examples, weights, batch_size=1)
+        return jax.tree.map(lambda leaf: leaf[None], state.params)
+
+    shard = PartitionSpec("data")
+    learn_parts = jax.shard_map(learn_part, mesh=mesh, in_specs=shard, out_specs=shard, check_vma=check_vma)
+    found = jax.jit(learn_parts)(examples, weights)
+    alone = learn_part(jax.tree.map(lambda leaf: leaf[2:4], examples), weights[2:4])
+    assert_equal(jax.tree.map(lambda leaf: leaf[1:2], found), alone)
+
+
 def collectives(program):
     """The collectives of a compiled program, by name, with the shapes of what they send."""
     pattern = r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
@@ -199,7 +215,7 @@ def compile_epoch(place_params, place_examples):
 
 
 @pytest.mark.usefixtures("optimized")
-@pytest.mark.parametrize("kind", [AUTO, EXPLICIT])
+@pytest.mark.parametrize("kind", [AUTO, pytest.param(EXPLICIT, marks=pytest.mark.slow)])
 def test_each_device_computes_its_part_of_a_batch_and_gradients_are_summed_once(kind):
     mesh = make_mesh(kind, data=4)
     alone = compile_epoch(jax.device_put, jax.device_put)
@@ -213,7 +229,7 @@ def test_each_device_computes_its_part_of_a_batch_and_gradients_are_summed_once(
     assert {name for name, _ in sent} <= {"all-reduce", "all-gather"} and len(sent) <= 4
 
 
-@pytest.mark.parametrize("kind", [AUTO, EXPLICIT])
+@pytest.mark.parametrize("kind", [AUTO, pytest.param(EXPLICIT, marks=pytest.mark.slow)])
 def test_a_sharded_state_is_donated_and_keeps_its_shardings(kind):
     mesh = make_mesh(kind, data=4)
     tasks = on_mesh(problems.make_tasks(1, 24, 12), mesh)
@@ -249,8 +265,15 @@ def learn_sequence(tasks, recipe=RECIPE, learn=learn_tasks, num_classes=problems
     return learn_tasks(method or methods.ewc(), recipe, params, tasks, KEY, strength=1.0)
 
 
-@pytest.mark.parametrize("kind", [AUTO, EXPLICIT])
-@pytest.mark.parametrize("learn", [learn_tasks, learn_jointly])
+@pytest.mark.parametrize(
+    ("learn", "kind"),
+    [
+        (learn_tasks, AUTO),
+        pytest.param(learn_tasks, EXPLICIT, marks=pytest.mark.slow),
+        pytest.param(learn_jointly, AUTO, marks=pytest.mark.slow),
+        (learn_jointly, EXPLICIT),
+    ],
+)
 def test_sequences_on_a_mesh_are_learned_as_on_one_device(learn, kind):
     tasks = problems.make_tasks(2, 24, 12)
     tasks = [task._replace(validation=task.test) for task in tasks]
@@ -263,7 +286,7 @@ def test_sequences_on_a_mesh_are_learned_as_on_one_device(learn, kind):
     )
 
 
-@pytest.mark.parametrize("kind", [AUTO, EXPLICIT])
+@pytest.mark.parametrize("kind", [EXPLICIT, pytest.param(AUTO, marks=pytest.mark.slow)])
 def test_an_epoch_is_compiled_once_for_all_tasks_on_a_mesh(kind, caplog):
     tasks = on_mesh(problems.make_tasks(2, 24, 12), make_mesh(kind, data=4))
     fresh = RECIPE._replace(optimizer_fn=functools.partial(problems.coupled_sgd))
@@ -272,6 +295,7 @@ def test_an_epoch_is_compiled_once_for_all_tasks_on_a_mesh(kind, caplog):
     assert sum("Compiling jit(learn_epoch)" in message for message in caplog.messages) == 1
 
 
+@pytest.mark.slow
 def test_tasks_with_class_masks_on_a_mesh_are_learned_as_on_one_device():
     tasks = problems.make_split_tasks([[0, 1], [2, 3, 4]])
     num_train = max(len(task.train.labels) for task in tasks)
@@ -337,7 +361,13 @@ def make_runs(tasks, place_params=lambda params: params):
     [
         (AUTO, {"runs": 4}, None, lambda params, mesh: params),
         (EXPLICIT, {"runs": 2, "data": 2}, "data", place),
-        (EXPLICIT, {"runs": 2, "model": 2}, None, lambda params, mesh: place(params, mesh, "model", None)),
+        pytest.param(
+            EXPLICIT,
+            {"runs": 2, "model": 2},
+            None,
+            lambda params, mesh: place(params, mesh, "model", None),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_sweep_on_a_mesh_has_the_numbers_of_one_device(kind, sizes, axes, place_params):
@@ -398,7 +428,8 @@ def learn_stream(sharding, params, batch_size):
 
 
 @pytest.mark.parametrize(
-    ("kind", "axes", "batch_size"), [(AUTO, (), 5), (EXPLICIT, ("data",), 5), (AUTO, ("data",), 99)]
+    ("kind", "axes", "batch_size"),
+    [(AUTO, (), 5), (EXPLICIT, ("data",), 5), pytest.param(AUTO, ("data",), 99, marks=pytest.mark.slow)],
 )
 def test_a_stream_on_a_mesh_is_learned_as_on_one_device(kind, axes, batch_size):
     mesh = make_mesh(kind, data=4)
