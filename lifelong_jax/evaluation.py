@@ -106,7 +106,7 @@ def _score_shards(
         # All parts have one size: the last part overlaps the one before, and the overlap does not count again.
         first = jnp.minimum(start, shard_size - size)
         part = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, first, size, axis=1), shards)
-        part = split(jax.tree.map(lambda leaf: leaf.reshape(num_shards * size, *leaf.shape[2:]), part), sharding)
+        part = jax.tree.map(lambda leaf: leaf.reshape(num_shards * size, *leaf.shape[2:]), part)
         is_new = jnp.tile(first + jnp.arange(size) >= start, num_shards)
         counted = is_new & (part.weights > 0)  # the scores of padding may be NaN
         return jnp.where(counted, jax.vmap(of_example)(part) * part.weights, 0)
