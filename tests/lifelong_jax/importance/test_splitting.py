@@ -1,4 +1,7 @@
-"""Importances on a mesh: four devices give the numbers of one, share its work, and hold what a gradient holds."""
+"""Importances on a mesh: many devices give the numbers of one, share its work, and hold what a gradient holds.
+
+There are four devices. XLA_FLAGS=--xla_force_host_platform_device_count=8 makes it eight.
+"""
 
 import functools
 import re
@@ -47,7 +50,7 @@ def loss_fn(params: Any, x: jax.Array) -> jax.Array:
 
 def make_params() -> Any:
     dense = lambda n, rows, columns: {"w": normal(n, rows, columns), "b": normal(n + 1, columns)}  # noqa: E731
-    return {"first": dense(0, 8, 12), "last": dense(2, 12, 4)}
+    return {"first": dense(0, 8, 16), "last": dense(2, 16, 8)}
 
 
 def make_layers(num_layers: int = 3, width: int = 8, hidden: int = 16, vocabulary: int = 12) -> Any:
@@ -75,12 +78,13 @@ def compute(name: str, params: Any, inputs: Any, **options: Any) -> Any:
     return IMPORTANCES[name](function, params, inputs, **options)
 
 
+NUM_DEVICES = jax.device_count()
 LAYOUTS = {  # the mesh, the examples' axes, and an axis of the mesh for the rows or for the columns of the parameters
-    "data-parallel": ((4,), "data", None),
-    "over two axes": ((2, 2), ("data", "model"), None),
-    "tensor-parallel": ((2, 2), "data", "columns"),
-    "fsdp": ((4,), "data", "rows"),
-    "replicas of fsdp": ((2, 2), ("data", "model"), "rows"),
+    "data-parallel": ((NUM_DEVICES,), "data", None),
+    "over two axes": ((2, NUM_DEVICES // 2), ("data", "model"), None),
+    "tensor-parallel": ((2, NUM_DEVICES // 2), "data", "columns"),
+    "fsdp": ((NUM_DEVICES,), "data", "rows"),
+    "replicas of fsdp": ((2, NUM_DEVICES // 2), ("data", "model"), "rows"),
 }
 
 
@@ -107,14 +111,14 @@ def dense(importance: Any) -> Any:
 @functools.cache
 def on_one_device(name: str) -> Any:
     with jax.enable_x64(True):
-        return dense(compute(name, *in_float64((make_params(), normal(5, 12, 8))), microbatch_size=2))
+        return dense(compute(name, *in_float64((make_params(), normal(5, 24, 8))), microbatch_size=2))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", IMPORTANCES)
-def test_four_devices_equal_one(name: str, layout: str) -> None:
+def test_many_devices_equal_one(name: str, layout: str) -> None:
     with jax.enable_x64(True):
-        data = placed(layout, AxisType.Auto, *in_float64((make_params(), normal(5, 12, 8))))
+        data = placed(layout, AxisType.Auto, *in_float64((make_params(), normal(5, 24, 8))))
         importance = compute(name, *data, microbatch_size=2)
     assert_close(dense(importance), on_one_device(name), 1e-12)
     if name != "kronecker":
@@ -127,14 +131,14 @@ def test_four_devices_equal_one(name: str, layout: str) -> None:
 def test_types_say_how_arrays_are_sharded_where_axes_are_explicit(name: str, inside_jit: bool) -> None:
     run = functools.partial(compute, name, microbatch_size=2)
     with jax.enable_x64(True):
-        data = placed("fsdp", AxisType.Explicit, *in_float64((make_params(), normal(5, 12, 8))))
+        data = placed("fsdp", AxisType.Explicit, *in_float64((make_params(), normal(5, 24, 8))))
         importance = (jax.jit(run) if inside_jit else run)(*data)
     assert_close(dense(importance), on_one_device(name), 1e-12)
 
 
 def test_axes_can_be_made_explicit_inside_of_a_users_jit() -> None:
     with jax.enable_x64(True):
-        data = in_float64((make_params(), normal(5, 12, 8)))
+        data = in_float64((make_params(), normal(5, 24, 8)))
         params, inputs = placed("data-parallel", AxisType.Auto, *data)
         run = functools.partial(compute, "sampled")
         specs = (jax.tree.map(lambda _: PartitionSpec(), params), PartitionSpec("data"))
@@ -146,17 +150,17 @@ def test_axes_can_be_made_explicit_inside_of_a_users_jit() -> None:
 
 
 @pytest.mark.parametrize("layout", ["data-parallel", "fsdp"])
-@pytest.mark.parametrize("microbatch_size", [1, 8, None])
+@pytest.mark.parametrize("microbatch_size", [1, 16, None])
 def test_numbers_are_right_where_nothing_says_how_arrays_are_sharded(layout: str, microbatch_size: int | None) -> None:
     with jax.enable_x64(True):
-        data = placed(layout, AxisType.Auto, *in_float64((make_params(), normal(5, 12, 8))))
+        data = placed(layout, AxisType.Auto, *in_float64((make_params(), normal(5, 24, 8))))
         importance = jax.jit(functools.partial(compute, "sampled", microbatch_size=microbatch_size))(*data)
     assert_close(dense(importance), on_one_device("sampled"), 1e-12)
 
 
 @pytest.mark.parametrize("layout", ["data-parallel", "fsdp"])
 def test_examples_that_do_not_divide_evenly_are_padded_at_weight_0(layout: str) -> None:
-    inputs, weights = np.full((12, 8), np.nan, np.float32), np.zeros(12, np.float32)
+    inputs, weights = np.full((24, 8), np.nan, np.float32), np.zeros(24, np.float32)
     inputs[:2], weights[:2] = normal(5, 2, 8), [0.5, 2]  # fewer than there are devices
     params, sharded = placed(layout, AxisType.Auto, make_params(), inputs)
     for name in ("sampled", "mas", "local_mas"):
@@ -167,10 +171,10 @@ def test_examples_that_do_not_divide_evenly_are_padded_at_weight_0(layout: str) 
 @pytest.mark.parametrize("layout", ["fsdp", "tensor-parallel"])
 def test_accumulations_keep_the_shardings_of_the_parameters(layout: str) -> None:
     with jax.enable_x64(True):
-        params, inputs = placed(layout, AxisType.Auto, *in_float64((make_params(), normal(5, 12, 8))))
+        params, inputs = placed(layout, AxisType.Auto, *in_float64((make_params(), normal(5, 24, 8))))
         total = init_accumulation(params)
-        for start in (0, 4, 8):
-            batch = jax.device_put(inputs[start : start + 4], inputs.sharding)
+        for start in (0, 8, 16):
+            batch = jax.device_put(inputs[start : start + 8], inputs.sharding)
             total = compute("sampled", params, batch, into=total)
     assert_close(dense(total.mean), on_one_device("sampled"), 1e-12)
     assert total.mean["first"]["w"].sharding.is_equivalent_to(params["first"]["w"].sharding, 2)
@@ -250,7 +254,7 @@ def test_each_device_does_its_own_part_and_sums_are_added_once(name: str) -> Non
     # A loop over microbatches counts once, and there are as many examples in each: so look at the number of them.
     assert collectives(split) == {"all-reduce": 1}
     loops = [re.findall(r'"known_trip_count":\{"n":"(\d+)"', program.as_text()) for program in (split, whole)]
-    assert {"16", "4"} == set(loops[1]) - set(loops[0]) | set(loops[0]) - set(loops[1])
+    assert {"16", str(16 // NUM_DEVICES)} == set(loops[1]) - set(loops[0]) | set(loops[0]) - set(loops[1])
 
 
 @pytest.mark.usefixtures("optimized")
@@ -261,7 +265,7 @@ def test_work_is_split_inside_of_a_users_jit_too() -> None:
         run.lower(*data).compile().cost_analysis()["flops"]
         for data in ((params, inputs), jax.device_get((params, inputs)))
     ]
-    assert flops[0] < 1.1 / 4 * flops[1]
+    assert flops[0] < 1.1 / NUM_DEVICES * flops[1]
 
 
 def memory(compiled: Any) -> int:
@@ -270,7 +274,7 @@ def memory(compiled: Any) -> int:
 
 @pytest.mark.usefixtures("optimized")
 def test_fully_sharded_parameters_take_the_memory_of_their_gradient() -> None:
-    params, inputs = wide("fsdp", 64)
+    params, inputs = wide("fsdp", 128)
     gradient = jax.jit(
         jax.grad(lambda params, inputs: jnp.mean(jax.vmap(loss_fn, (None, 0))(params, inputs))),
         out_shardings=jax.tree.map(lambda leaf: leaf.sharding, params),
