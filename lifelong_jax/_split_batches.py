@@ -170,18 +170,18 @@ def onto_mesh(mesh: AnyMesh, tree: Any) -> Any:
     def place(leaf: Any) -> jax.Array:
         sharding = sharding_of(leaf)
         if sharding is None:
-            return _replicate(leaf, _canonical(NamedSharding(mesh, PartitionSpec()), jnp.ndim(leaf)))
+            return _to_sharding(leaf, _canonical(NamedSharding(mesh, PartitionSpec()), jnp.ndim(leaf)))
         wanted = _canonical(sharding, leaf.ndim)
         return leaf if wanted == sharding else jax.device_put(leaf, wanted)
 
     return jax.tree.map(place, tree)
 
 
-def _replicate(leaf: Any, sharding: NamedSharding) -> jax.Array:
-    if sharding.is_fully_addressable:
+def _to_sharding(leaf: Any, sharding: NamedSharding) -> jax.Array:
+    if sharding.is_fully_addressable or not getattr(leaf, "is_fully_addressable", True):
         return jax.device_put(leaf, sharding)
     if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key):
-        data = _replicate(jax.random.key_data(leaf), NamedSharding(sharding.mesh, PartitionSpec()))
+        data = _to_sharding(jax.random.key_data(leaf), NamedSharding(sharding.mesh, PartitionSpec()))
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
     return jax.device_put(np.asarray(leaf), sharding)  # to devices of other processes, from the host alone
 
@@ -191,7 +191,7 @@ def place_consolidation(examples: Examples, consolidation: Consolidation) -> Con
 
     def place(leaf: Any, form: Any) -> Any:
         is_like = sharding_of(leaf) is not None and jnp.shape(leaf) == getattr(form, "shape", None)
-        return jax.device_put(form, leaf.sharding) if is_like else form
+        return _to_sharding(form, leaf.sharding) if is_like else form
 
     importance = jax.tree.map(place, consolidation.anchor, consolidation.importance)
     return onto_mesh_of(examples, consolidation._replace(importance=importance))
