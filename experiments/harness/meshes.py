@@ -3,12 +3,10 @@
 import os
 import re
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from lifelong_jax._numerics import place_arrays
 from lifelong_jax.tasks import place_batch
 from lifelong_jax.types import Batch, Task
 
@@ -107,25 +105,3 @@ def place_tasks(mesh: Mesh, tasks: Sequence[Task]) -> list[Task]:
         task._replace(**{part: None if batch is None else place(batch) for part, batch in batches.items()})
         for task, batches in zip(tasks, of_tasks, strict=True)
     ]
-
-
-def place_whole(mesh: Mesh, tree: Any) -> Any:
-    """Places the JAX arrays of a tree on all devices of a mesh, if they are not there.
-
-    Args:
-      mesh: from `make_mesh`.
-      tree: any tree; all processes have the same values.
-
-    Returns:
-      The tree.
-    """
-    whole = NamedSharding(mesh, PartitionSpec())
-
-    def place(leaf: Any) -> Any:
-        if not isinstance(leaf, jax.Array) or leaf.sharding.device_set == whole.device_set:
-            return leaf
-        if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            return place_arrays(leaf, whole)
-        return jax.random.wrap_key_data(place_arrays(jax.random.key_data(leaf), whole), impl=jax.random.key_impl(leaf))
-
-    return jax.tree.map(place, tree)

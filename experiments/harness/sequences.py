@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from experiments.harness.checkpoints import restore_checkpoint, save_checkpoint
-from experiments.harness.meshes import place_tasks, place_whole
+from experiments.harness.meshes import place_tasks
 from experiments.harness.runs import Run, row_key
 from experiments.harness.scores import ACCURACY
 from lifelong_jax import _files
@@ -289,11 +289,10 @@ def learn_resumably(
       The state after the last task.
     """
     if mesh is not None:
-        params, tasks = place_whole(mesh, params), place_tasks(mesh, tasks)
+        tasks = place_tasks(mesh, tasks)  # the parameters follow
     params, model_state = split_start(recipe, params)
     start = init_sequence(method, recipe, params, tasks, key, strength=strength, model_state=model_state)
-    start = start if prepare is None else prepare(start, sequence)
-    start = sequence.restore(start if mesh is None else place_whole(mesh, start))
+    start = sequence.restore(start if prepare is None else prepare(start, sequence))
 
     def callback(state: SequenceState, progress: Progress) -> None:
         report(progress)

@@ -2,12 +2,11 @@
 
 import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from experiments.harness.meshes import check_mesh, make_mesh, place_tasks, place_whole
+from experiments.harness.meshes import check_mesh, make_mesh, place_tasks
 from experiments.harness.runs import Run
 from experiments.harness.sequences import ResumableSequence, learn_resumably
 from lifelong_jax import methods
@@ -37,17 +36,6 @@ def test_examples_that_do_not_divide_evenly_are_padded_with_weight_0(num_example
     chex.assert_trees_all_equal(jax.tree.map(lambda leaf: leaf[:num_examples], train), batch)
     assert placed[0].validation is train and placed[1].train is train  # each is placed once
     np.testing.assert_array_equal(placed[0].test.weights, [1, 0, 0, 0])
-
-
-def test_arrays_keep_their_values_on_all_devices():
-    mesh = make_mesh("data=2")
-    tree = {"w": jnp.arange(3.0), "key": jax.random.key(3), "count": 2, "matrix": np.ones(2)}
-    placed = place_whole(mesh, tree)
-    assert placed["count"] == 2 and placed["matrix"] is tree["matrix"]
-    assert placed["w"].devices() == placed["key"].devices() == set(mesh.devices.flat)
-    np.testing.assert_array_equal(placed["w"], tree["w"])
-    assert jax.random.uniform(placed["key"]) == jax.random.uniform(tree["key"])
-    assert place_whole(mesh, placed)["w"] is placed["w"]
 
 
 def pad_to_four(task):
