@@ -190,8 +190,12 @@ def place_consolidation(examples: Examples, consolidation: Consolidation) -> Con
     """Shards an importance's diagonals as the anchor is, and places all else on the examples' mesh."""
 
     def place(leaf: Any, form: Any) -> Any:
-        is_like = sharding_of(leaf) is not None and jnp.shape(leaf) == getattr(form, "shape", None)
-        return _to_sharding(form, leaf.sharding) if is_like else form
+        sharding = sharding_of(leaf)
+        if sharding is None:
+            return form
+        # A form has arrays of other shapes too: Kronecker factors, scales of codes.
+        is_like = lambda array: jnp.shape(array) == jnp.shape(leaf)  # noqa: E731
+        return jax.tree.map(lambda array: _to_sharding(array, sharding) if is_like(array) else array, form)
 
     importance = jax.tree.map(place, consolidation.anchor, consolidation.importance)
     return onto_mesh_of(examples, consolidation._replace(importance=importance))

@@ -286,6 +286,24 @@ def test_sequences_on_a_mesh_are_learned_as_on_one_device(learn, kind):
     )
 
 
+def on_fsdp_of_a_sequence(params, mesh):
+    return {name: place(leaf, mesh, None, "data") for name, leaf in params.items()}
+
+
+METHODS = {method.name: method for method in (methods.mas(), methods.si(), methods.rwalk(interval=2), methods.kfac())}
+
+
+@pytest.mark.parametrize("place_params", [place, on_fsdp_of_a_sequence])
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_on_a_mesh_has_the_numbers_of_one_device(name, place_params):
+    tasks, mesh = problems.make_tasks(2, 24, 12), make_mesh(AUTO, data=4)
+    recipe = RECIPE._replace(optimizer_fn=problems.proximal_sgd, num_epochs=1)
+    run = functools.partial(learn_tasks, METHODS[name], recipe, key=KEY, strength=0.1)
+    found = run(params=place_params(problems.make_params(4), mesh), tasks=on_mesh(tasks, mesh))
+    expected = run(params=problems.make_params(4), tasks=tasks)
+    assert_equal((found.params, found.accuracy_matrix), (expected.params, expected.accuracy_matrix), 1e-10)
+
+
 @pytest.mark.parametrize("kind", [EXPLICIT, pytest.param(AUTO, marks=pytest.mark.slow)])
 def test_an_epoch_is_compiled_once_for_all_tasks_on_a_mesh(kind, caplog):
     tasks = on_mesh(problems.make_tasks(2, 24, 12), make_mesh(kind, data=4))
