@@ -88,7 +88,8 @@ def sum_microbatches(
 ) -> Any:
     """Sums a function over microbatches of the examples, one after the other.
 
-    All microbatches have one size, so the function is compiled once; the last one is padded with examples of weight 0.
+    All microbatches have one size, so the function is compiled once; in the last one, examples that were summed before
+    have weight 0.
 
     Args:
       sum_microbatch: `(output_fn, cotangents_fn, params, examples, indices, weights) -> tree`; the last three arguments
@@ -113,12 +114,14 @@ def sum_microbatches(
     present = None if weights is None else jax.tree.map(lambda x: x[jnp.argmax(weights > 0)], examples)
 
     def add_microbatch(total: Any, start: jax.Array) -> tuple[Any, None]:
-        rows = start + jnp.arange(size, dtype=jnp.int32)
-        is_row = rows < per_shard
-        rows = jnp.minimum(rows, per_shard - 1)
+        # The last microbatch overlaps the one before, whose examples do not count again: a slice is no gather.
+        first_row = jnp.minimum(start, per_shard - size)
+        rows = first_row + jnp.arange(size, dtype=jnp.int32)
+        is_row = rows >= start
 
         def take(leaf: jax.Array) -> jax.Array:
-            taken = leaf.reshape(spread.num_shards, per_shard, *leaf.shape[1:])[:, rows]
+            by_shard = leaf.reshape(spread.num_shards, per_shard, *leaf.shape[1:])
+            taken = jax.lax.dynamic_slice_in_dim(by_shard, first_row, size, axis=1)
             return spread.place_examples(taken.reshape(-1, *leaf.shape[1:]))
 
         first = per_shard * jnp.arange(spread.num_shards, dtype=jnp.int32)
