@@ -12,7 +12,7 @@ import argparse
 import functools
 import operator
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from unittest import mock
 
 import jax
@@ -50,13 +50,13 @@ WAYS = {
 }
 
 
-def main() -> None:
+def main(given: Sequence[str] | None = None) -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--turns", type=int, default=11, help="number of turns")
     parser.add_argument("--sizes", type=int, nargs="+", default=[28, 8], help="height and width of the images")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[32, 128], help="examples per step")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     print(f"{device()}\n")
     header = ["images", "batch", "what", "patches, ms", *(f"{way}, times patches" for way in WAYS if way != "patches")]
     rows = []

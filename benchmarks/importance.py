@@ -14,7 +14,7 @@ import argparse
 import functools
 import operator
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -157,12 +157,12 @@ def measure(case: Case, rounds: int) -> list[str]:
     ]
 
 
-def main() -> None:
+def main(given: Sequence[str] | None = None) -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5, help="number of turns of each model")
     parser.add_argument("--models", type=int, nargs="*", help="rows of the table, counted from 0; all by default")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     print(f"{device()}\n")
     header = (
         "model",

@@ -18,7 +18,7 @@ with itself: its distance from 1 is noise.
 import argparse
 import functools
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -47,13 +47,13 @@ LEARNING_RATE = 1e-3
 MODEL = MLP((1000, 1000), 10)
 
 
-def main() -> None:
+def main(given: Sequence[str] | None = None) -> None:
     """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--turns", type=int, default=41, help="number of turns")
     parser.add_argument("--tasks", type=int, nargs="+", default=[1, 2, 5, 10], help="numbers of tasks, K")
     parser.add_argument("--methods", action="store_true", help="time methods that gather importances in training")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     time_methods(arguments.turns) if arguments.methods else time_penalties(arguments.turns, arguments.tasks)
 
 

@@ -65,7 +65,7 @@ class Setting(NamedTuple):
 SETTINGS = {"digits": Setting((256, 256), 32, 5, None), "mnist": Setting((400, 400), 128, 1, 12000)}
 
 
-def main() -> None:
+def main(given: Sequence[str] | None = None) -> None:
     """Prints the tables."""
     on_cpu = jax.default_backend() == "cpu"
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, nargs="+", default=numbers, help="runs at once")
     parser.add_argument("--examples", type=int, help="training examples per task; test examples are a sixth of that")
     parser.add_argument("--epochs", type=int, help="passes over each task")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     setting = SETTINGS[arguments.setting]
     setting = setting._replace(
         num_examples=arguments.examples or setting.num_examples, num_epochs=arguments.epochs or setting.num_epochs

@@ -10,8 +10,11 @@ from typing import TypeVar
 
 import jax
 import jax.monitoring
+import jax.numpy as jnp
+import numpy as np
 
 from lifelong_jax.datasets import Dataset, load_dataset
+from lifelong_jax.types import Batch
 
 Name = TypeVar("Name", bound=Hashable)
 
@@ -23,12 +26,24 @@ def device() -> str:
 
 def load_part(name: str, num_examples: int | None) -> Dataset:
     """Loads a data set: its first training examples and a sixth of that number of test examples, or all if None."""
-    dataset = load_dataset(name)
+    dataset = random_images() if name == "random" else load_dataset(name)
     if num_examples is None:
         return dataset
     train = jax.tree.map(lambda leaf: leaf[:num_examples], dataset.train)
     test = jax.tree.map(lambda leaf: leaf[: max(1, num_examples // 6)], dataset.test)
     return dataset._replace(train=train, test=test)
+
+
+def random_images() -> Dataset:
+    """Draws random images, of the size and number of MNIST's."""
+    draw = np.random.default_rng(0)
+    parts = [
+        Batch(
+            draw.random((size, 28, 28, 1), np.float32), np.arange(size, dtype=np.int32) % 10, np.ones(size, np.float32)
+        )
+        for size in (60_000, 10_000)
+    ]
+    return Dataset(*jax.tree.map(jnp.asarray, parts), num_classes=10)
 
 
 def time_call(function: Callable[[], object]) -> float:

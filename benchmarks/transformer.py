@@ -15,7 +15,7 @@ last layer's weight too.
 import argparse
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -166,13 +166,13 @@ def memory_of_passes(sizes: TransformerConfig) -> list[str]:
     return [*row, f"{4 * sizes.max_length * sizes.vocab_size / 2**20:,.0f}", held[-1], *held[:-1]]
 
 
-def main() -> None:
+def main(given: Sequence[str] | None = None) -> None:
     """Prints a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--memory", action="store_true", help="compile the large one, and run nothing")
     parser.add_argument("--steps", action="store_true", help="time training steps with and without the penalty")
     parser.add_argument("--rounds", type=int, default=9, help="number of turns")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     print(f"{device()}\n")
     sizes = [sizes_of(large=arguments.memory, tied=tied) for tied in (False, True)]
     names = ["empirical", "sampled"]

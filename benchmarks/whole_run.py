@@ -63,17 +63,19 @@ def optimizer_fn(strength: jax.Array) -> optax.GradientTransformation:
 RECIPE = Recipe(MODEL.apply, optimizer_fn, num_epochs=1, batch_size=BATCH_SIZE)
 
 
-def main() -> None:
+def main(given: Sequence[str] | None = None) -> None:
     """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--turns", type=int, default=3, help="number of turns")
     parser.add_argument(
         "--examples", type=int, help="training examples; test examples are a sixth of that; all by default"
     )
+    parser.add_argument("--data", choices=("mnist", "random"), default="mnist", help="or random images of its size")
     parser.add_argument("--fisher", choices=("exact", "empirical"), default="exact")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     method = methods.ewc(arguments.fisher)
-    run = start(arguments.examples)  # fills the cache of decoded data
+    load = functools.partial(start, arguments.data, arguments.examples)
+    run = load()  # fills the cache of decoded data
     num_train, num_test = (len(batch.labels) for batch in (run.tasks[0].train, run.tasks[0].test))
     clock = CompilationClock()
     print(floor.machine())
@@ -91,7 +93,7 @@ def main() -> None:
         times = [time_floors()]
         for way in list(ways)[:: 1 if turn % 2 else -1]:
             jax.clear_caches()
-            measured[way].append(ways[way](method, arguments.examples, clock))
+            measured[way].append(ways[way](method, load, clock))
             times.append(time_floors())
         bare.append({part: statistics.median(of_part[part] for of_part in times) for part in times[0]})
     print_parts(measured["learn_tasks"], bare)
@@ -99,19 +101,19 @@ def main() -> None:
     print_floors(floors, update, bare, updates)
 
 
-def start(num_examples: int | None) -> SweepRun:
+def start(data: str, num_examples: int | None) -> SweepRun:
     """Loads the data, makes the tasks and draws the parameters."""
-    train, test, _ = load_part("mnist", num_examples)
+    train, test, _ = load_part(data, num_examples)
     tasks_key, params_key, key = map(jax.random.key, range(3))
     tasks = permuted_tasks(train, test, NUM_TASKS, tasks_key)
     run = SweepRun(init_network(MODEL, params_key, np.zeros(train.inputs.shape[1:], np.float32)), tasks, key, STRENGTH)
     return jax.block_until_ready(run)
 
 
-def learn_by_host(method: Method, num_examples: int | None, clock: CompilationClock) -> dict[str, float]:
+def learn_by_host(method: Method, load: Callable[[], SweepRun], clock: CompilationClock) -> dict[str, float]:
     """Makes the whole run by `learn_tasks`. Returns the seconds of its parts, and the accuracy."""
     evaluations: list[float] = []
-    evaluate = continual.evaluate
+    evaluate = continual.scores_of_tasks
 
     def timed_evaluate(apply_fn: Callable, params: Any, tasks: Sequence[Any], *scenario: Any) -> list[float]:
         jax.block_until_ready(params)
@@ -121,8 +123,8 @@ def learn_by_host(method: Method, num_examples: int | None, clock: CompilationCl
         return accuracies
 
     with timed(clock) as loading:
-        run = start(num_examples)
-    with timed(clock) as learning, mock.patch.object(continual, "evaluate", timed_evaluate):
+        run = load()
+    with timed(clock) as learning, mock.patch.object(continual, "scores_of_tasks", timed_evaluate):
         learned = learn_tasks(
             method, RECIPE, run.params, run.tasks, run.key, strength=run.strength, forward_transfer=False
         )
@@ -139,10 +141,10 @@ def learn_by_host(method: Method, num_examples: int | None, clock: CompilationCl
     return parts | {"accuracy": average_accuracy(learned.accuracy_matrix)}
 
 
-def learn_as_program(method: Method, num_examples: int | None, clock: CompilationClock) -> dict[str, float]:
+def learn_as_program(method: Method, load: Callable[[], SweepRun], clock: CompilationClock) -> dict[str, float]:
     """Makes the whole run by `learn_sweep`. Returns the seconds of its parts, and the accuracy."""
     with timed(clock) as loading:
-        run = start(num_examples)
+        run = load()
     with timed(clock) as learning:
         swept = learn_sweep(method, RECIPE, [run], forward_transfer=False)
     parts = {"loading": loading.seconds, "compilation": loading.compilation + learning.compilation}
