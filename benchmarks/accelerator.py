@@ -1,12 +1,13 @@
-"""Makes all tables of the page on performance on the device at hand, in less than eight minutes.
+"""Makes the tables of the page on performance on the device at hand.
 
     python -m benchmarks.accelerator > tables.md
     python -m benchmarks.accelerator --smallest    # to see that it works
 
 Each table is made twice: with products of float32 in full, and by JAX's default, which is coarser on accelerators. The
 first table has the limits of the chip: those that its maker publishes, if it is known, and a large product and a large
-copy. After the time that is given, no further table is begun; those that are left out are named. The whole run is on
-random images of the size of MNIST's, so that nothing is read: its times are those of MNIST, its accuracy means nothing.
+copy. The whole run is on random images of the size of MNIST's, so that nothing is read: its times are those of MNIST,
+its accuracy means nothing. After 400 seconds, no further table is begun, and those that are left out are named: on an
+accelerator, the command is meant to take less than eight minutes.
 """
 
 import argparse
