@@ -22,7 +22,7 @@ from lifelong_jax.models import TransformerConfig, transformer_functions
 
 GPT = functools.partial(TransformerConfig, tied=False, bias=False, positions="rotary", norm="rms", remat=True)
 MODELS = {
-    "1 B": GPT(50_257, 2048, num_layers=16, num_heads=16, width=2048),
+    "1 B": GPT(50_304, 2048, num_layers=16, num_heads=16, width=2048),
     "7 B": GPT(32_000, 4096, num_layers=32, num_heads=32, width=4096),
     "70 B": GPT(32_000, 4096, num_layers=80, num_heads=64, num_kv_heads=8, width=8192, hidden_size=43_008),
 }
