@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lifelong_jax._meshes import Layout, find_layout, find_placement, knowing
+from lifelong_jax._meshes import Layout, find_layout, find_placement, knowing, on_automatic
 from lifelong_jax._sequences import make_optimizer
-from lifelong_jax._split_batches import LoopShardings, on_automatic_axes, specs_of
+from lifelong_jax._split_batches import LoopShardings, explicit_mesh, on_automatic_axes, specs_of
 from lifelong_jax.methods import ImportanceFn, Method, WrapOptimizer
 from lifelong_jax.objectives import label_counts
 from lifelong_jax.recipes import Recipe, network_of, training_loss
@@ -114,7 +114,7 @@ def importance_of(
 
 def measuring(method: Method, recipe: Recipe, state: TrainingState, data: TrainingData) -> functools.partial:
     """Returns the compiled function that computes a method's importance, wherever the arrays are."""
-    layout = find_layout(state.params, (data.examples, None), state)
+    layout = on_automatic(find_layout(state.params, (data.examples, None), state))
     return functools.partial(compute_importance, compiled_part(recipe), method.importance_fn, layout=layout)
 
 
@@ -129,9 +129,20 @@ def compute_importance(
     *,
     layout: Layout | None,
 ) -> Params:
-    """Computes a method's importance, with arrays that are sharded as a layout says."""
-    with knowing(layout):
-        return importance_of(recipe, importance_fn, state, data, key)
+    """Computes a method's importance, on automatic axes, with arrays that are sharded as a layout says."""
+
+    def measure(state: TrainingState, data: TrainingData, key: jax.Array) -> Params:
+        with knowing(layout):
+            return importance_of(recipe, importance_fn, state, data, key)
+
+    def spec_of(leaf: jax.Array, form: Any) -> Any:
+        return jax.typeof(leaf).sharding.spec if isinstance(form, jax.ShapeDtypeStruct) else PartitionSpec()
+
+    arguments = (state, data, key)
+    if explicit_mesh(arguments) is None:
+        return measure(*arguments)
+    shapes = jax.eval_shape(functools.partial(on_automatic_axes, measure, out=PartitionSpec()), arguments)
+    return on_automatic_axes(measure, arguments, out=jax.tree.map(spec_of, state.params, shapes))
 
 
 def timed(function: functools.partial, *args: object, compiled: bool = False) -> tuple[Any, float]:

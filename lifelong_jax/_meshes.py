@@ -100,6 +100,16 @@ def find_layout(params: Any, examples: Any, others: Any) -> Layout | None:
     return Layout(placement.mesh, axes, tuple(map(_spec_of, jax.tree.leaves(params))), num_parts)
 
 
+def on_automatic(layout: Layout | None) -> Layout | None:
+    """Returns a layout on automatic axes of its mesh."""
+    return None if layout is None else layout._replace(mesh=automatic(layout.mesh))
+
+
+def automatic(mesh: AnyMesh) -> AnyMesh:
+    """Returns a mesh with all of its axes automatic."""
+    return mesh.update(axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+
+
 _known: contextvars.ContextVar[Layout | None] = contextvars.ContextVar("layout", default=None)
 
 

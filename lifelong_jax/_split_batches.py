@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from lifelong_jax._meshes import AnyMesh, find_placement, leading_axes, sharding_of
+from lifelong_jax._meshes import AnyMesh, automatic, find_placement, leading_axes, sharding_of
 from lifelong_jax.types import Consolidation, Examples
 
 
@@ -38,7 +38,7 @@ def batch_sharding(examples: Examples) -> NamedSharding | None:
     placement = find_placement(examples)
     if placement is None or not placement.axes:
         return None
-    return NamedSharding(_automatic(placement.mesh), PartitionSpec(placement.axes))
+    return NamedSharding(automatic(placement.mesh), PartitionSpec(placement.axes))
 
 
 def _known_sharding(leaf: Any) -> NamedSharding | None:
@@ -48,7 +48,7 @@ def _known_sharding(leaf: Any) -> NamedSharding | None:
     kinds = set(sharding.mesh.axis_types)
     if isinstance(leaf, jax.core.Tracer) and kinds != {AxisType.Explicit}:  # its type does not name all axes
         return None
-    return _canonical(NamedSharding(_automatic(sharding.mesh), sharding.spec), jnp.ndim(leaf))
+    return _canonical(NamedSharding(automatic(sharding.mesh), sharding.spec), jnp.ndim(leaf))
 
 
 def _canonical(sharding: NamedSharding, ndim: int) -> NamedSharding:
@@ -60,10 +60,6 @@ def _canonical(sharding: NamedSharding, ndim: int) -> NamedSharding:
         while axes and axes[-1] is None:
             axes.pop()
     return NamedSharding(sharding.mesh, PartitionSpec(*axes), memory_kind=sharding.memory_kind)
-
-
-def _automatic(mesh: AnyMesh) -> AnyMesh:
-    return mesh.update(axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 
 
 def check_sharding_of_examples(sharding: Any) -> None:
@@ -136,7 +132,7 @@ def sharding_of_runs(tree: Any) -> NamedSharding | None:
         return None
     used = set(jax.tree.leaves([tuple(sharding.spec) for sharding in shardings]))
     free = tuple(name for name in shardings[0].mesh.axis_names if name not in used)
-    return NamedSharding(_automatic(shardings[0].mesh), PartitionSpec(free)) if free else None
+    return NamedSharding(automatic(shardings[0].mesh), PartitionSpec(free)) if free else None
 
 
 def on_automatic_axes(function: Callable[..., Any], arguments: tuple, out: Any) -> Any:
@@ -145,12 +141,17 @@ def on_automatic_axes(function: Callable[..., Any], arguments: tuple, out: Any) 
     A network may refuse arrays whose types say how they are sharded: a product over a sharded axis, say. The results
     are on explicit axes again, sharded as `out` says, a tree of `PartitionSpec` that begins like the results.
     """
-    meshes = [jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(arguments)]
-    meshes = [mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types]
-    if not meshes:
+    mesh = explicit_mesh(arguments)
+    if mesh is None:
         return function(*arguments)
-    with jax.sharding.use_abstract_mesh(meshes[0]):
+    with jax.sharding.use_abstract_mesh(mesh):
         return jax.sharding.auto_axes(function, out_sharding=out)(*arguments)
+
+
+def explicit_mesh(arguments: Any) -> jax.sharding.AbstractMesh | None:
+    """Returns the mesh whose explicit axes the types of arrays name; None if there is none."""
+    meshes = [jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(arguments)]
+    return next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
 
 
 def specs_of(tree: Any) -> Any:

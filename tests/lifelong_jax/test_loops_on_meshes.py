@@ -304,6 +304,27 @@ def test_every_method_on_a_mesh_has_the_numbers_of_one_device(name, place_params
     assert_equal((found.params, found.accuracy_matrix), (expected.params, expected.accuracy_matrix), 1e-10)
 
 
+def test_what_a_network_closes_over_may_be_on_explicit_axes():
+    """Running averages, and a permutation that was placed with the examples."""
+
+    def train_fn(params, averages, x, key):
+        mean = jax.lax.pmean(x, "batch")
+        return problems.apply_fn(params, x - mean), 0.9 * averages + 0.1 * mean
+
+    recipe = RECIPE._replace(
+        apply_fn=lambda params, averages, x: problems.apply_fn(params, x - averages), train_fn=train_fn, num_epochs=1
+    )
+    tasks, mesh = problems.make_tasks(2, 24, 12), make_mesh(EXPLICIT, data=4)
+    placed = [task._replace(permutation=place(task.permutation, mesh)) for task in on_mesh(tasks, mesh)]
+    options = {"strength": 1.0, "model_state": jnp.zeros(problems.NUM_FEATURES)}
+    found, expected = (
+        learn_tasks(methods.ewc(), recipe, problems.make_params(), of, KEY, **options) for of in (placed, tasks)
+    )
+    assert_equal(
+        (found.training.model_state, found.consolidation), (expected.training.model_state, expected.consolidation)
+    )
+
+
 @pytest.mark.parametrize("kind", [EXPLICIT, pytest.param(AUTO, marks=pytest.mark.slow)])
 def test_an_epoch_is_compiled_once_for_all_tasks_on_a_mesh(kind, caplog):
     tasks = on_mesh(problems.make_tasks(2, 24, 12), make_mesh(kind, data=4))
