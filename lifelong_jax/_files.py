@@ -25,14 +25,26 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     Raises:
       OSError: naming `path`, if it cannot be written.
     """
-    unfinished = path.with_name(UNFINISHED.format(f"{path.name}.{os.getpid()}"))
-    try:
+    unfinished = unfinished_path(path)
+    with errors_of_writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield unfinished
             os.replace(unfinished, path)
         finally:
             discard(unfinished)
+
+
+def unfinished_path(path: pathlib.Path) -> pathlib.Path:
+    """Returns the temporary path beside a path, which differs between processes."""
+    return path.with_name(UNFINISHED.format(f"{path.name}.{os.getpid()}"))
+
+
+@contextlib.contextmanager
+def errors_of_writing(path: pathlib.Path) -> Iterator[None]:
+    """Lets errors within the block name the path that cannot be written."""
+    try:
+        yield
     except OSError as error:
         message = f"cannot be written ({error.strerror}); what was there before is kept"
         raise OSError(error.errno, message, str(path)) from error

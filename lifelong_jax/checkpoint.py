@@ -1,12 +1,11 @@
 """Consolidations in safetensors files: written atomically, verified when they are read, never pickled."""
 
-import collections
 import contextlib
 import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -17,9 +16,9 @@ from jax.tree_util import keystr
 from lifelong_jax import __version__, _checks, _files
 from lifelong_jax._extras import needs_extra
 from lifelong_jax._layouts import Layout
-from lifelong_jax._numerics import copy_arrays, to_host
+from lifelong_jax._numerics import copy_arrays, is_of_all_processes, to_host
 from lifelong_jax._paths import join, leaves_by_path
-from lifelong_jax._processes import is_first, span_processes, together
+from lifelong_jax._processes import is_first, span_processes, text_of_first, together
 from lifelong_jax._safetensors import DTYPES, StoredTensor, make_header, read_tensors
 from lifelong_jax.compression import CompressedDiagonal
 from lifelong_jax.forms import KroneckerFactors, is_form
@@ -59,7 +58,8 @@ def save_consolidation(
     If the anchor is a checkpoint that is kept in any case, such as a pretrained model's, its digest is enough: with one
     byte for each entry of the importance, the file of a model of 7 billion parameters then has 6.3 GiB, not 50.
 
-    Leaves are written one by one. If arrays span several processes, all processes call it, and the first one writes.
+    Leaves are written one by one. If arrays span several processes, all processes call it, in a folder that they share:
+    each one writes what its own devices hold.
 
     Args:
       file: path of the file. An old file there is replaced only when the new one is complete.
@@ -114,14 +114,8 @@ def save_consolidation(
     if anchor == "digest":
         anchors = {name: leaves.pop(name) for name in list(leaves) if _is_of_anchor(name)}
         metadata |= {"anchor": json.dumps(_files.describe_leaves(anchors)), "anchor_sha256": _digest(anchors, {})}
-    several = span_processes(leaves)
-    with together(f"{file} is not written", several):
-        contents = _contents(leaves)
-        try:
-            if is_first() or not several:
-                _write(pathlib.Path(file), leaves, metadata, contents, sync=sync)
-        finally:  # each process has a part of what is written, also if writing has failed
-            collections.deque(contents, maxlen=0)
+    write = _write_together if span_processes(leaves) else _write
+    write(pathlib.Path(file), leaves, metadata, sync=sync)
 
 
 def load_consolidation(
@@ -206,25 +200,65 @@ def read_metadata(file: str | os.PathLike) -> dict[str, str]:
         return metadata
 
 
-def _write(
-    file: pathlib.Path,
-    leaves: Mapping[str, Any],
-    metadata: Mapping[str, str],
-    contents: Iterable[tuple[str, np.ndarray]],
-    *,
-    sync: bool,
-) -> None:
+def _write(file: pathlib.Path, leaves: Mapping[str, Any], metadata: Mapping[str, str], *, sync: bool) -> None:
     """Writes leaf by leaf: the digest, which is in the header, is known at the end."""
     description = _files.describe_leaves(leaves)
     digest = _new_digest(description, metadata)
     _, places = make_header(description, {**metadata, "sha256": digest.hexdigest()})
     with _files.writing(file, sync=sync) as opened:
-        for name, values in contents:
+        for name, values in _contents(leaves):
             digest.update(values)
             opened.seek(places[name])
             opened.write(values.data)
         opened.seek(0)
         opened.write(make_header(description, {**metadata, "sha256": digest.hexdigest()})[0])
+
+
+def _write_together(file: pathlib.Path, leaves: Mapping[str, Any], metadata: Mapping[str, str], *, sync: bool) -> None:
+    """Writes a file of arrays that span processes: each process writes what its own devices hold."""
+    what, description = f"{file} is not written", _files.describe_leaves(leaves)
+    header, places = make_header(description, {**metadata, "sha256": _new_digest(description, metadata).hexdigest()})
+    unfinished = pathlib.Path(text_of_first(str(_files.unfinished_path(file.absolute()))))
+    with together(what, True), _files.errors_of_writing(file):
+        if is_first():
+            file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with together(what, True), _files.errors_of_writing(file):
+            if is_first():
+                unfinished.write_bytes(header)
+                os.truncate(unfinished, len(header) + sum(leaf.nbytes for leaf in leaves.values()))
+        with together(what, True), _files.errors_of_writing(file):
+            for name, leaf in leaves.items():
+                _write_own_parts(unfinished, places[name], leaf)
+        with together(what, True), _files.errors_of_writing(file):
+            if is_first():
+                with unfinished.open("r+b") as opened:
+                    digest = _digest(read_tensors(opened), metadata)
+                    opened.seek(0)
+                    opened.write(make_header(description, {**metadata, "sha256": digest})[0])
+                    if sync:
+                        opened.flush()
+                        os.fsync(opened.fileno())
+                os.replace(unfinished, file)
+                if sync:
+                    _files.sync_folder(file.absolute().parent)
+    finally:
+        if is_first():
+            _files.discard(unfinished)
+
+
+def _write_own_parts(file: pathlib.Path, place: int, leaf: Any) -> None:
+    """Writes the parts of a leaf that this process has, and of which no other process has a copy that comes first."""
+    if leaf.size == 0:
+        return
+    mapped = np.memmap(file, leaf.dtype, "r+", place, np.shape(leaf))
+    if is_of_all_processes(leaf):
+        for shard in leaf.addressable_shards:
+            if shard.replica_id == 0:
+                mapped[shard.index] = shard.data
+    elif is_first():
+        mapped[...] = leaf
+    mapped.flush()
 
 
 @contextlib.contextmanager

@@ -114,6 +114,7 @@ if __name__ == "__main__":
     )
     folder = pathlib.Path(sys.argv[1])
     measured = measure(folder)
-    print(*measured.pop("refused"), sep="\n")
+    # Not printed: gloo writes into the same lines.
+    (folder / f"refused.{jax.process_index()}").write_text("\n".join(measured.pop("refused")))
     if jax.process_index() == 0:
         np.savez(folder / "measured.npz", *jax.tree.leaves(measured))
