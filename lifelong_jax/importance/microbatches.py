@@ -125,7 +125,7 @@ def sum_microbatches(
             return spread.place_examples(taken.reshape(-1, *leaf.shape[1:]))
 
         first = per_shard * jnp.arange(spread.num_shards, dtype=jnp.int32)
-        indices = (first[:, None] + rows).ravel()
+        indices = (first[:, None] + rows[None]).ravel()
         row_weights = jnp.where(jnp.tile(is_row, spread.num_shards), 1.0 if weights is None else take(weights), 0)
         microbatch = jax.tree.map(take, examples)
         if weights is not None:  # an example of weight 0 is absent, even if it is NaN: another one is in its place
@@ -146,7 +146,7 @@ def sum_microbatches(
 
 
 def _where(rows: jax.Array, leaf: jax.Array, other: jax.Array) -> jax.Array:
-    return jnp.where(rows.reshape(-1, *[1] * other.ndim), leaf, other)
+    return jnp.where(rows.reshape(-1, *[1] * other.ndim), leaf, other[None])
 
 
 def _check_start(start: Any, zeros: Any) -> None:
