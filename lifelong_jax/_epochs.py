@@ -10,9 +10,17 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lifelong_jax._meshes import Layout, find_layout, find_placement, knowing, on_automatic
+from lifelong_jax._meshes import (
+    Layout,
+    find_layout,
+    find_placement,
+    knowing,
+    on_automatic,
+    on_automatic_axes,
+    on_automatic_axes_as,
+)
 from lifelong_jax._sequences import make_optimizer
-from lifelong_jax._split_batches import LoopShardings, explicit_mesh, on_automatic_axes, specs_of
+from lifelong_jax._split_batches import LoopShardings, specs_of
 from lifelong_jax.methods import ImportanceFn, Method, WrapOptimizer
 from lifelong_jax.objectives import label_counts
 from lifelong_jax.recipes import Recipe, network_of, training_loss
@@ -135,14 +143,7 @@ def compute_importance(
         with knowing(layout):
             return importance_of(recipe, importance_fn, state, data, key)
 
-    def spec_of(leaf: jax.Array, form: Any) -> Any:
-        return jax.typeof(leaf).sharding.spec if isinstance(form, jax.ShapeDtypeStruct) else PartitionSpec()
-
-    arguments = (state, data, key)
-    if explicit_mesh(arguments) is None:
-        return measure(*arguments)
-    shapes = jax.eval_shape(functools.partial(on_automatic_axes, measure, out=PartitionSpec()), arguments)
-    return on_automatic_axes(measure, arguments, out=jax.tree.map(spec_of, state.params, shapes))
+    return on_automatic_axes_as(state.params, measure, (state, data, key))
 
 
 def timed(function: functools.partial, *args: object, compiled: bool = False) -> tuple[Any, float]:

@@ -6,7 +6,7 @@ Types name only the explicit axes of a mesh. So what is inside of a user's jit, 
 import contextlib
 import contextvars
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -49,10 +49,7 @@ def find_placement(examples: Any) -> Placement | None:
 
 def leading_axes(spec: PartitionSpec) -> tuple[str, ...]:
     """Returns the names of the axes of a mesh over which an array's leading axis is sharded."""
-    first = spec[0] if len(spec) else None
-    if first is None or first is PartitionSpec.UNCONSTRAINED:
-        return ()
-    return first if isinstance(first, tuple) else (first,)
+    return axes_of(PartitionSpec(*tuple(spec)[:1]))
 
 
 def axes_of(spec: PartitionSpec) -> tuple[str, ...]:
@@ -89,10 +86,11 @@ def find_layout(params: Any, examples: Any, others: Any) -> Layout | None:
     if known is not None:
         num_leaves = len(jax.tree.leaves(params))
         return known if len(known.specs) == num_leaves else known._replace(specs=(None,) * num_leaves)
-    placement = find_placement(examples) or find_placement((params, others))
+    of_examples = find_placement(examples)
+    placement = of_examples or find_placement((params, others))
     if placement is None:
         return None
-    axes = placement.axes if find_placement(examples) else ()
+    axes = () if of_examples is None else of_examples.axes
     num_parts = 1
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(examples)):
         types = zip(placement.mesh.axis_sizes, placement.mesh.axis_types, strict=True)
@@ -132,3 +130,34 @@ def _spec_of(leaf: Any) -> PartitionSpec | None:
         return None
     is_unknown = isinstance(leaf, jax.core.Tracer) and AxisType.Explicit not in sharding.mesh.axis_types
     return None if is_unknown else sharding.spec
+
+
+def on_automatic_axes(function: Callable[..., Any], arguments: tuple, out: Any) -> Any:
+    """Calls a function with arrays on automatic axes of a mesh, where the types of the arguments name explicit ones.
+
+    A network may refuse arrays whose types say how they are sharded: a product over a sharded axis, say. The results
+    are on explicit axes again, sharded as `out` says, a tree of `PartitionSpec` that begins like the results.
+    """
+    mesh = explicit_mesh(arguments)
+    if mesh is None:
+        return function(*arguments)
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.sharding.auto_axes(function, out_sharding=out)(*arguments)
+
+
+def explicit_mesh(arguments: Any) -> jax.sharding.AbstractMesh | None:
+    """Returns the mesh whose explicit axes the types of arrays name; None if there is none."""
+    meshes = [jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(arguments)]
+    return next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
+
+
+def on_automatic_axes_as(params: Any, function: Callable[..., Any], arguments: tuple) -> Any:
+    """Does the same for a function that returns a tree like `params`: arrays are sharded as the leaves, forms whole."""
+    if explicit_mesh(arguments) is None:
+        return function(*arguments)
+
+    def spec_of(leaf: jax.Array, form: Any) -> Any:
+        return jax.typeof(leaf).sharding.spec if isinstance(form, jax.ShapeDtypeStruct) else PartitionSpec()
+
+    shapes = jax.eval_shape(lambda *given: on_automatic_axes(function, given, out=PartitionSpec()), *arguments)
+    return on_automatic_axes(function, arguments, out=jax.tree.map(spec_of, params, shapes))

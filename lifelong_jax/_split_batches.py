@@ -4,7 +4,6 @@ A loop is computed on automatic axes: the compiler splits what follows from the 
 """
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from lifelong_jax._meshes import AnyMesh, automatic, find_placement, leading_axes, sharding_of
+from lifelong_jax._meshes import AnyMesh, automatic, axes_of, find_placement, leading_axes, sharding_of
 from lifelong_jax.types import Consolidation, Examples
 
 
@@ -130,28 +129,9 @@ def sharding_of_runs(tree: Any) -> NamedSharding | None:
     shardings = [sharding for sharding in map(sharding_of, jax.tree.leaves(tree)) if sharding is not None]
     if not shardings:
         return None
-    used = set(jax.tree.leaves([tuple(sharding.spec) for sharding in shardings]))
+    used = {name for sharding in shardings for name in axes_of(sharding.spec)}
     free = tuple(name for name in shardings[0].mesh.axis_names if name not in used)
     return NamedSharding(automatic(shardings[0].mesh), PartitionSpec(free)) if free else None
-
-
-def on_automatic_axes(function: Callable[..., Any], arguments: tuple, out: Any) -> Any:
-    """Calls a function with arrays on automatic axes of a mesh, where the types of the arguments name explicit ones.
-
-    A network may refuse arrays whose types say how they are sharded: a product over a sharded axis, say. The results
-    are on explicit axes again, sharded as `out` says, a tree of `PartitionSpec` that begins like the results.
-    """
-    mesh = explicit_mesh(arguments)
-    if mesh is None:
-        return function(*arguments)
-    with jax.sharding.use_abstract_mesh(mesh):
-        return jax.sharding.auto_axes(function, out_sharding=out)(*arguments)
-
-
-def explicit_mesh(arguments: Any) -> jax.sharding.AbstractMesh | None:
-    """Returns the mesh whose explicit axes the types of arrays name; None if there is none."""
-    meshes = [jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(arguments)]
-    return next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
 
 
 def specs_of(tree: Any) -> Any:

@@ -10,8 +10,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lifelong_jax import _checks
 from lifelong_jax._jaxprs import activation_floats
+from lifelong_jax._meshes import on_automatic_axes
 from lifelong_jax._numerics import equal_size
-from lifelong_jax._split_batches import batch_sharding, num_parts, on_automatic_axes, split
+from lifelong_jax._split_batches import batch_sharding, num_parts, split
 from lifelong_jax.losses import ExampleLoss, with_model_state
 from lifelong_jax.objectives import CLASSIFICATION, Objective, label_counts
 from lifelong_jax.scenarios import active_classes, with_class_mask

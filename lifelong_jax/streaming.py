@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lifelong_jax import _checks, forms
 from lifelong_jax._extras import needs_extra
-from lifelong_jax._meshes import Layout, find_layout, knowing
+from lifelong_jax._meshes import Layout, find_layout, knowing, on_automatic_axes
 from lifelong_jax._numerics import copy_arrays, pad
 from lifelong_jax._process_rows import held_rows, own_rows, place_rows, rows_of_batches, weigh_rows
 from lifelong_jax._split_batches import (
@@ -27,7 +27,6 @@ from lifelong_jax._split_batches import (
     check_sharding_of_examples,
     find_shardings,
     keep_shardings,
-    on_automatic_axes,
     onto_mesh,
     round_up,
     specs_of,

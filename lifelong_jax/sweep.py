@@ -16,13 +16,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lifelong_jax import _checks
 from lifelong_jax._early_stopping import init_best, keep_best
 from lifelong_jax._epochs import TrainingData, importance_of, train
-from lifelong_jax._meshes import leading_axes
+from lifelong_jax._meshes import leading_axes, on_automatic_axes
 from lifelong_jax._sequences import begin_task, check_run, make_optimizer, task_keys
 from lifelong_jax._split_batches import (
     find_shardings,
     make_whole,
     num_parts,
-    on_automatic_axes,
     round_up,
     sharding_of_runs,
 )

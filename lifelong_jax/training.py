@@ -12,13 +12,13 @@ from jax.sharding import PartitionSpec
 
 from lifelong_jax import _checks
 from lifelong_jax._batch_axis import BATCH_AXIS, weigh_means
+from lifelong_jax._meshes import on_automatic_axes
 from lifelong_jax._numerics import copy_arrays, scale_weights, update_after_reads, vary_with, widen, with_extra_args
 from lifelong_jax._split_batches import (
     LoopShardings,
     find_shardings,
     keep_shardings,
     make_whole,
-    on_automatic_axes,
     round_up,
     specs_of,
     take_split,

@@ -20,10 +20,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 from jax.tree_util import Partial
 
-from lifelong_jax._meshes import Layout, axes_of
+from lifelong_jax._meshes import Layout, axes_of, on_automatic_axes_as
 from lifelong_jax.importance.cotangents import Cotangents
 from lifelong_jax.importance.microbatches import CotangentsFn, Spread
 from lifelong_jax.types import Examples, Params
@@ -61,17 +61,7 @@ def sum_over_mesh(
     sum_shards = functools.partial(_sum_shards, sum_over_examples, layout)
     mesh = layout.mesh if isinstance(layout.mesh, jax.sharding.AbstractMesh) else layout.mesh.abstract_mesh
     with jax.sharding.use_abstract_mesh(mesh):
-        if AxisType.Explicit not in mesh.axis_types:
-            return sum_shards(*arguments)
-        total = jax.eval_shape(jax.sharding.auto_axes(sum_shards, out_sharding=PartitionSpec()), *arguments)
-        specs = jax.tree.map(_out_spec, params, total)
-        return jax.sharding.auto_axes(sum_shards, out_sharding=specs)(*arguments)
-
-
-def _out_spec(leaf: jax.Array, total: Any) -> Any:
-    if isinstance(total, jax.ShapeDtypeStruct):
-        return jax.typeof(leaf).sharding.spec
-    return jax.tree.map(lambda _: PartitionSpec(), total)
+        return on_automatic_axes_as(params, sum_shards, arguments)
 
 
 def _sum_shards(sum_over_examples: Callable[..., Any], layout: Layout, *arguments: Any) -> Any:
@@ -80,17 +70,20 @@ def _sum_shards(sum_over_examples: Callable[..., Any], layout: Layout, *argument
     by_compiler = tuple(name for name in layout.axes if name in of_params)
     num_shards = math.prod(layout.mesh.shape[name] for name in by_compiler)
     spread = Spread(num_shards if layout.axes else layout.num_parts, by_compiler, layout.specs)
-    if not by_hand:
-        return _sum(sum_over_examples, spread, *arguments)
+
+    def sum_here(*arguments: Any) -> Any:
+        *functions_and_data, weights, start = arguments
+        return sum_over_examples(*functions_and_data, weights=weights, start=start, spread=spread)
 
     def sum_shard(*arguments: Any) -> Any:
         output_fn, cotangents_fn, params, examples, weights, start = arguments
         shard = jax.lax.axis_index(by_hand)
         numbered = Partial(_numbered_from, cotangents_fn, shard * jax.tree.leaves(examples)[0].shape[0])
         start = jax.tree.map(lambda leaf: jnp.where(shard == 0, leaf, 0), start)  # it is added once
-        total = _sum(sum_over_examples, spread, output_fn, numbered, params, examples, weights, start)
-        return jax.lax.psum(total, by_hand)
+        return jax.lax.psum(sum_here(output_fn, numbered, params, examples, weights, start), by_hand)
 
+    if not by_hand:
+        return sum_here(*arguments)
     replicated, by_shard = PartitionSpec(), PartitionSpec(by_hand)
     return jax.shard_map(
         sum_shard,
@@ -99,19 +92,6 @@ def _sum_shards(sum_over_examples: Callable[..., Any], layout: Layout, *argument
         axis_names=set(by_hand),
         check_vma=False,  # each shard differentiates with respect to its own copy of the parameters
     )(*arguments)
-
-
-def _sum(
-    sum_over_examples: Callable[..., Any],
-    spread: Spread,
-    output_fn: Partial,
-    cotangents_fn: Partial,
-    params: Params,
-    examples: Examples,
-    weights: jax.Array | None,
-    start: Any,
-) -> Any:
-    return sum_over_examples(output_fn, cotangents_fn, params, examples, weights=weights, start=start, spread=spread)
 
 
 def _numbered_from(cotangents_fn: CotangentsFn, first: jax.Array, outputs: jax.Array, index: jax.Array) -> Cotangents:
