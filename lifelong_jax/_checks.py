@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lifelong_jax._numerics import to_host
+from lifelong_jax._processes import to_host
 from lifelong_jax.compression import CompressedDiagonal
 from lifelong_jax.forms import KroneckerFactors, is_form
 from lifelong_jax.types import Batch, Example, Examples, Params

@@ -14,8 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding
 
 from lifelong_jax.platforms import is_for_cpu
 from lifelong_jax.types import Batch, Params
@@ -191,41 +189,6 @@ def indices_per_example(indices: jax.Array, x: jax.Array) -> jax.Array:
     gathers example by example: 4 % of an importance pass over permuted inputs, 5 % of an evaluation.
     """
     return indices + _never(x[0].astype(jnp.float32)).astype(indices.dtype)
-
-
-def copy_arrays(tree: Any) -> Any:
-    """Copies the arrays of a tree, each to where it is, so that a program may donate the copies."""
-
-    def copy(leaf: Any) -> jax.Array:
-        if is_of_all_processes(leaf):
-            return jnp.copy(leaf)  # `device_put` takes no random keys of other processes
-        return jax.device_put(leaf, may_alias=False)  # unlike jnp.copy, it has nothing to compile
-
-    return jax.tree.map(copy, tree)
-
-
-def to_host(array: Any) -> np.ndarray:
-    """Returns the values of an array, which are known. All processes must call it, if it is an array of all."""
-    if not is_of_all_processes(array) or array.is_fully_replicated:
-        return np.asarray(array)
-    with jax.ensure_compile_time_eval():  # else, within a function that is being traced, they would not be known
-        return multihost_utils.process_allgather(array, tiled=True)
-
-
-def place_arrays(tree: Any, sharding: NamedSharding) -> Any:
-    """Places arrays, of which each process has all values, without comparing what each has, as `device_put` does."""
-
-    def place(leaf: Any) -> jax.Array:
-        values = to_host(leaf)
-        return jax.make_array_from_callback(np.shape(values), sharding, lambda index: values[index])
-
-    return jax.tree.map(place, tree)
-
-
-def is_of_all_processes(leaf: Any) -> bool:
-    """Returns whether a leaf is an array, or stands for one, of which other processes have a part; not within jit."""
-    sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
-    return sharding is not None and not sharding.is_fully_addressable
 
 
 def is_sharded(array: jax.Array) -> bool:

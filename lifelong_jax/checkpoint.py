@@ -16,9 +16,16 @@ from jax.tree_util import keystr
 from lifelong_jax import __version__, _checks, _files
 from lifelong_jax._extras import needs_extra
 from lifelong_jax._layouts import Layout
-from lifelong_jax._numerics import copy_arrays, is_of_all_processes, to_host
 from lifelong_jax._paths import join, leaves_by_path
-from lifelong_jax._processes import is_first, span_processes, text_of_first, together
+from lifelong_jax._processes import (
+    copy_arrays,
+    is_first,
+    is_of_all_processes,
+    span_processes,
+    text_of_first,
+    to_host,
+    together,
+)
 from lifelong_jax._safetensors import DTYPES, StoredTensor, make_header, read_tensors
 from lifelong_jax.compression import CompressedDiagonal
 from lifelong_jax.forms import KroneckerFactors, is_form

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from lifelong_jax import _checks, forms
-from lifelong_jax._numerics import copy_arrays, widen
+from lifelong_jax._numerics import widen
+from lifelong_jax._processes import copy_arrays
 from lifelong_jax.compression import CompressedDiagonal, Storage, compress, decompress, stored_like, widen_form
 from lifelong_jax.forms import Form
 from lifelong_jax.types import Consolidation, Params

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from lifelong_jax import _checks, forms
-from lifelong_jax._numerics import to_host, wide_dtype
+from lifelong_jax._numerics import wide_dtype
+from lifelong_jax._processes import to_host
 from lifelong_jax.types import Examples, LossFn, Params
 
 

@@ -13,7 +13,8 @@ import numpy as np
 import optax
 
 from lifelong_jax import _checks
-from lifelong_jax._numerics import to_host, widen
+from lifelong_jax._numerics import widen
+from lifelong_jax._processes import to_host
 from lifelong_jax.scenarios import mask_logits, mask_outputs
 from lifelong_jax.types import Batch
 

@@ -20,8 +20,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lifelong_jax import _checks, forms
 from lifelong_jax._extras import needs_extra
 from lifelong_jax._meshes import Layout, find_layout, knowing, on_automatic_axes
-from lifelong_jax._numerics import copy_arrays, pad
+from lifelong_jax._numerics import pad
 from lifelong_jax._process_rows import held_rows, own_rows, place_rows, rows_of_batches, weigh_rows
+from lifelong_jax._processes import copy_arrays
 from lifelong_jax._split_batches import (
     LoopShardings,
     check_sharding_of_examples,

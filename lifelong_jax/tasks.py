@@ -12,7 +12,8 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from lifelong_jax import _checks
-from lifelong_jax._numerics import indices_per_example, pad, place_arrays, to_host, wide_dtype
+from lifelong_jax._numerics import indices_per_example, pad, wide_dtype
+from lifelong_jax._processes import place_arrays, to_host
 from lifelong_jax._split_batches import check_sharding_of_examples, round_up
 from lifelong_jax.types import Batch, Example, OutputFn, Params, Task
 

@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec
 from lifelong_jax import _checks
 from lifelong_jax._batch_axis import BATCH_AXIS, weigh_means
 from lifelong_jax._meshes import on_automatic_axes
-from lifelong_jax._numerics import copy_arrays, scale_weights, update_after_reads, vary_with, widen, with_extra_args
+from lifelong_jax._numerics import scale_weights, update_after_reads, vary_with, widen, with_extra_args
+from lifelong_jax._processes import copy_arrays
 from lifelong_jax._split_batches import (
     LoopShardings,
     find_shardings,

@@ -16,8 +16,7 @@ from experiments.harness.meshes import place_tasks
 from experiments.harness.runs import Run, row_key
 from experiments.harness.scores import ACCURACY
 from lifelong_jax import _files
-from lifelong_jax._numerics import to_host
-from lifelong_jax._processes import any_of_all
+from lifelong_jax._processes import any_of_all, to_host
 from lifelong_jax.checkpoint import save_consolidation
 from lifelong_jax.continual import Progress, SequenceState, init_sequence, learn_jointly, learn_tasks
 from lifelong_jax.methods import Method

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import optax
 
 from lifelong_jax import _checks, forms
-from lifelong_jax._numerics import copy_arrays, values_of_variables, widen, with_extra_args
+from lifelong_jax._numerics import values_of_variables, widen, with_extra_args
+from lifelong_jax._processes import copy_arrays
 from lifelong_jax.compression import stored_like, widen_form
 from lifelong_jax.types import Consolidation, Params
 
