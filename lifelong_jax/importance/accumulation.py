@@ -19,9 +19,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from lifelong_jax import _checks, forms
+from lifelong_jax._meshes import sharding_of
 from lifelong_jax._numerics import scale_to, wide_dtype
 from lifelong_jax.importance.factor_sums import FactorSums
 from lifelong_jax.types import Params
@@ -75,13 +77,19 @@ def init_accumulation(params: Params, like: Params | None = None) -> Accumulatio
         mean = jax.tree.map(zeros, params)
     else:
         _checks.check_same_structure("like", like, "params", params)
-        mean = forms.tree_map(lambda form, leaf: _no_sums(form) if forms.is_form(form) else zeros(leaf), like, params)
+        mean = forms.tree_map(
+            lambda form, leaf: _no_sums(form, leaf) if forms.is_form(form) else zeros(leaf), like, params
+        )
     return Accumulation(mean, jnp.zeros(()), jnp.zeros((), jnp.int32))
 
 
-def _no_sums(form: forms.KroneckerFactors) -> FactorSums:
+def _no_sums(form: forms.KroneckerFactors, leaf: jax.Array) -> FactorSums:
+    """Makes zeros that are whole on each device of the leaf's mesh, as the sums will be: they are donated."""
+    sharding = None if isinstance(leaf, jax.core.Tracer) else sharding_of(leaf)
+    whole = None if sharding is None else NamedSharding(sharding.mesh, PartitionSpec())
     sides = ((form.row_basis, form.row_values), (form.column_basis, form.column_values))
-    rows, columns = (jnp.zeros((values if basis is None else basis).shape, form.dtype) for basis, values in sides)
+    shapes = [(values if basis is None else basis).shape for basis, values in sides]
+    rows, columns = (jnp.zeros(shape, form.dtype, device=whole) for shape in shapes)
     return FactorSums(rows, columns, form.layout)
 
 
