@@ -7,6 +7,8 @@ program depends on it:
   one `psum` adds the shards at the end.
 - Parameters that are sharded over the examples' axes too (FSDP): each microbatch has examples of all shards, and the
   compiler gathers each layer's weights where they are used, and scatters each layer's sum.
+- The reference needs each example's gradient in full, so each shard sums its own, with whole parameters. The compiler
+  gets gradients by a sharded kernel of a convolution wrong.
 - Other axes (tensor-parallel parameters) are left to the compiler.
 - Inside of a user's jit, on automatic axes, only the number of devices is known: microbatches then have examples of all
   of as many equal parts, which the compiler can leave where they are. The jits of the library's own loops know more
@@ -14,6 +16,7 @@ program depends on it:
 """
 
 import functools
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -42,7 +45,8 @@ def sum_over_mesh(
     """Sums over examples, wherever they are.
 
     Args:
-      sum_over_examples: `(output_fn, cotangents_fn, params, examples, weights=, start=, spread=) -> tree`.
+      sum_over_examples: `(output_fn, cotangents_fn, params, examples, weights=, start=, spread=) -> tree`. Without an
+        argument `spread`, each shard sums its own examples with whole parameters, also where these are sharded.
       layout: where parameters and examples are.
       output_fn: a function of one example. It must not close over arrays of the mesh: a `jax.tree_util.Partial` has
         them as arguments.
@@ -65,15 +69,19 @@ def sum_over_mesh(
 
 
 def _sum_shards(sum_over_examples: Callable[..., Any], layout: Layout, *arguments: Any) -> Any:
-    of_params = {name for spec in layout.specs if spec is not None for name in axes_of(spec)}
+    takes_spread = "spread" in inspect.signature(sum_over_examples).parameters
+    of_params = {name for spec in layout.specs if spec is not None for name in axes_of(spec)} if takes_spread else set()
     by_hand = tuple(name for name in layout.axes if name not in of_params)
     by_compiler = tuple(name for name in layout.axes if name in of_params)
     num_shards = math.prod(layout.mesh.shape[name] for name in by_compiler)
-    spread = Spread(num_shards if layout.axes else layout.num_parts, by_compiler, layout.specs)
+    like_params = Spread(specs=layout.specs)
+    specs = () if set(by_hand) == set(layout.mesh.axis_names) else layout.specs  # no axis is left to shard a sum over
+    spread = Spread(num_shards if layout.axes else layout.num_parts, by_compiler, specs)
+    options = {"spread": spread} if takes_spread else {}
 
     def sum_here(*arguments: Any) -> Any:
         *functions_and_data, weights, start = arguments
-        return sum_over_examples(*functions_and_data, weights=weights, start=start, spread=spread)
+        return sum_over_examples(*functions_and_data, weights=weights, start=start, **options)
 
     def sum_shard(*arguments: Any) -> Any:
         output_fn, cotangents_fn, params, examples, weights, start = arguments
@@ -82,16 +90,18 @@ def _sum_shards(sum_over_examples: Callable[..., Any], layout: Layout, *argument
         start = jax.tree.map(lambda leaf: jnp.where(shard == 0, leaf, 0), start)  # it is added once
         return jax.lax.psum(sum_here(output_fn, numbered, params, examples, weights, start), by_hand)
 
+    params = arguments[2]
     if not by_hand:
-        return sum_here(*arguments)
+        return like_params.place_sum(params, sum_here(*arguments))
     replicated, by_shard = PartitionSpec(), PartitionSpec(by_hand)
-    return jax.shard_map(
+    sum_all = jax.shard_map(
         sum_shard,
         in_specs=(replicated, replicated, replicated, by_shard, by_shard, replicated),
         out_specs=replicated,
         axis_names=set(by_hand),
         check_vma=False,  # each shard differentiates with respect to its own copy of the parameters
-    )(*arguments)
+    )
+    return like_params.place_sum(params, sum_all(*arguments))
 
 
 def _numbered_from(cotangents_fn: CotangentsFn, first: jax.Array, outputs: jax.Array, index: jax.Array) -> Cotangents:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from lifelong_jax._numerics import safe_sqrt, unbatched, wide_dtype, widen, widened_zeros
-from lifelong_jax.importance.microbatches import ON_ONE_DEVICE, CotangentsFn, Reduction, Spread, sum_microbatches
+from lifelong_jax.importance.microbatches import CotangentsFn, Reduction, sum_microbatches
 from lifelong_jax.platforms import is_for_cpu
 from lifelong_jax.types import Example, Examples, Params
 
@@ -26,7 +26,6 @@ def sum_over_examples(
     weights: jax.Array | None = None,
     microbatch_size: int | None = None,
     start: Params | None = None,
-    spread: Spread = ON_ONE_DEVICE,
 ) -> Params:
     """Sums the squares, or the magnitudes, of each example's gradients over examples.
 
@@ -45,7 +44,6 @@ def sum_over_examples(
       microbatch_size: the largest number of examples that are differentiated together; None chooses one from the
         platform and the shapes. The result does not depend on it; peak memory is proportional to it.
       start: what the sum starts from, a tree like the result; None for zeros.
-      spread: how microbatches and the sum are spread over the devices of a mesh.
 
     Returns:
       A tree like `params`, in its dtypes or float32, whichever is wider.
@@ -59,7 +57,6 @@ def sum_over_examples(
     """
     if microbatch_size is None:
         microbatch_size = default_microbatch_size(params)
-    spread, microbatch_size = spread.fit(jax.tree.leaves(examples)[0].shape[0], microbatch_size)
 
     return sum_microbatches(
         functools.partial(_sum_microbatch, reduction),
@@ -71,7 +68,6 @@ def sum_over_examples(
         weights,
         microbatch_size,
         start,
-        spread,
     )
 
 

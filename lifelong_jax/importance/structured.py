@@ -82,7 +82,6 @@ def sum_over_examples(
             weights=weights,
             microbatch_size=microbatch_size,
             start=start,
-            spread=spread,
         )
     examples = jax.tree.map(jnp.asarray, examples)
     if microbatch_size is None:

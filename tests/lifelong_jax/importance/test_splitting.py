@@ -23,6 +23,7 @@ from lifelong_jax import (
     mas_importance,
 )
 from lifelong_jax.importance import estimators, init_accumulation
+from lifelong_jax.importance.kronecker import make_forms
 from tests.lifelong_jax.importance.models import assert_close, in_float64, normal
 
 KEY = jax.random.key(3)
@@ -178,6 +179,50 @@ def test_accumulations_keep_the_shardings_of_the_parameters(layout: str) -> None
             total = compute("sampled", params, batch, into=total)
     assert_close(dense(total.mean), on_one_device("sampled"), 1e-12)
     assert total.mean["first"]["w"].sharding.is_equivalent_to(params["first"]["w"].sharding, 2)
+
+
+@pytest.mark.parametrize("layout", ["tensor-parallel", "replicas of fsdp"])
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_factors_are_accumulated_whole(kind: AxisType, layout: str) -> None:
+    with jax.enable_x64(True):
+        params, inputs = placed(layout, kind, *in_float64((make_params(), normal(5, 24, 8))))
+        total = init_accumulation(params, jax.eval_shape(functools.partial(compute, "kronecker"), params, inputs))
+        for _ in range(2):
+            total = compute("kronecker", params, inputs, into=total)
+        importance = make_forms(total.mean)
+    assert_close(dense(importance), on_one_device("kronecker"), 1e-12)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_importances_are_mapped_where_every_axis_has_examples(kind: AxisType) -> None:
+    with jax.enable_x64(True):
+        data = in_float64((make_params(), normal(5, 24, 8)))
+        params, inputs = placed("over two axes", kind, *data)
+        keys = jax.random.split(KEY, 2)
+        of_key = lambda data, key: fisher_diagonal(network, *data, num_samples=1, key=key)  # noqa: E731
+        mapped = jax.vmap(functools.partial(of_key, (params, inputs)))(keys)
+        expected = jax.vmap(functools.partial(of_key, data))(keys)
+    assert_close(jax.device_get(mapped), jax.device_get(expected), 1e-12)
+
+
+def convolution(kernel: jax.Array, image: jax.Array) -> jax.Array:
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(image[None], kernel, (1, 1), "SAME", dimension_numbers=numbers).mean((0, 1, 2))
+
+
+@pytest.mark.parametrize("method", ["structured", "reference"])
+def test_kernels_may_be_sharded_over_their_features_and_the_examples_axis(method: str) -> None:
+    """XLA's partitioner gets the gradients of each example by such a kernel wrong."""
+    with jax.enable_x64(True):
+        kernel, images = in_float64((normal(0, 3, 3, 2, NUM_DEVICES), normal(1, 2 * NUM_DEVICES, 5, 4, 2)))
+        mesh = jax.make_mesh((NUM_DEVICES,), ("data",), axis_types=(AxisType.Auto,))
+        by_feature = NamedSharding(mesh, PartitionSpec(None, None, None, "data"))
+        by_image = NamedSharding(mesh, PartitionSpec("data"))
+        data = (jax.device_put(kernel, by_feature), jax.device_put(images, by_image))
+        actual = mas_importance(convolution, *data, method=method, microbatch_size=1)
+        expected = mas_importance(convolution, kernel, images, method=method, microbatch_size=1)
+    assert_close(jax.device_get(actual), jax.device_get(expected), 1e-12)
+    assert actual.sharding.is_equivalent_to(by_feature, 4)
 
 
 @functools.cache
