@@ -12,7 +12,7 @@ from benchmarks import scaling
 from benchmarks.transformer import functions_of
 from lifelong_jax import Consolidation, empirical_fisher_diagonal, fisher_diagonal, forms, proximal_adam
 from lifelong_jax.consolidation import compress_consolidation
-from lifelong_jax.importance import estimators
+from tests.programs import program_of
 
 pytestmark = pytest.mark.usefixtures("optimized", "standard_promotion", "free_afterwards")
 
@@ -33,20 +33,6 @@ def sharded(config, num_sequences):
     params = jax.tree.map(put, jax.eval_shape(functions_of(config)[0], jax.random.key(0)))
     sequences = jnp.zeros((num_sequences, config.max_length + 1), jnp.int32)
     return params, jax.device_put(sequences, NamedSharding(mesh, PartitionSpec("data")))
-
-
-def program_of(run, *data):
-    """The compiled program of an importance that is called outside of jit."""
-    inner, compiled = estimators._mean_over_examples, []
-
-    def compile_and_run(*arguments):
-        compiled.append(inner.lower(*arguments).compile())
-        return inner(*arguments)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(estimators, "_mean_over_examples", compile_and_run)
-        run(*data)
-    return compiled[0]
 
 
 def fishers(config):

@@ -36,6 +36,7 @@ from lifelong_jax._split_batches import find_shardings
 from lifelong_jax.datasets.sources import ArraySource, ScaledSource
 from lifelong_jax.losses import cross_entropy
 from tests import problems
+from tests.programs import collectives
 
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 NUM_EXAMPLES, NUM_PADDING = 24, 3
@@ -189,12 +190,6 @@ def test_inside_of_a_shard_map_each_device_learns_its_own_examples(check_vma):
     found = jax.jit(learn_parts)(examples, weights)
     alone = learn_part(jax.tree.map(lambda leaf: leaf[2:4], examples), weights[2:4])
     assert_equal(jax.tree.map(lambda leaf: leaf[1:2], found), alone)
-
-
-def collectives(program):
-    """The collectives of a compiled program, by name, with the shapes of what they send."""
-    pattern = r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
-    return [(name, shapes) for shapes, name in re.findall(pattern, program)]
 
 
 WIDE = Recipe(problems.apply_fn, problems.coupled_sgd, num_epochs=1, batch_size=64)

@@ -1,7 +1,6 @@
 """A step with a penalty on a mesh: no more collectives than the step without it, everything stays where it is."""
 
 import functools
-import re
 from typing import Any
 
 import jax
@@ -19,6 +18,7 @@ from lifelong_jax import (
     quadratic_penalty,
 )
 from lifelong_jax.consolidation import compress_consolidation
+from tests.programs import names_of_collectives
 
 SPECS = {
     "data-parallel": {"w": (), "b": (), "o": ()},
@@ -63,19 +63,15 @@ def on_mesh(layout: str, kind: AxisType = AxisType.Auto) -> Any:
     return lambda leaf, name: put(leaf, *SPECS[layout].get(name, ("data",)))
 
 
-def collectives(compiled: Any) -> list[str]:
-    return sorted(
-        re.findall(r"= .*? (all-reduce|all-gather|reduce-scatter|all-to-all)(?:-start)?\(", compiled.as_text())
-    )
-
-
 @functools.cache
 def collectives_without_penalty(layout: str) -> list[str]:
     place = on_mesh(layout)
     params, consolidation, inputs = make_data(place)
     optimizer = optax.with_extra_args_support(optax.adam(1e-2))
     state = optimizer.init(params)
-    return collectives(make_step(optimizer).lower(params, state, consolidation, place(inputs, "inputs")).compile())
+    return names_of_collectives(
+        make_step(optimizer).lower(params, state, consolidation, place(inputs, "inputs")).compile()
+    )
 
 
 @pytest.mark.usefixtures("optimized", "standard_promotion")
@@ -88,7 +84,7 @@ def test_a_step_with_a_penalty_has_the_collectives_of_one_without(name: str, com
     state = optimizer.init(params)
     step = make_step(optimizer)
     compiled = step.lower(params, state, consolidation, place(inputs, "inputs")).compile()
-    assert collectives(compiled) == collectives_without_penalty(layout)
+    assert names_of_collectives(compiled) == collectives_without_penalty(layout)
     donated = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves((params, state)))
     assert compiled.memory_analysis().alias_size_in_bytes >= donated - 64  # scalars may be copied
 

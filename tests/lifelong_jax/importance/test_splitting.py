@@ -22,9 +22,10 @@ from lifelong_jax import (
     local_mas_importance,
     mas_importance,
 )
-from lifelong_jax.importance import estimators, init_accumulation
+from lifelong_jax.importance import init_accumulation
 from lifelong_jax.importance.kronecker import make_forms
 from tests.lifelong_jax.importance.models import assert_close, in_float64, normal
+from tests.programs import gradient_of, names_of_collectives, program_of
 
 KEY = jax.random.key(3)
 
@@ -147,7 +148,7 @@ def test_axes_can_be_made_explicit_inside_of_a_users_jit() -> None:
             compiled = jax.jit(jax.sharding.explicit_axes(run, in_sharding=specs)).lower(params, inputs).compile()
             importance = compiled(params, inputs)
     assert_close(dense(importance), on_one_device("sampled"), 1e-12)
-    assert collectives(compiled) == {"all-reduce": 1}
+    assert names_of_collectives(compiled) == ["all-reduce"]
 
 
 @pytest.mark.parametrize("layout", ["data-parallel", "fsdp"])
@@ -263,26 +264,6 @@ def test_stacked_layers_may_be_sharded_over_any_axis(spec: PartitionSpec) -> Non
 # What the compiler makes of it.
 
 
-def program_of(run: Any, *data: Any) -> Any:
-    """Compiles what a call of an importance outside of jit runs."""
-    compiled: list[Any] = []
-    inner = estimators._mean_over_examples
-
-    def compile_and_run(*arguments: Any) -> Any:
-        compiled.append(inner.lower(*arguments).compile())
-        return inner(*arguments)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(estimators, "_mean_over_examples", compile_and_run)
-        run(*data)
-    return compiled[0]
-
-
-def collectives(compiled: Any) -> dict[str, int]:
-    names = re.findall(r"= .*? (all-reduce|all-gather|reduce-scatter|all-to-all)(?:-start)?\(", compiled.as_text())
-    return {name: names.count(name) for name in sorted(set(names))}
-
-
 def wide(layout: str, num_examples: int) -> tuple[Any, Any]:
     """Parameters so wide that little else counts."""
     dense = lambda n, rows, columns: {"w": normal(n, rows, columns), "b": normal(n + 1, columns)}  # noqa: E731
@@ -297,7 +278,7 @@ def test_each_device_does_its_own_part_and_sums_are_added_once(name: str) -> Non
     split = program_of(functools.partial(compute, name, microbatch_size=32), params, inputs)
     whole = program_of(functools.partial(compute, name, microbatch_size=32), *jax.device_get((params, inputs)))
     # A loop over microbatches counts once, and there are as many examples in each: so look at the number of them.
-    assert collectives(split) == {"all-reduce": 1}
+    assert names_of_collectives(split) == ["all-reduce"]
     loops = [re.findall(r'"known_trip_count":\{"n":"(\d+)"', program.as_text()) for program in (split, whole)]
     assert {"16", str(16 // NUM_DEVICES)} == set(loops[1]) - set(loops[0]) | set(loops[0]) - set(loops[1])
 
@@ -320,12 +301,8 @@ def memory(compiled: Any) -> int:
 @pytest.mark.usefixtures("optimized")
 def test_fully_sharded_parameters_take_the_memory_of_their_gradient() -> None:
     params, inputs = wide("fsdp", 128)
-    gradient = jax.jit(
-        jax.grad(lambda params, inputs: jnp.mean(jax.vmap(loss_fn, (None, 0))(params, inputs))),
-        out_shardings=jax.tree.map(lambda leaf: leaf.sharding, params),
-    )
     ours = program_of(functools.partial(compute, "empirical"), params, inputs)
-    theirs = gradient.lower(params, inputs).compile()
+    theirs = gradient_of(loss_fn, params, inputs)
     assert memory(ours) <= 1.3 * memory(theirs)
     assert ours.memory_analysis().output_size_in_bytes < 1.1 * theirs.memory_analysis().output_size_in_bytes
 
@@ -343,9 +320,5 @@ def test_stacked_layers_take_the_memory_of_their_gradient() -> None:
     def loss(params: Any, tokens: jax.Array) -> jax.Array:
         return jnp.sum(jnp.cos(layers_of_tokens(params, tokens)))
 
-    gradient = jax.jit(
-        jax.grad(lambda params, tokens: jnp.mean(jax.vmap(loss, (None, 0))(params, tokens))),
-        out_shardings=jax.tree.map(lambda leaf: leaf.sharding, params),
-    )
     ours = program_of(functools.partial(empirical_fisher_diagonal, loss, microbatch_size=4), params, tokens)
-    assert memory(ours) <= 1.3 * memory(gradient.lower(params, tokens).compile())
+    assert memory(ours) <= 1.3 * memory(gradient_of(loss, params, tokens))
