@@ -1,6 +1,7 @@
-"""How long JAX compiles, which the times in tables leave out."""
+"""How long JAX compiles, which the times in tables leave out, and where it keeps what it has compiled."""
 
 import contextlib
+import pathlib
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -36,3 +37,15 @@ def time_compilation() -> Iterator[Callable[[], float]]:
         yield lambda: sum(end - start for of_thread in list(spans.values()) for start, end in list(of_thread))
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def keep_programs(folder: str) -> None:
+    """Lets JAX keep all compiled programs in a folder, and use those that are there.
+
+    Call it before anything is compiled.
+
+    Args:
+      folder: it is made if it does not exist.
+    """
+    jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(folder).expanduser()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # by default, only the slow ones

@@ -15,7 +15,7 @@ import numpy as np
 import lifelong_jax
 
 RECORD = "record.json"
-PLACES = ("output_dir", "data_dir", "resume", "mesh")
+PLACES = ("output_dir", "data_dir", "resume", "mesh", "compilation_cache")
 """The settings that do not change the numbers, or only in their last digits."""
 
 _KINDS = {"experiment": str, "settings": dict, "data": list, "versions": dict}

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, NoReturn, TypeAlias, TypeVar
 import numpy as np
 import tyro
 
+from experiments.harness.compilation import keep_programs
 from experiments.harness.meshes import start_processes
 from experiments.harness.record import PLACES, check_unedited, read_record
 
@@ -117,6 +118,9 @@ class RunSettings:
     resume: str | None = None
     """Resume a run that was stopped, with its own settings: its folder, or nothing for the newest run of this
     experiment. Seeds and methods that are given beside it are added to the run's."""
+
+    compilation_cache: str | None = None
+    """A folder where compiled programs are kept for later runs, such as ~/.cache/jax. By default none are kept."""
 
 
 DatasetName: TypeAlias = Annotated[
@@ -270,6 +274,8 @@ def parse_settings(
     settings = tyro.cli(settings_type, prog=program, args=arguments)
     if settings.resume is not None:
         settings = _with_settings_of_run(settings, experiment, arguments)
+    if settings.compilation_cache is not None:
+        keep_programs(settings.compilation_cache)
     if hasattr(settings, "mesh"):
         try:
             start_processes(settings.mesh)

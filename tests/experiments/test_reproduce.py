@@ -9,7 +9,7 @@ import optax
 import pytest
 from PIL import Image
 
-from experiments import published, published_importances, reproduce
+from experiments import protocols, published, published_importances, reproduce
 from lifelong_jax import Batch, Recipe, Task, init_training, methods, permuted_tasks
 from lifelong_jax.datasets import load_dataset
 from lifelong_jax.objectives import CLASSIFICATION
@@ -137,7 +137,7 @@ def test_the_optimisers_state_is_kept():
     adam = optax.adam(0.1)
     params = jnp.ones(2)
     _, last = adam.update(params, adam.init(params), params)
-    for method in (published.FINETUNE, published.ROWS[2].entries[2].method):
+    for method in (protocols.FINETUNE, published.ROWS[2].entries[2].method):
         optimizer = adam if method.wrap_optimizer is None else method.wrap_optimizer(adam)
         fresh, ended = optimizer.init(params), optimizer.init(params)
         if hasattr(ended, "inner_state"):
@@ -151,23 +151,28 @@ def test_the_optimisers_state_is_kept():
 
 
 def test_initialisations_have_the_sources_scales():
-    params = published.uniform_init((100,), KEY, jnp.zeros((10, 10, 1)))["params"]
+    params = protocols.uniform_init((100,), KEY, jnp.zeros((10, 10, 1)))["params"]
     for layer, fan_in in (("Dense_0", 100), ("Dense_1", 100)):
         for leaf in params[layer].values():
             assert abs(leaf).max() <= 1 / np.sqrt(fan_in)
         np.testing.assert_allclose(params[layer]["kernel"].std(), 1 / np.sqrt(3 * fan_in), rtol=0.05)
-    params = published.truncated_init((100,), KEY, jnp.zeros(100))["params"]["Dense_0"]
+    params = protocols.truncated_init((100,), KEY, jnp.zeros(100))["params"]["Dense_0"]
     assert abs(params["kernel"]).max() <= 0.2
     np.testing.assert_allclose(params["kernel"].std(), 0.088, rtol=0.02)  # of a normal cut off at two deviations
     assert (params["bias"] == np.float32(0.1)).all()
 
+    params = protocols.glorot_init((100,), KEY, jnp.zeros(300))["params"]["Dense_0"]
+    assert abs(params["kernel"]).max() <= np.sqrt(6 / 400)
+    np.testing.assert_allclose(params["kernel"].std(), np.sqrt(2 / 400), rtol=0.02)
+    assert not params["bias"].any()
+
 
 def test_images_are_padded_and_normalised():
     images = jnp.ones((1, 28, 28, 1))
-    assert published.pad(images).shape == (1, 32, 32, 1)
-    assert published.pad(images).sum() == 28 * 28
+    assert protocols.pad(images).shape == (1, 32, 32, 1)
+    assert protocols.pad(images).sum() == 28 * 28
     np.testing.assert_allclose(
-        published.pad_and_normalize(images)[0, [0, 16], [0, 16], 0], [-0.1 / 0.2752, 0.9 / 0.2752]
+        protocols.pad_and_normalize(images)[0, [0, 16], [0, 16], 0], [-0.1 / 0.2752, 0.9 / 0.2752]
     )
 
 
@@ -264,9 +269,42 @@ def test_the_table_says_how_far_apart_accuracies_are():
     assert reproduce.table_of(published.ROWS[5], results)[1][2] == "diverged"
 
 
+def test_a_row_of_many_tasks_has_curves(tmp_path):
+    matrices = np.tril(np.ones((2, 12, 12))) * np.array([0.5, 0.7])[:, None, None]
+    matrices[:, -1] = 0.3
+    assert reproduce.after_each_task(matrices) == [60.0] * 11 + [30.0]
+    assert reproduce.after_each_task(matrices[:, :5, :5]) == []
+    assert reproduce.after_each_task(np.where(matrices == 0.3, np.nan, matrices)) == []
+    results = [{"name": "EWC", "strength": 1.0, "accuracies": [30.0, 30.0], "validation": {}}]
+    reproduce.write_docs(tmp_path, 9, results)
+    assert not list(tmp_path.glob("*_tasks.png"))
+    reproduce.write_docs(tmp_path, 9, [results[0] | {"after_each_task": [60.0] * 11 + [30.0]}])
+    assert "(results_row_9_tasks.png)" in (tmp_path / "results.md").read_text()
+    assert (tmp_path / "results_row_9_tasks.png").exists()
+
+
+def test_a_single_published_run_has_no_deviation():
+    results = [{"name": "c = 0.1", "strength": 0.2, "accuracies": [96.5]}]
+    _, row = reproduce.table_of(published.ROWS[7], results)
+    assert row[1:6] == ["96.94", "96.50", "1", "–", "–"]
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_a_schedule_ends_with_the_task_and_the_proximal_step_follows_it():
+    recipe = reproduce.make_recipe(published.ROWS[9], 0.03, 1, 1280)  # 5 epochs of 10 steps
+    optimizer, params = recipe.optimizer_fn(1e30), jnp.ones(2)
+    state = optimizer.init(params)
+    known = {"anchor": jnp.zeros(2), "importance": jnp.ones(2)}
+    for step in range(50):
+        updates, state = optimizer.update(jnp.zeros(2), state, params, **known)
+        assert step == 50 or (updates == -1).all()  # pulled all the way
+    updates, _ = optimizer.update(jnp.zeros(2), state, params, **known)
+    assert (updates == 0).all()  # the step size is 0 now
+
+
 def test_unknown_rows_are_invalid():
-    with pytest.raises(ValueError, match="rows must be among 1, 2, 3, 4, 5, 6, not"):
-        reproduce.Config(rows=(1, 7))
+    with pytest.raises(ValueError, match="rows must be among 1, 2, 3, 4, 5, 6, 7, 9, 10, not"):
+        reproduce.Config(rows=(1, 99))
 
 
 def test_a_picture_has_no_empty_half(tmp_path):

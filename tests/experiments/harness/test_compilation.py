@@ -1,5 +1,7 @@
-"""How long JAX compiles: what a function calls is not counted twice, and what is compiled already takes no time."""
+"""Compilation in the scripts: its time, where nothing is counted twice, and the folder of compiled programs."""
 
+import subprocess
+import sys
 import threading
 import time
 
@@ -41,3 +43,21 @@ def test_nested_spans_are_one_span(monkeypatch):
         thread.join()
         assert seconds() == 1.75 + 0.5 + 8.0
     assert not listeners
+
+
+PROGRAM = """
+import sys
+import jax
+from experiments.harness.settings import RunSettings, parse_settings
+hits = []
+jax.monitoring.register_event_listener(lambda event, **_: hits.append(event.endswith("/cache_hits")))
+parse_settings(RunSettings, "permuted", ["--compilation-cache", sys.argv[1]])
+jax.jit(lambda x: 3 * x + 1)(1.0)
+print(sum(hits))
+"""
+
+
+def test_programs_are_compiled_once_for_all_runs(tmp_path):
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path / "programs")]
+    runs = [subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(2)]
+    assert [int(run.stdout) for run in runs] == [0, 1]
