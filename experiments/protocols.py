@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -103,6 +103,8 @@ class Protocol(NamedTuple):
       max_steps: the largest number of steps on each task, or None for no limit.
       entries: the methods.
       schedule: `schedule(learning_rate, num_steps)`, the step size in a task of so many steps.
+      dropout: the share of each hidden layer's outputs that are set to 0 in training.
+      choosing_steps: like `max_steps`, where a strength is chosen; None for `max_steps`.
     """
 
     title: str
@@ -123,6 +125,8 @@ class Protocol(NamedTuple):
     max_steps: int | None
     entries: tuple[Entry, ...]
     schedule: Callable[[float, int], optax.ScalarOrSchedule] = constant
+    dropout: float = 0.0
+    choosing_steps: int | None = None
 
 
 # --- pipelines --------------------------------------------------------------------------------------------------------
@@ -145,6 +149,11 @@ def with_penalty(optimizer: Callable[[optax.ScalarOrSchedule], optax.GradientTra
 def pad(images: jax.Array) -> jax.Array:
     """Pads 28×28 pixels to 32×32 with zeros."""
     return jnp.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)))
+
+
+def normalize(images: jax.Array) -> jax.Array:
+    """Normalises by the mean and the standard deviation of MNIST."""
+    return (images - 0.1307) / 0.3081
 
 
 def pad_and_normalize(images: jax.Array) -> jax.Array:
@@ -221,6 +230,41 @@ def keeping_optimizer(method: Method) -> Method:
 def with_importance(importance_fn: Callable, rule: Literal["separate", "latest"], decay: float = 1.0) -> Method:
     """Makes EWC with another importance, which keeps the optimiser's state from task to task."""
     return keeping_optimizer(methods.ewc(rule=rule, decay=decay)._replace(importance_fn=importance_fn))
+
+
+class MeanImportanceState(NamedTuple):
+    """The state of `of_mean_importance`.
+
+    Attributes:
+      num_tasks: the number of tasks learned.
+      inner_state: the wrapped optimiser's state.
+    """
+
+    num_tasks: jax.Array
+    inner_state: optax.OptState
+
+
+def of_mean_importance(optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Wraps an optimiser whose penalty is to have the mean of the tasks' importances, where it gets their sum."""
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    def update_fn(
+        updates: optax.Updates, state: MeanImportanceState, params: Params, *, importance: Params, **others: Any
+    ) -> tuple[optax.Updates, MeanImportanceState]:
+        mean = jax.tree.map(lambda total: total / jnp.maximum(state.num_tasks, 1), importance)
+        updates, inner = optimizer.update(updates, state.inner_state, params, importance=mean, **others)
+        return updates, state._replace(inner_state=inner)
+
+    return optax.GradientTransformationExtraArgs(
+        lambda params: MeanImportanceState(jnp.zeros((), jnp.int32), optimizer.init(params)), update_fn
+    )
+
+
+def averaging_importance(method: Method) -> Method:
+    """Makes a method around the latest parameters whose importance is the mean over tasks, not the sum."""
+    return method._replace(
+        wrap_optimizer=of_mean_importance, carry=lambda fresh, last: fresh._replace(num_tasks=last.num_tasks + 1)
+    )
 
 
 FINETUNE = keeping_optimizer(methods.finetune())

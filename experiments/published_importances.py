@@ -123,9 +123,15 @@ def scaled_mas(apply_fn: OutputFn, objective: Objective, state: TrainingState, b
     return jax.tree.map(lambda x: (x - least) / (largest - least), importance)
 
 
-def unclipped_si(
-    apply_fn: OutputFn, objective: Objective, state: TrainingState, batch: Batch, key: jax.Array
-) -> Params:
-    """Computes Synaptic Intelligence's importance, path / (distance² + 0.1), without clipping it at 0."""
-    path = state.opt_state
-    return jax.tree.map(lambda w, old, new: w / (jnp.square(new - old) + 0.1), path.path, path.start, state.params)
+def unclipped_si(damping: float) -> Callable:
+    """Makes Synaptic Intelligence's importance, path / (distance² + damping), without clipping it at 0."""
+
+    def importance_fn(
+        apply_fn: OutputFn, objective: Objective, state: TrainingState, batch: Batch, key: jax.Array
+    ) -> Params:
+        walked = state.opt_state
+        return jax.tree.map(
+            lambda w, old, new: w / (jnp.square(new - old) + damping), walked.path, walked.start, state.params
+        )
+
+    return importance_fn

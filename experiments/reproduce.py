@@ -21,6 +21,7 @@ from experiments.harness.experiment import load_or_exit
 from experiments.harness.pipelines import steps_of_task
 from experiments.harness.report import Estimate, estimate, fail_if_all_diverged, print_table
 from experiments.harness.runs import Run, open_run, to_json
+from experiments.harness.sequences import learn_starts
 from experiments.harness.settings import DataSettings, RunSettings, Seeds, check_settings, parse_settings
 from experiments.harness.tune import SweepLearner, average_accuracies, best_strength, sweep_strengths, warn_at_edge
 from experiments.protocols import Entry, Protocol, Published, PublishedRange
@@ -33,13 +34,12 @@ from lifelong_jax import (
     init_consolidation,
     init_training,
     learn_jointly,
-    learn_sweep,
     learn_task,
 )
 from lifelong_jax._tables import markdown_table
 from lifelong_jax.datasets import Dataset, hold_out_validation
 from lifelong_jax.losses import cross_entropy
-from lifelong_jax.models import MLP
+from lifelong_jax.models import MLP, train_functions
 from lifelong_jax.scenarios import joint_examples
 from lifelong_jax.sweep import SweepAccuracies
 from lifelong_jax.types import Params
@@ -132,7 +132,8 @@ def run_row(
         strength, validation = entry.strengths[0], {}
         if len(entry.strengths) > 1:
             make_tasks = functools.partial(protocol.make_tasks, held_out)
-            learner = make_learner(entry, recipe_of(rate, entry.every, len(held_out.train.labels)), protocol.max_steps)
+            recipe = recipe_of(rate, entry.every, len(held_out.train.labels))
+            learner = make_learner(entry, recipe, protocol.choosing_steps or protocol.max_steps)
             choosing_seeds = tuple(seeds) or tuple(range(entry.num_choosing_seeds))
             swept = sweep({name: learner}, entry.strengths, make_tasks, seeds=choosing_seeds, split="validation")
             chosen_by = average_accuracies(swept[name])
@@ -156,8 +157,10 @@ def make_recipe(protocol: Protocol, learning_rate: float, every: int | None, num
     def optimizer_fn(strength: float) -> optax.GradientTransformation:
         return protocol.pipeline(step_size, strength, every)
 
-    apply_fn = MLP(protocol.hidden_sizes, 10).apply
-    return Recipe(apply_fn, optimizer_fn, protocol.num_epochs, protocol.batch_size, protocol.scenario)
+    network = MLP(protocol.hidden_sizes, 10, dropout=protocol.dropout)
+    apply_fn, train_fn = train_functions(network) if protocol.dropout else (network.apply, None)
+    recipe = Recipe(apply_fn, optimizer_fn, protocol.num_epochs, protocol.batch_size, protocol.scenario)
+    return recipe._replace(train_fn=train_fn)
 
 
 def after_each_task(matrices: np.ndarray) -> list[float]:
@@ -169,7 +172,7 @@ def after_each_task(matrices: np.ndarray) -> list[float]:
 def make_learner(entry: Entry, recipe: Recipe, max_steps: int | None) -> SweepLearner:
     """Makes the learner of a method, or of joint training; on all tasks, that ends with its epochs."""
     if entry.method is not None:
-        return functools.partial(learn_sweep, entry.method, recipe, max_steps=max_steps, forward_transfer=False)
+        return functools.partial(learn_starts, entry.method, recipe, max_steps=max_steps)
 
     def learn_one(run: SweepRun) -> np.ndarray:
         arguments = (recipe, run.params, run.tasks, run.key)

@@ -18,7 +18,7 @@ from experiments.harness.pipelines import MOMENTUM, interval_of, momentum_with_p
 from experiments.harness.report import fail_if_all_diverged, report_comparison
 from experiments.harness.runs import Run, open_run
 from experiments.harness.scores import score_of
-from experiments.harness.sequences import learn_resumably, learn_validation_runs
+from experiments.harness.sequences import learn_resumably, learn_starts
 from experiments.harness.settings import (
     DataSettings,
     Numbers,
@@ -417,7 +417,7 @@ def tune(
       The strengths: the best ones for the methods that are compared.
     """
     learners = {
-        field.name: functools.partial(learn_validation_runs, make_method(settings, field.name), recipes[field.name])
+        field.name: functools.partial(learn_starts, make_method(settings, field.name), recipes[field.name])
         for field in dataclasses.fields(Strength)
         if field.name in settings.methods
     }

@@ -237,13 +237,16 @@ def split_start(recipe: Recipe, variables: Params) -> tuple[Params, ModelState]:
     return (variables, None) if recipe.train_fn is None else split_variables(variables)
 
 
-def learn_validation_runs(method: Method, recipe: Recipe, runs: Sequence[SweepRun]) -> SweepAccuracies:
-    """Learns several runs of a sequence as one program, to choose a strength.
+def learn_starts(
+    method: Method, recipe: Recipe, runs: Sequence[SweepRun], max_steps: int | None = None
+) -> SweepAccuracies:
+    """Learns several runs of a sequence as one program.
 
     Args:
       method: as for `learn_sweep`.
       recipe: as for `learn_sweep`.
       runs: from `start_of_seed`, whose parameters are what `split_start` splits.
+      max_steps: as for `learn_sweep`.
 
     Returns:
       Each run's scores, on tasks that have been learned.
@@ -253,7 +256,7 @@ def learn_validation_runs(method: Method, recipe: Recipe, runs: Sequence[SweepRu
         run._replace(params=params, model_state=model_state)
         for run, (params, model_state) in zip(runs, starts, strict=True)
     ]
-    return learn_sweep(method, recipe, split, forward_transfer=False)
+    return learn_sweep(method, recipe, split, max_steps=max_steps, forward_transfer=False)
 
 
 def learn_resumably(

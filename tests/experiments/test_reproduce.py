@@ -7,9 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import rich.console
 from PIL import Image
 
 from experiments import protocols, published, published_importances, reproduce
+from experiments.harness import sequences
+from experiments.harness.runs import open_run
+from experiments.harness.settings import RunSettings
 from lifelong_jax import Batch, Recipe, Task, init_training, methods, permuted_tasks
 from lifelong_jax.datasets import load_dataset
 from lifelong_jax.objectives import CLASSIFICATION
@@ -19,6 +23,7 @@ from tests.experiments.files import read_table
 NUM_EXAMPLES, NUM_REAL = 13, 11
 MASK = jnp.array([True, True, False])
 KEY = jax.random.key(3)
+CONSOLE = rich.console.Console(quiet=True)
 
 
 def apply_fn(params, x):
@@ -211,7 +216,7 @@ def pretend(method, recipe, runs, **options):
 def test_rows_are_run_and_written_down(tmp_path, monkeypatch, capsys, learn):
     digits = load_dataset("digits")
     monkeypatch.setattr(reproduce, "load_or_exit", lambda name, data_dir: digits)
-    monkeypatch.setattr(reproduce, "learn_sweep", learn)
+    monkeypatch.setattr(sequences, "learn_sweep", learn)
     small = {"transform": lambda images: images, "hidden_sizes": (8,), "num_epochs": 1, "max_steps": None}
     if learn is pretend:  # which looks at neither
         tasks = [Task(digits.train, digits.test)] * 3
@@ -290,6 +295,41 @@ def test_a_single_published_run_has_no_deviation():
 
 
 @pytest.mark.usefixtures("standard_promotion")
+def test_the_penalty_has_the_mean_of_the_importances():
+    method = published.ROWS[8].entries[0].method
+    optimizer = method.wrap_optimizer(protocols.with_penalty(optax.sgd)(1.0, 2.0, None))
+    params, zeros = jnp.array([3.0]), jnp.zeros(1)
+    fresh = optimizer.init(params)
+    state = method.carry(fresh, method.carry(fresh, fresh))  # two tasks have been learned
+    updates, _ = optimizer.update(zeros, state, params, anchor=zeros, importance=jnp.array([4.0 + 8.0]))
+    np.testing.assert_allclose(updates, -2.0 * 6.0 * params)
+    updates, _ = optimizer.update(zeros, fresh, params, anchor=zeros, importance=zeros)  # the first task has none
+    assert updates == 0
+
+
+def test_strengths_are_chosen_in_fewer_steps(monkeypatch, tmp_path):
+    digits, steps = load_dataset("digits"), []
+
+    def learn(method, recipe, runs, *, max_steps, **options):
+        steps.append(max_steps)
+        assert (recipe.train_fn is None) == (runs[0].model_state is None)
+        return SweepAccuracies(np.ones((1, 1, 1)), np.ones((1, 1)))
+
+    monkeypatch.setattr(sequences, "learn_sweep", learn)
+    protocol = published.ROWS[11]._replace(
+        entries=published.ROWS[11].entries[1:2],
+        hidden_sizes=(3,),
+        make_tasks=lambda dataset, key: [Task(dataset.train, dataset.test)],
+        num_seeds=1,
+    )
+    for dropout in (0.0, 0.5):
+        with open_run(RunSettings(output_dir=str(tmp_path)), "reproduce", CONSOLE, []) as run:
+            reproduce.run_row(11, protocol._replace(dropout=dropout), digits, (), run, CONSOLE)
+    num_strengths = len(protocol.entries[0].strengths)
+    assert steps == 2 * ([1000] * num_strengths + [5000])
+
+
+@pytest.mark.usefixtures("standard_promotion")
 def test_a_schedule_ends_with_the_task_and_the_proximal_step_follows_it():
     recipe = reproduce.make_recipe(published.ROWS[9], 0.03, 1, 1280)  # 5 epochs of 10 steps
     optimizer, params = recipe.optimizer_fn(1e30), jnp.ones(2)
@@ -303,7 +343,7 @@ def test_a_schedule_ends_with_the_task_and_the_proximal_step_follows_it():
 
 
 def test_unknown_rows_are_invalid():
-    with pytest.raises(ValueError, match="rows must be among 1, 2, 3, 4, 5, 6, 7, 9, 10, not"):
+    with pytest.raises(ValueError, match="rows must be among 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, not"):
         reproduce.Config(rows=(1, 99))
 
 
