@@ -242,7 +242,7 @@ ROWS = {
         source="Ahn et al. 2019, NeurIPS, arXiv 1905.11614; settings from its code, csm9493/UCL",
         remark="Images normalised; dropout of one half; the importance of EWC is the mean over tasks. The source "
         "lowers the step size where the training loss does not fall, which we leave out. It trains for 100 epochs, we "
-        "train for 10. We chose λ on validation data, from one seed. The source's own method, UCL, is published with 94.5.",
+        "train for 10. We chose λ on validation data, from one seed. The source's own method, UCL, has 94.5.",
         deviation="standard error",
         published_runs=5,
         num_seeds=5,
