@@ -62,13 +62,13 @@ class Way(NamedTuple):
 WAYS = {
     "exact": Way("peers_ours", "lifelong_jax, `ewc()`", "exact Fisher", 300.0),
     "empirical": Way("peers_ours", 'lifelong_jax, `ewc("empirical")`', "Fisher at the true labels", 300.0),
-    "mas": Way("peers_ours", "lifelong_jax, `mas()`", "MAS of each example", 10.0),
+    "mas": Way("peers_ours", "lifelong_jax, `mas()`", "MAS of each example", 1.0),
     "hooks": Way("peers_torch", "PyTorch, hooks", "exact Fisher", 300.0),
     "backpack": Way("peers_torch", "PyTorch, BackPACK", "Fisher at the true labels", 300.0),
     "torch-func": Way("peers_torch", "PyTorch, `torch.func`", "Fisher at the true labels", 300.0, of_part=True),
     "batch-of-one": Way("peers_torch", "PyTorch, batches of one", "Fisher at the true labels", 300.0, of_part=True),
     "avalanche-ewc": Way("peers_avalanche", "Avalanche, EWC", "squared gradients of batches", 1e4),
-    "avalanche-mas": Way("peers_avalanche", "Avalanche, MAS", "absolute gradients of batches", 10.0),
+    "avalanche-mas": Way("peers_avalanche", "Avalanche, MAS", "absolute gradients of batches", 1.0),
 }
 
 
