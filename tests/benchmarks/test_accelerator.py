@@ -31,7 +31,16 @@ def test_each_table_is_made_at_both_precisions_until_the_time_is_over(monkeypatc
         made.append((jax.config.jax_default_matmul_precision, *arguments))
 
     monkeypatch.setattr(accelerator, "limits", lambda smallest: "")
-    monkeypatch.setattr(accelerator, "PARTS", [accelerator.Part("Steps", make, "--turns 9", "--turns 1")])
+    steps = accelerator.Part("Steps", make, "--turns 9", "--turns 1", "--examples 3")
+    monkeypatch.setattr(accelerator, "PARTS", [steps])
+    monkeypatch.setattr("sys.argv", ["accelerator"])
+    accelerator.main()
+    assert made == [("highest", "--turns", "9", "--examples", "3")]  # on a CPU both precisions are one
+    made.clear()
+    monkeypatch.setattr(accelerator, "on_cpu", lambda: False)
+    accelerator.main()
+    assert made == [(precision, "--turns", "9") for precision in ("highest", "default")]
+    made.clear()
     monkeypatch.setattr("sys.argv", ["accelerator", "--smallest"])
     accelerator.main()
     assert made == [("highest", "--turns", "1"), ("default", "--turns", "1")]
@@ -44,7 +53,7 @@ def test_each_table_is_made_at_both_precisions_until_the_time_is_over(monkeypatc
 @pytest.mark.parametrize("part", accelerator.PARTS, ids=lambda part: part.title)
 @pytest.mark.parametrize("settings", ["arguments", "smallest"])
 def test_benchmarks_take_the_arguments_that_they_are_called_with(part, settings, capsys):
-    arguments = getattr(part, settings).split()
+    arguments = f"{getattr(part, settings)} {part.more_on_cpu}".split()
     with pytest.raises(SystemExit, match="0"):  # its help ends it, after the values are known to be right
         part.main([*arguments, "--help"])
     shown = capsys.readouterr().out
