@@ -321,7 +321,7 @@ def _mean_over_labels(
     counts = label_counts(objective, batch)
     if counts is None or counts is batch.weights:
         return importance
-    num_examples = len(batch.labels) if batch.weights is None else jnp.sum(batch.weights)
+    num_examples = len(batch.labels) if batch.weights is None else jnp.sum(batch.weights.astype(counts.dtype))
     return forms.tree_map(lambda form: forms.scale(form, num_examples / jnp.sum(counts)), importance)
 
 

@@ -184,7 +184,7 @@ def label_counts(objective: Objective, batch: Batch) -> jax.Array | None:
         return batch.weights
     assert objective.count_fn is not None
     counts = jax.vmap(objective.count_fn)(batch)
-    return counts if batch.weights is None else counts * batch.weights
+    return counts if batch.weights is None else counts * batch.weights.astype(counts.dtype)
 
 
 def active_outputs(outputs: jax.Array, example: Batch) -> jax.Array:

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from lifelong_jax import empirical_fisher_diagonal, fisher_diagonal, init_training, mas_importance, methods
+from lifelong_jax import Batch, empirical_fisher_diagonal, fisher_diagonal, init_training, mas_importance, methods
 from lifelong_jax.losses import cross_entropy
 from lifelong_jax.objectives import CLASSIFICATION
 from tests.problems import as_batch
@@ -19,6 +19,21 @@ def logits_fn(params, x):
 
 INPUTS = np.random.default_rng(0).normal(size=(6, 3))
 BATCH = as_batch(INPUTS, np.array([0, 1, 1, 0, 1, 0]), np.array([1.0, 1, 1, 1, 2, 0]))
+
+
+def test_narrow_weights_of_examples_are_summed_wide():
+    """Their dtype may differ from that of the labels' weights; in bfloat16, 257 ones make 256."""
+    random = np.random.default_rng(0)
+    labels, label_weights = random.integers(2, size=(257, 4)), random.uniform(size=(257, 4)).astype(np.float32)
+    batch = Batch(jnp.asarray(random.normal(size=(257, 4, 3)), jnp.float32), labels, None, None, label_weights)
+    state = init_training(optax.identity(), jnp.ones((3, 2)), jax.random.key(3))
+    found, expected = (
+        methods.mas().importance_fn(
+            logits_fn, CLASSIFICATION, state, batch._replace(weights=jnp.ones(257, dtype)), None
+        )
+        for dtype in (jnp.bfloat16, jnp.float32)
+    )
+    chex.assert_trees_all_close(found, expected, rtol=1e-6)
 
 
 def test_importances():

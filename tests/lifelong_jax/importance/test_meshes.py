@@ -111,7 +111,7 @@ def importances(params: Any, inputs: Any) -> dict[str, Any]:
 
 def dense(tree: Any) -> Any:
     """Makes arrays of Kronecker factors, whose eigenvectors have arbitrary signs."""
-    return jax.device_get(tree | {"kronecker": forms.diagonal(tree["kronecker"])})
+    return jax.device_get(tree | {"kronecker": forms.tree_map(forms.diagonal, tree["kronecker"])})
 
 
 def shardings(tree: Any) -> list[Any]:

@@ -107,7 +107,8 @@ def placed(layout: str, kind: AxisType, params: Any, inputs: Any) -> tuple[Any, 
 
 def dense(importance: Any) -> Any:
     """Makes arrays of Kronecker factors, whose eigenvectors have arbitrary signs."""
-    return jax.device_get(forms.diagonal(importance))
+    with jax.enable_x64(True):
+        return jax.device_get(forms.tree_map(forms.diagonal, importance))
 
 
 @functools.cache
