@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from lifelong_jax._meshes import (
     Layout,
@@ -47,9 +47,16 @@ def joint_data(tasks: Sequence[Task], scenario: Scenario) -> TrainingData:
     placement = find_placement([task.train for task in tasks])
     if placement is None:
         return TrainingData(joint_examples(tasks, scenario), None)
-    spec = PartitionSpec(placement.axes)
-    examples = on_automatic_axes(lambda tasks: joint_examples(tasks, scenario), (list(tasks),), out=spec)
-    return TrainingData(jax.device_put(examples, NamedSharding(placement.mesh, spec)), None)
+    kinds = dict(zip(placement.mesh.axis_names, placement.mesh.axis_types, strict=True))
+    explicit = PartitionSpec(tuple(name for name in placement.axes if kinds[name] == AxisType.Explicit))
+    examples = _join(list(tasks), scenario, explicit)
+    return TrainingData(jax.device_put(examples, NamedSharding(placement.mesh, PartitionSpec(placement.axes))), None)
+
+
+# Outside of a jit, what is made of arrays that are on no mesh alone, such as class masks, could not be placed on one.
+@functools.partial(jax.jit, static_argnames=("scenario", "spec"))
+def _join(tasks: list[Task], scenario: Scenario, spec: PartitionSpec) -> Batch:
+    return on_automatic_axes(lambda tasks: joint_examples(tasks, scenario), (tasks,), out=spec)
 
 
 def same_sizes(tasks: Sequence[Task], index: int, other: int) -> bool:

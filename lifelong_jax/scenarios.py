@@ -128,9 +128,13 @@ def joint_examples(tasks: Sequence[Task], scenario: Scenario) -> Batch:
         inputs = jax.vmap(permute_features, in_axes=(0, None))(task.train.inputs, task.permutation)
         class_mask = active_classes(tasks, scenario, index, len(tasks) - 1)
         batch = with_class_mask(task.train._replace(inputs=inputs), class_mask)
-        if weighted and batch.weights is None:
-            batch = batch._replace(weights=jnp.ones(len(batch.labels)))
-        if labels_weighted and batch.label_weights is None:
-            batch = batch._replace(label_weights=jnp.ones(batch.labels.shape))
+        if weighted:
+            batch = batch._replace(weights=_ones_or(batch.weights, len(batch.labels)))
+        if labels_weighted:
+            batch = batch._replace(label_weights=_ones_or(batch.label_weights, batch.labels.shape))
         batches.append(batch)
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *batches)
+
+
+def _ones_or(weights: jax.Array | None, shape: int | tuple[int, ...]) -> jax.Array:
+    return jnp.ones(shape) if weights is None else weights.astype(float)  # of one dtype, to be joined

@@ -35,6 +35,8 @@ from lifelong_jax._process_rows import own_rows, rows_of_batches
 from lifelong_jax._split_batches import find_shardings
 from lifelong_jax.datasets.sources import ArraySource, ScaledSource
 from lifelong_jax.losses import cross_entropy
+from lifelong_jax.objectives import CLASSIFICATION
+from lifelong_jax.tasks import place_batch
 from tests import problems
 from tests.programs import collectives
 
@@ -283,6 +285,36 @@ def test_sequences_on_a_mesh_are_learned_as_on_one_device(learn, kind):
 
 def on_fsdp_of_a_sequence(params, mesh):
     return {name: place(leaf, mesh, None, "data") for name, leaf in params.items()}
+
+
+def test_tasks_with_class_masks_are_joined_on_explicit_axes():
+    """The masks are on no mesh, and of weights, one task has other ones than the next."""
+    tasks = problems.make_split_tasks([[0, 1], [2, 3, 4]])
+    tasks[0] = tasks[0]._replace(train=tasks[0].train._replace(weights=tasks[0].train.weights.astype(jnp.float32)))
+    recipe = RECIPE._replace(scenario="class", num_epochs=1)
+    for mesh in (make_mesh(EXPLICIT, data=4), jax.make_mesh((2, 2), ("a", "b"), axis_types=(EXPLICIT, AUTO))):
+        by_example = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        placed = [
+            task._replace(train=place_batch(task.train, by_example), test=place_batch(task.test, by_example))
+            for task in tasks
+        ]
+        found, expected = (
+            learn_jointly(recipe, problems.make_params(5), of, KEY) for of in (placed, jax.device_get(placed))
+        )
+        assert_equal((found.params, found.accuracy_matrix), (expected.params, expected.accuracy_matrix))
+
+
+@pytest.mark.parametrize("name", ["exact", "empirical"])
+@pytest.mark.parametrize("kind", [AUTO, EXPLICIT])
+def test_labels_are_weighed_where_fewer_examples_than_devices_are_padded(kind, name):
+    random = np.random.default_rng(0)
+    tokens, label_weights = random.integers(3, size=(3, 5)), random.uniform(size=(3, 5)) * [0, 1, 0, 1, 1]
+    batch = jax.device_put(Batch(random.normal(size=(3, 5, 6)), tokens, label_weights=label_weights))
+    placed = place_batch(batch, NamedSharding(make_mesh(kind, data=4), PartitionSpec("data")))
+    params = problems.make_params()
+    measure = functools.partial(methods.ewc(name).importance_fn, problems.apply_fn, CLASSIFICATION)
+    states = [init_training(OPTIMIZER, of, KEY) for of in (place(params, placed.inputs.sharding.mesh), params)]
+    assert_equal(measure(states[0], placed, None), measure(states[1], batch, None))
 
 
 METHODS = {method.name: method for method in (methods.mas(), methods.si(), methods.rwalk(interval=2), methods.kfac())}
