@@ -146,6 +146,11 @@ def for_one_example(name: str, example: Example) -> Iterator[None]:
             f"{name} was called for one example, without batch axis, of shape {jax.tree.map(jnp.shape, example)}. If "
             f"its network is written for batches, call network(params, x[None])[0] in it."
         )
+        if not jax.sharding.get_abstract_mesh().empty:
+            error.add_note(
+                f"{name} is computed on automatic axes of a mesh. An array that it closes over must not be on explicit "
+                f"axes: let it close over np.asarray(array), or make the array a parameter or a part of the examples."
+            )
         raise
 
 

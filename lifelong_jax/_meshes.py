@@ -61,6 +61,45 @@ def axes_of(spec: PartitionSpec) -> tuple[str, ...]:
     return tuple(names)
 
 
+def check_places(**arguments: Any) -> None:
+    """Raises ValueError, naming two arrays, unless all that have a place are on the same devices, and on one mesh.
+
+    What is whole on each device of a mesh with automatic axes may be on any mesh of these devices. Within a function
+    that is being traced, nothing is checked: an array whose place is known there is a constant.
+    """
+    leaves = [
+        (name + jax.tree_util.keystr(path), leaf)
+        for name, tree in arguments.items()
+        for path, leaf in jax.tree.leaves_with_path(tree)
+        if isinstance(leaf, jax.Array)
+    ]
+    if any(isinstance(leaf, jax.core.Tracer) for _, leaf in leaves):
+        return
+    placed = [(name, leaf.sharding) for name, leaf in leaves if leaf.committed]
+    on_one_mesh: list[tuple[str, Any]] = [place for place in placed if _names_its_mesh(place[1])]
+    apart = [(place, placed[0]) for place in placed if place[1].device_set != placed[0][1].device_set]
+    apart += [(place, on_one_mesh[0]) for place in on_one_mesh if place[1].mesh != on_one_mesh[0][1].mesh]
+    if apart:
+        (name, sharding), (other, wanted) = apart[0]
+        raise ValueError(
+            f"{name} is on {_describe(sharding)}, but {other} is on {_describe(wanted)}: place all arrays on one mesh, "
+            f"by jax.device_put(array, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())) where each "
+            f"device needs all of an array."
+        )
+
+
+def _names_its_mesh(sharding: Any) -> bool:
+    if not isinstance(sharding, NamedSharding):
+        return False
+    return bool(axes_of(sharding.spec)) or AxisType.Explicit in sharding.mesh.axis_types
+
+
+def _describe(sharding: Any) -> str:
+    numbers = sorted(device.id for device in sharding.device_set)
+    devices = f"device {numbers[0]}" if len(numbers) == 1 else f"devices {numbers[0]} to {numbers[-1]}"
+    return f"{devices}, in {sharding.mesh}" if isinstance(sharding, NamedSharding) else devices
+
+
 class Layout(NamedTuple):
     """Where parameters and examples are; hashable, for jit.
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from lifelong_jax import _checks
 from lifelong_jax._batch_axis import BATCH_AXIS
+from lifelong_jax._meshes import check_places, sharding_of
 from lifelong_jax.methods import Method
 from lifelong_jax.objectives import Objective, counted_labels
 from lifelong_jax.recipes import Recipe
@@ -32,6 +33,9 @@ def check_tasks(
         raise ValueError("tasks is empty: there is nothing to learn.")
     for index, task in enumerate(tasks):
         _check_parts(f"tasks[{index}]", task)
+    # Parameters that are on no mesh are placed on that of the tasks.
+    on_meshes = jax.tree.map(lambda leaf: None if sharding_of(leaf) is None else leaf, (params, model_state))
+    check_places(tasks=tasks, params=on_meshes[0], model_state=on_meshes[1])
     _checks.check_batch("tasks[0].train", tasks[0].train)
     x, (params, model_state) = _checks.first_example(tasks[0].train.inputs), _checks.shapes_of((params, model_state))
     with _checks.for_one_example("recipe.apply_fn", x):

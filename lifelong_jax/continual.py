@@ -160,8 +160,8 @@ def learn_tasks(
     optimizer = make_optimizer(recipe.optimizer_fn, method.wrap_optimizer, traced_strength)
     learn = functools.partial(learn_epoch, compiled_part(recipe), method.wrap_optimizer)
     for index in range(state.epochs // num_epochs, len(tasks)):
-        train_key, importance_key = task_keys(key, index)
         data = training_data(tasks, scenario, index)
+        train_key, importance_key = onto_mesh_of(data.examples, task_keys(key, index))
         if state.epochs == index * num_epochs:
             training = begin_task(method, optimizer, state.training, train_key, index)
             training = onto_mesh_of(data.examples, training)

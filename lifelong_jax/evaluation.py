@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lifelong_jax import _checks
 from lifelong_jax._jaxprs import activation_floats
-from lifelong_jax._meshes import on_automatic_axes
+from lifelong_jax._meshes import check_places, on_automatic_axes
 from lifelong_jax._numerics import equal_size
 from lifelong_jax._split_batches import batch_sharding, num_parts, split
 from lifelong_jax.losses import ExampleLoss, with_model_state
@@ -64,6 +64,8 @@ def score(
     """
     _checks.check_batch("test", test)
     arguments = (params, test, permutation, class_mask, model_state)
+    names = ("params", "test", "permutation", "class_mask", "model_state")
+    check_places(**dict(zip(names, arguments, strict=True)))
     return _score(apply_fn, objective, batch_sharding(test), *arguments)
 
 

@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lifelong_jax import _checks, forms
 from lifelong_jax._extras import needs_extra
-from lifelong_jax._meshes import Layout, find_layout, knowing, on_automatic_axes
+from lifelong_jax._meshes import Layout, check_places, find_layout, knowing, on_automatic_axes
 from lifelong_jax._numerics import pad
 from lifelong_jax._process_rows import held_rows, own_rows, place_rows, rows_of_batches, weigh_rows
 from lifelong_jax._processes import copy_arrays
@@ -223,6 +223,7 @@ def learn_stream(
                 if step < stream.step:
                     continue
                 if step == 0:
+                    check_places(source=batch, state=stream.training, consolidation=consolidation)
                     check_loss(loss_fn, stream.training, "source", held_rows(batch))
                 stream = _take_step(learn, stream, epoch_key, indices, batch)
                 if not math.isfinite(stream.losses[epoch, step]):
@@ -311,7 +312,7 @@ def mean_over_stream(
     """
     _check(source, batch_size, sharding)
     if sharding is not None:
-        state = onto_mesh(sharding.mesh, state)
+        state, key = onto_mesh(sharding.mesh, (state, key))
     batch_size = min(batch_size, len(source))
     num_batches = -(-len(source) // batch_size)
     batches = tqdm.tqdm(
@@ -321,6 +322,7 @@ def mean_over_stream(
     for number, batch in enumerate(batches):
         batch_key = None if key is None else jax.random.fold_in(key, number)
         if total is None:
+            check_places(source=batch, state=state, key=key)
             shapes = jax.eval_shape(mean_fn, state, batch, batch_key)
         params = state.params if isinstance(state, TrainingState) else state
         layout = find_layout(params, (batch, None), state)

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lifelong_jax import _checks
 from lifelong_jax._early_stopping import init_best, keep_best
 from lifelong_jax._epochs import TrainingData, importance_of, train
-from lifelong_jax._meshes import leading_axes, on_automatic_axes
+from lifelong_jax._meshes import check_places, leading_axes, on_automatic_axes
 from lifelong_jax._sequences import begin_task, check_run, make_optimizer, task_keys
 from lifelong_jax._split_batches import (
     find_shardings,
@@ -109,6 +109,7 @@ def learn_sweep(
       (3, 3, 3)
     """
     _check_runs(method, recipe, runs, max_steps)
+    check_places(runs=runs)
     num_runs = len(runs)
     sharding = sharding_of_runs([(run.params, run.tasks) for run in runs]) if num_runs > 1 else None
     runs = [*runs, *[runs[-1]] * (round_up(num_runs, sharding) - num_runs)]

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 
 from lifelong_jax import _checks
 from lifelong_jax._batch_axis import BATCH_AXIS, weigh_means
-from lifelong_jax._meshes import on_automatic_axes
+from lifelong_jax._meshes import check_places, on_automatic_axes
 from lifelong_jax._numerics import scale_weights, update_after_reads, vary_with, widen, with_extra_args
 from lifelong_jax._processes import copy_arrays
 from lifelong_jax._split_batches import (
@@ -147,6 +147,7 @@ def learn_task(
     _checks.check_positive_integer("batch_size", batch_size)
     _checks.check_positive_integer("max_steps", max_steps, optional=True)
     _checks.check_params("state.params", state.params)
+    check_places(state=state, consolidation=consolidation, examples=examples, weights=weights)
     examples, weights = jax.tree.map(jnp.asarray, (examples, weights))
     learn = functools.partial(
         _learn_split_batches,

@@ -19,7 +19,7 @@ from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
 from lifelong_jax import _checks
-from lifelong_jax._meshes import Layout, find_layout
+from lifelong_jax._meshes import Layout, check_places, find_layout
 from lifelong_jax._numerics import refuse_to_differentiate, scale_weights, vary_with
 from lifelong_jax.importance import cotangents, reference, structured
 from lifelong_jax.importance.accumulation import Accumulation, add_batch, divide
@@ -317,6 +317,7 @@ def mean_over_examples(
     into: Accumulation | None = None,
 ) -> Any:
     """Computes the weighted mean of what `sum_over_examples` sums, or adds to the one in `into`."""
+    check_places(params=params, examples=examples, weights=weights, key=key, into=into, function=output_fn)
     layout = find_layout(params, (examples, weights), (output_fn, key, into))
     arguments = (output_fn, cotangents_fn, params, examples, key, weights, sum_over_examples, microbatch_size, into)
     return _mean_over_examples(*arguments, layout)
