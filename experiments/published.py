@@ -281,10 +281,10 @@ ROWS = {
         remark="Two hidden layers of 100. The source reports above 90 for Kronecker factors, and its curves for the "
         "diagonal and for SI are far below. The rest is ours: five epochs a task of SGD with momentum 0.9, its step "
         "size a cosine from 0.03; a proximal penalty, with Kronecker factors after every 8 steps. We chose λ on "
-        "validation data, from one seed.",
+        "validation data, from one seed; that of kfac in an earlier run.",
         deviation="standard error",
         published_runs=1,
-        num_seeds=3,
+        num_seeds=1,
         scenario="domain",
         transform=lambda images: images,
         make_tasks=permuted(50),
@@ -296,9 +296,9 @@ ROWS = {
         num_epochs=5,
         max_steps=None,
         entries=(
-            Entry("kfac", methods.kfac(), (1.0, 3.0, 10.0), None, every=8, num_choosing_seeds=1),
-            Entry("EWC", methods.ewc("exact", "latest"), (1.0, 3.0, 10.0, 30.0, 100.0), None, num_choosing_seeds=1),
-            Entry("SI", methods.si(), (0.03, 0.1, 0.3, 1.0, 3.0), None, num_choosing_seeds=1),
+            Entry("kfac", methods.kfac(), (3.0,), None, every=8),
+            Entry("EWC", methods.ewc("exact", "latest"), (1.0, 10.0, 100.0), None, num_choosing_seeds=1),
+            Entry("SI", methods.si(), (0.02, 0.2, 2.0), None, num_choosing_seeds=1),
             Entry("none", methods.finetune(), (0.0,), None),
         ),
         schedule=optax.cosine_decay_schedule,
@@ -308,7 +308,8 @@ ROWS = {
         source="Daxberger et al. 2021, arXiv 2106.14806, section 4.4; settings from its code, runame/laplace-redux",
         remark="Two hidden layers of 100; the step size is a cosine from 1e-3 to 1e-6; λ = 1, the posterior's own. The "
         "source has a curve, no numbers: Kronecker factors are above the diagonal. It adds a prior whose precision it "
-        "fits, and sums the two factors over tasks one by one; we have no prior, and keep the nearest product.",
+        "fits, and sums the two factors over tasks one by one; we have no prior, and keep the nearest product. It trains "
+        "for 100 epochs, we train for 20.",
         deviation="standard error",
         published_runs=1,
         num_seeds=3,
@@ -320,7 +321,7 @@ ROWS = {
         pipeline=with_penalty(optax.adam),
         learning_rate=1e-3,
         batch_size=256,
-        num_epochs=100,
+        num_epochs=20,
         max_steps=None,
         entries=(
             Entry("kfac", methods.kfac(), (1.0,), None),
