@@ -308,8 +308,8 @@ ROWS = {
         source="Daxberger et al. 2021, arXiv 2106.14806, section 4.4; settings from its code, runame/laplace-redux",
         remark="Two hidden layers of 100; the step size is a cosine from 1e-3 to 1e-6; λ = 1, the posterior's own. The "
         "source has a curve, no numbers: Kronecker factors are above the diagonal. It adds a prior whose precision it "
-        "fits, and sums the two factors over tasks one by one; we have no prior, and keep the nearest product. It trains "
-        "for 100 epochs, we train for 20.",
+        "fits, and sums the two factors over tasks one by one; we have no prior, and keep the nearest product. It "
+        "trains for 100 epochs, we train for 20.",
         deviation="standard error",
         published_runs=1,
         num_seeds=3,
