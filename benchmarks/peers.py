@@ -5,17 +5,17 @@
 
 The packages of the first line are no dependencies of the project. All ways get the same arrays: five permuted tasks,
 and the first parameters of an MLP 784-1000-1000-10. Each task is learned in one epoch of batches of 128 by Adam with
-the step size 1e-3. An importance is of all examples of a task. After each task the test sets of the tasks so far are
-scored.
+the step size 1e-3. This library has the proximal penalty, all others have it in the loss. An importance is of all
+examples of a task. After each task the test sets of the tasks so far are scored.
 
 Each run is a process of its own. So the peak of its memory is its own, and its start-up counts: all its time that is
 not training, importance or evaluation, such as imports, reading the arrays and compilation. In each turn all ways run,
 one after the other. Two ways compute the gradient of each example by itself. There, a share of each task's examples
 give the importance, and its seconds are divided by the share.
 
-Each way's λ is the best of a few decades on validation data:
+λ of the Fishers is that of `benchmarks.whole_run`. Each other one is the best of a few decades on validation data:
 
-    python -m benchmarks.peers --validation --turns 1 --ways avalanche-ewc --strength 1e4
+    python -m benchmarks.peers --validation --turns 1 --ways avalanche-ewc --strength 3e4
 """
 
 import argparse
@@ -62,12 +62,12 @@ class Way(NamedTuple):
 WAYS = {
     "exact": Way("peers_ours", "lifelong_jax, `ewc()`", "exact Fisher", 300.0),
     "empirical": Way("peers_ours", 'lifelong_jax, `ewc("empirical")`', "Fisher at the true labels", 300.0),
-    "mas": Way("peers_ours", "lifelong_jax, `mas()`", "MAS of each example", 1.0),
+    "mas": Way("peers_ours", "lifelong_jax, `mas()`", "MAS of each example", 0.1),
     "hooks": Way("peers_torch", "PyTorch, hooks", "exact Fisher", 300.0),
     "backpack": Way("peers_torch", "PyTorch, BackPACK", "Fisher at the true labels", 300.0),
     "torch-func": Way("peers_torch", "PyTorch, `torch.func`", "Fisher at the true labels", 300.0, of_part=True),
     "batch-of-one": Way("peers_torch", "PyTorch, batches of one", "Fisher at the true labels", 300.0, of_part=True),
-    "avalanche-ewc": Way("peers_avalanche", "Avalanche, EWC", "squared gradients of batches", 1e4),
+    "avalanche-ewc": Way("peers_avalanche", "Avalanche, EWC", "squared gradients of batches", 3e4),
     "avalanche-mas": Way("peers_avalanche", "Avalanche, MAS", "absolute gradients of batches", 1.0),
 }
 
@@ -161,7 +161,7 @@ def print_table(measured: dict[str, list[dict[str, float]]], share: float) -> No
 
 
 def draw(measured: dict[str, list[dict[str, float]]], file: pathlib.Path) -> None:
-    """Draws the median seconds of each way's parts as bars."""
+    """Draws the median seconds of each way's parts as bars; those above five times the median way's are cut off."""
     figure = make_figure(7.2, 0.7 + 0.36 * len(measured), "Five permuted tasks of MNIST: seconds, by part")
     axis = figure.subplots()
     names, left = [WAYS[way].name.replace("`", "") for way in measured], np.zeros(len(measured))
@@ -169,9 +169,11 @@ def draw(measured: dict[str, list[dict[str, float]]], file: pathlib.Path) -> Non
         seconds = np.array([np.median([turn[part] for turn in turns]) for turns in measured.values()])
         axis.barh(names, seconds, left=left, color=color, label=part)
         left += seconds
+    end = 1.15 * left[left <= 5 * np.median(left)].max()
     for place, total in enumerate(left):
-        axis.text(total, place, f" {total:.0f}", va="center", fontsize=8)
-    axis.margins(x=0.1)
+        inside = {"x": total, "ha": "left"} if total < end else {"x": end, "ha": "right", "color": "white"}
+        axis.text(y=place, s=f" {total:.0f} ", va="center", fontsize=8, **inside)
+    axis.set_xlim(0, end)
     axis.invert_yaxis()
     axis.set_xlabel("seconds")
     axis.legend(frameon=False)
