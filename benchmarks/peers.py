@@ -19,13 +19,14 @@ give the importance, and its seconds are divided by the share.
 """
 
 import argparse
+import importlib
 import json
 import pathlib
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -133,9 +134,8 @@ def run_in_process(way: str, arrays: pathlib.Path, strength: float, share: float
 
 def child(way: str, arrays: str, strength: float, share: float) -> None:
     """Makes a run, and prints what it took, and the peak of the memory in MiB."""
-    module = __import__(f"benchmarks.{WAYS[way].module}", fromlist=["learn"])
-    learn: Callable[..., dict[str, float]] = module.learn
-    measured = learn(way, arrays, strength, share)
+    module = importlib.import_module(f"benchmarks.{WAYS[way].module}")
+    measured = module.learn(way, arrays, strength, share)
     print(json.dumps(measured | {"memory": peak_memory()}))
 
 
