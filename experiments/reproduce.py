@@ -261,13 +261,14 @@ def write_docs(folder: pathlib.Path, row: int, results: Sequence[Mapping[str, An
     rows = json.loads(file.read_text()) if file.exists() else {}
     by_name = {result["name"]: result for result in [*rows.get(str(row), []), *results]}
     of_row = [by_name[entry.name] for entry in ROWS[row].entries if entry.name in by_name]
-    rows = to_json(dict(sorted({**rows, str(row): of_row}.items())))
+    rows = to_json(dict(sorted({**rows, str(row): of_row}.items(), key=lambda item: int(item[0]))))
     Run(folder).write_json("results.json", rows)
     text = [HEADER]
     for number, of_row in rows.items():
         protocol = ROWS[int(number)]
         text.append(f"## Row {number}: {protocol.title}\n\n{protocol.source}.\n")
-        spread = f"± is the {protocol.deviation}; the source made {protocol.published_runs} runs."
+        runs = "one run" if protocol.published_runs == 1 else f"{protocol.published_runs} runs"
+        spread = f"± is the {protocol.deviation}; the source made {runs}."
         text.append(f"{protocol.remark} {spread}\n")
         header, *table = table_of(protocol, of_row)
         text.append(markdown_table(header, table))

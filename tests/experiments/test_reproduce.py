@@ -286,6 +286,10 @@ def test_a_row_of_many_tasks_has_curves(tmp_path):
     reproduce.write_docs(tmp_path, 9, [results[0] | {"after_each_task": [60.0] * 11 + [30.0]}])
     assert "(results_row_9_tasks.png)" in (tmp_path / "results.md").read_text()
     assert (tmp_path / "results_row_9_tasks.png").exists()
+    for row in (10, 1):
+        reproduce.write_docs(tmp_path, row, [])
+    assert list(json.loads((tmp_path / "results.json").read_text())) == ["1", "9", "10"]
+    assert "the source made one run." in (tmp_path / "results.md").read_text()
 
 
 def test_a_single_published_run_has_no_deviation():
