@@ -222,9 +222,10 @@ def _of_layers(draw: Callable, hidden_sizes: tuple[int, ...], key: jax.Array, x:
 
 def keeping_optimizer(method: Method) -> Method:
     """Makes a method that keeps the optimiser's state from task to task."""
-    if method.wrap_optimizer is methods.si().wrap_optimizer:
-        return method._replace(carry=lambda fresh, last: fresh._replace(inner_state=last.inner_state))
-    return method._replace(carry=lambda fresh, last: last)
+    if method.wrap_optimizer is None:
+        return method._replace(carry=lambda fresh, last: last)
+    carry = method.carry or (lambda fresh, last: fresh)
+    return method._replace(carry=lambda fresh, last: carry(fresh, last)._replace(inner_state=last.inner_state))
 
 
 def with_importance(importance_fn: Callable, rule: Literal["separate", "latest"], decay: float = 1.0) -> Method:

@@ -155,6 +155,18 @@ def test_the_optimisers_state_is_kept():
         assert carried is last
 
 
+@pytest.mark.usefixtures("standard_promotion")
+def test_a_method_that_carries_something_over_does_so_beside_the_optimisers_state():
+    (entry,) = (entry for entry in published.ROWS[11].entries if entry.name == "rwalk")
+    optimizer, params = entry.method.wrap_optimizer(optax.adam(0.1)), jnp.ones(2)
+    fresh = optimizer.init(params)
+    ended = optimizer.update(params, fresh, params)[1]._replace(score=jnp.full(2, 3.0))
+    carried = entry.method.carry(fresh, ended)
+    assert carried.inner_state is ended.inner_state
+    np.testing.assert_array_equal(carried.score, methods.rwalk().carry(fresh, ended).score)
+    assert (carried.score > 0).all()
+
+
 def test_initialisations_have_the_sources_scales():
     params = protocols.uniform_init((100,), KEY, jnp.zeros((10, 10, 1)))["params"]
     for layer, fan_in in (("Dense_0", 100), ("Dense_1", 100)):
@@ -341,7 +353,7 @@ def test_a_schedule_ends_with_the_task_and_the_proximal_step_follows_it():
     known = {"anchor": jnp.zeros(2), "importance": jnp.ones(2)}
     for step in range(50):
         updates, state = optimizer.update(jnp.zeros(2), state, params, **known)
-        assert step == 50 or (updates == -1).all()  # pulled all the way
+        assert (updates == -1).all(), step  # pulled all the way
     updates, _ = optimizer.update(jnp.zeros(2), state, params, **known)
     assert (updates == 0).all()  # the step size is 0 now
 
