@@ -8,9 +8,9 @@ import torch
 from benchmarks.peers_torch import BATCH_SIZE, LEARNING_RATE, make_model
 
 # The registry's torchvision wants two of its compiled functions, which nothing here calls.
-torchvision = torch.library.Library("torchvision", "DEF")
+library = torch.library.Library("torchvision", "DEF")
 for function in ("nms", "qnms"):
-    torchvision.define(f"{function}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    library.define(f"{function}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 from avalanche.benchmarks import tensors_benchmark  # noqa: E402
 from avalanche.evaluation.metrics import accuracy_metrics  # noqa: E402

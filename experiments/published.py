@@ -4,6 +4,8 @@ Importances that differ from this library's (MAS on batches, the Fisher at the p
 `published_importances.py`.
 """
 
+import functools
+
 import optax
 
 from experiments.harness.pipelines import momentum_with_penalty
@@ -44,6 +46,20 @@ def decades(last: int, first: int = 1, step: int = 1) -> tuple[float, ...]:
     """Makes strengths `step` decades apart, from 10^first to 10^last."""
     return tuple(10.0**decade for decade in range(first, last + 1, step))
 
+
+permuted_mnist = functools.partial(
+    Protocol,
+    published_runs=1,
+    scenario="domain",
+    transform=lambda images: images,
+    make_tasks=permuted(10),
+    init_params=uniform_init,
+    pipeline=with_penalty(optax.adam),
+    learning_rate=1e-3,
+    batch_size=256,
+    max_steps=None,
+)
+"""Makes a protocol of ten permutations, with what most of the sources have in common."""
 
 # The source's penalties have no ½, so our strength is twice its coefficient.
 HSU = Protocol(
@@ -128,7 +144,7 @@ ROWS = {
             Entry("none", FINETUNE, (0.0,), Published(85.41, 0.88)),
         ),
     ),
-    4: Protocol(
+    4: permuted_mnist(
         title="Permuted MNIST, 10 tasks",
         source="van de Ven and Tolias 2018, arXiv 1809.10635; settings from its code, GMvandeVen/continual-learning",
         remark="Images of 32×32; 5,000 steps per task; Adam keeps its state; the Fisher at the predicted label; online "
@@ -139,12 +155,8 @@ ROWS = {
         deviation="standard error",
         published_runs=20,
         num_seeds=3,
-        scenario="domain",
         transform=pad,
-        make_tasks=permuted(10),
-        init_params=uniform_init,
         hidden_sizes=(1000, 1000),
-        pipeline=with_penalty(optax.adam),
         learning_rate=1e-4,
         batch_size=128,
         num_epochs=11,
@@ -163,7 +175,7 @@ ROWS = {
             Entry("joint, of all tasks", None, (0.0,), None),
         ),
     ),
-    5: Protocol(
+    5: permuted_mnist(
         title="Permuted MNIST, 17 tasks, one pass",
         source="Chaudhry et al. 2019, arXiv 1812.00420; settings from its code, facebookresearch/agem",
         remark="The source's code keeps only the last task's importance, computed on batches of 10 and not scaled. If "
@@ -172,8 +184,6 @@ ROWS = {
         deviation="standard deviation",
         published_runs=5,
         num_seeds=5,
-        scenario="domain",
-        transform=lambda images: images,
         make_tasks=permuted(17),
         init_params=truncated_init,
         hidden_sizes=(256, 256),
@@ -212,24 +222,16 @@ ROWS = {
             ),
         ),
     ),
-    7: Protocol(
+    7: permuted_mnist(
         title="SI, permuted MNIST, 10 tasks",
         source="Zenke et al. 2017, arXiv 1703.04200; settings and accuracies from its code, ganguli-lab/pathint",
         remark="Two hidden layers of 2,000; Adam keeps its state; ξ = 0.1. Our λ is twice the source's c. The source "
         "cuts the importance off at 0 after it has summed it over the tasks, we cut off each task's.",
         deviation="standard deviation",
-        published_runs=1,
         num_seeds=1,
-        scenario="domain",
-        transform=lambda images: images,
-        make_tasks=permuted(10),
         init_params=glorot_init,
         hidden_sizes=(2000, 2000),
-        pipeline=with_penalty(optax.adam),
-        learning_rate=1e-3,
-        batch_size=256,
         num_epochs=20,
-        max_steps=None,
         entries=(
             Entry("c = 0", keeping_optimizer(methods.si()), (0.0,), Published(57.41)),
             Entry("c = 0.01", keeping_optimizer(methods.si()), (0.02,), Published(92.00)),
@@ -237,7 +239,7 @@ ROWS = {
             Entry("c = 0.1", keeping_optimizer(methods.si()), (0.2,), Published(96.94)),
         ),
     ),
-    8: Protocol(
+    8: permuted_mnist(
         title="Permuted MNIST, 10 tasks, with dropout",
         source="Ahn et al. 2019, NeurIPS, arXiv 1905.11614; settings from its code, csm9493/UCL",
         remark="Images normalised; dropout of one half; the importance of EWC is the mean over tasks. The source "
@@ -246,16 +248,9 @@ ROWS = {
         deviation="standard error",
         published_runs=5,
         num_seeds=5,
-        scenario="domain",
         transform=normalize,
-        make_tasks=permuted(10),
-        init_params=uniform_init,
         hidden_sizes=(400, 400),
-        pipeline=with_penalty(optax.adam),
-        learning_rate=1e-3,
-        batch_size=256,
         num_epochs=10,
-        max_steps=None,
         entries=(
             Entry(
                 "EWC",
@@ -275,7 +270,7 @@ ROWS = {
         ),
         dropout=0.5,
     ),
-    9: Protocol(
+    9: permuted_mnist(
         title="Permuted MNIST, 50 tasks",
         source="Ritter et al. 2018, arXiv 1805.07810, figure 1",
         remark="Two hidden layers of 100. The source reports above 90 for Kronecker factors, and its curves for the "
@@ -283,18 +278,13 @@ ROWS = {
         "size a cosine from 0.03; a proximal penalty, with Kronecker factors after every 8 steps. We chose λ on "
         "validation data, from one seed; that of kfac in an earlier run.",
         deviation="standard error",
-        published_runs=1,
         num_seeds=1,
-        scenario="domain",
-        transform=lambda images: images,
         make_tasks=permuted(50),
-        init_params=uniform_init,
         hidden_sizes=(100, 100),
         pipeline=momentum_with_penalty,
         learning_rate=0.03,
         batch_size=128,
         num_epochs=5,
-        max_steps=None,
         entries=(
             Entry("kfac", methods.kfac(), (3.0,), None, every=8),
             Entry("EWC", methods.ewc("exact", "latest"), (1.0, 10.0, 100.0), None, num_choosing_seeds=1),
@@ -303,7 +293,7 @@ ROWS = {
         ),
         schedule=optax.cosine_decay_schedule,
     ),
-    10: Protocol(
+    10: permuted_mnist(
         title="Laplace, permuted MNIST, 10 tasks",
         source="Daxberger et al. 2021, arXiv 2106.14806, section 4.4; settings from its code, runame/laplace-redux",
         remark="Two hidden layers of 100; the step size is a cosine from 1e-3 to 1e-6; λ = 1, the posterior's own. The "
@@ -311,18 +301,9 @@ ROWS = {
         "fits, and sums the two factors over tasks one by one; we have no prior, and keep the nearest product. It "
         "trains for 100 epochs, we train for 20.",
         deviation="standard error",
-        published_runs=1,
         num_seeds=3,
-        scenario="domain",
-        transform=lambda images: images,
-        make_tasks=permuted(10),
-        init_params=uniform_init,
         hidden_sizes=(100, 100),
-        pipeline=with_penalty(optax.adam),
-        learning_rate=1e-3,
-        batch_size=256,
         num_epochs=20,
-        max_steps=None,
         entries=(
             Entry("kfac", methods.kfac(), (1.0,), None),
             Entry("EWC", methods.ewc("exact", "latest"), (1.0,), None),
@@ -343,7 +324,7 @@ ROWS[11] = ROWS[4]._replace(
         Entry("mas", keeping_optimizer(methods.mas()), decades(2, first=-1), None, num_choosing_seeds=1),
         Entry("local_mas", keeping_optimizer(methods.local_mas()), decades(2, first=-1), None, num_choosing_seeds=1),
         Entry("si", keeping_optimizer(methods.si()), (0.02, 0.2, 2.0, 20.0), None, num_choosing_seeds=1),
-        Entry("rwalk", methods.rwalk(), decades(3, first=0), None, num_choosing_seeds=1),
+        Entry("rwalk", keeping_optimizer(methods.rwalk()), decades(3, first=0), None, num_choosing_seeds=1),
         *(entry._replace(strengths=(1e5,)) for entry in ROWS[4].entries if entry.name == "kfac"),
         *(entry for entry in ROWS[4].entries if entry.so_far),
     ),

@@ -115,34 +115,31 @@ def run_row(
     """Runs a protocol's methods. Returns each one's strength, and its accuracies on test and on validation data."""
     train, test = (part._replace(inputs=protocol.transform(part.inputs)) for part in (dataset.train, dataset.test))
     dataset = Dataset(train, test, dataset.num_classes)
-    sweep = functools.partial(
-        sweep_strengths,
-        init_params=functools.partial(protocol.init_params, protocol.hidden_sizes),
-        run=run,
-        console=console,
-    )
-    test_seeds = tuple(seeds) or tuple(range(protocol.num_seeds))
     recipe_of = functools.cache(functools.partial(make_recipe, protocol))
     choosing = any(len(entry.strengths) > 1 for entry in protocol.entries)
     held_out = hold_out_validation(dataset, 1 / 6, jax.random.key(0)) if choosing else None
+
+    def sweep(
+        entry: Entry, data: Dataset, strengths: Sequence[float], num_seeds: int, max_steps: int | None, **options: str
+    ) -> np.ndarray:
+        rate, name = entry.learning_rate or protocol.learning_rate, f"row {row}, {entry.name}"
+        learner = make_learner(entry, recipe_of(rate, entry.every, len(data.train.labels)), max_steps)
+        make_tasks = functools.partial(protocol.make_tasks, data)
+        init_params = functools.partial(protocol.init_params, protocol.hidden_sizes)
+        given = (make_tasks, init_params, tuple(seeds) or tuple(range(num_seeds)), run, console)
+        return sweep_strengths({name: learner}, strengths, *given, **options)[name]
+
     results = []
     for entry in protocol.entries:
-        rate = entry.learning_rate or protocol.learning_rate
-        name = f"row {row}, {entry.name}"
         strength, validation = entry.strengths[0], {}
         if len(entry.strengths) > 1:
-            make_tasks = functools.partial(protocol.make_tasks, held_out)
-            recipe = recipe_of(rate, entry.every, len(held_out.train.labels))
-            learner = make_learner(entry, recipe, protocol.choosing_steps or protocol.max_steps)
-            choosing_seeds = tuple(seeds) or tuple(range(entry.num_choosing_seeds))
-            swept = sweep({name: learner}, entry.strengths, make_tasks, seeds=choosing_seeds, split="validation")
-            chosen_by = average_accuracies(swept[name])
+            steps = protocol.choosing_steps or protocol.max_steps
+            matrices = sweep(entry, held_out, entry.strengths, entry.num_choosing_seeds, steps, split="validation")
+            chosen_by, name = average_accuracies(matrices), f"row {row}, {entry.name}"
             strength = best_strength(chosen_by, entry.strengths, name)
             warn_at_edge(name, strength, entry.strengths, console)
             validation = dict(zip(map("{:g}".format, entry.strengths), map(percent, chosen_by), strict=True))
-        make_tasks = functools.partial(protocol.make_tasks, dataset)
-        learner = make_learner(entry, recipe_of(rate, entry.every, len(dataset.train.labels)), protocol.max_steps)
-        matrices = sweep({name: learner}, (strength,), make_tasks, seeds=test_seeds)[name]
+        matrices = sweep(entry, dataset, (strength,), protocol.num_seeds, protocol.max_steps)
         (accuracy,) = average_accuracies(matrices)
         result = {"name": entry.name, "strength": strength, "accuracies": percent(accuracy), "validation": validation}
         results.append(result | {"after_each_task": after_each_task(matrices[0])})
